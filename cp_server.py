@@ -1,0 +1,3999 @@
+#!/usr/bin/env python3
+"""cp_server.py - the control plane (CP) of an OpenInfra fleet, in one file.
+
+What it does
+  serve     answers the agents (gRPC) and the operator (HTTP, JSON), keeps everything in PostgreSQL
+  migrate   makes or upgrades the database schema; the only command that needs the owner's rights
+  token     mints a JWT for the operator's HTTP API (--new-key adds a signing key first)
+  invite    mints a single-use invite for a host
+  hosts     lists the hosts, each with its status and why it is not assignable
+  revoke    removes a host for good
+  doctor    says what is wrong here; --invariants tests what must hold after every fault
+  pilot     all of it on this one machine, for a newcomer: own PostgreSQL, CP, one agent
+
+Files it reads (secrets 0600; under systemd from $CREDENTIALS_DIRECTORY)
+  /etc/openinfra/cp.env             settings, KEY=value; every key is also a flag (see --help)
+  /etc/openinfra/cp/dsn             PostgreSQL connection string of the CP's own role
+  /etc/openinfra/cp/owner-dsn       the same of the schema's owner; only `migrate` reads it
+  /etc/openinfra/cp/jwt-keys.json   keys that sign operators' tokens; `token --new-key` writes it
+Ports: gRPC on 10.77.0.1:9092 (inside the tunnel), HTTP on 127.0.0.1:8080 (behind Caddy).
+Everything else it keeps is in the database. It runs as an ordinary user, without capabilities.
+
+The pilot alone does more: as root it may install packages with apt-get (it says so first); it makes
+a virtualenv under ~/.cache/openinfra and keeps its data in one directory (see `pilot --help`).
+
+Commands it runs: none, except in the pilot: apt-get, pip, setpriv, initdb, postgres, agent.py.
+Needs: Python 3.10 or newer, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
+
+Exit codes: 0; 1 error; 2 usage; 3 refused to protect data; 75 try later (database not there).
+
+Examples
+  ./cp_server.py pilot
+  ./cp_server.py invite --note "provider@home" --payout-pubkey 7xKX...
+  ./cp_server.py hosts --status offline
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime as dt
+import functools
+import getpass
+import glob
+import hashlib
+import hmac
+import http.server
+import io
+import ipaddress
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import urllib.request
+import uuid
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+VERSION = "0.1.0"
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors and copied helpers: word for word the same in every script that has them.
+# ---------------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """What failed and why, what to do about it, and the exit code that `main` gives back."""
+
+    def __init__(self, what: str, todo: str, exit_code: int = 1, **pairs: object) -> None:
+        super().__init__(f"{what}; {todo}")
+        self.what = what
+        self.todo = todo
+        self.exit_code = exit_code
+        self.pairs = pairs
+
+
+def log(level: str, message: str, todo: str = "", **pairs: object) -> None:
+    """Print one event as `LEVEL message key=value ; todo` on stderr; the journal adds the time."""
+    line = f"{level} {message}"
+    for key, value in pairs.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        plain = text != "" and all("!" <= char <= "~" and char not in '"=' for char in text)
+        line += f" {key}={text if plain else json.dumps(text)}"
+    print(line + (f" ; {todo}" if todo else ""), file=sys.stderr, flush=True)
+
+
+def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bool = True) -> str:
+    """Run one command without a shell, give back its stdout; raise Error when it fails."""
+    if echo:
+        print("+ " + shlex.join(argv), file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            argv,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=timeout_s,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise Error(f"{argv[0]} is not installed", "install it and run this again") from None
+    except subprocess.TimeoutExpired:
+        raise Error(f"{argv[0]} gave no answer for {timeout_s:g} s", "run it by hand") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().replace("\n", " / ")
+        what = f"{shlex.join(argv)} ended with {done.returncode}: {said}"
+        raise Error(what, "mend that and run this again")
+    return done.stdout.decode(errors="replace")
+
+
+def write_file(path: Path, content: bytes, mode: int) -> None:
+    """Replace a file whole: after a power cut it holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(os.open(temporary, flags, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd `READY=1`, `STOPPING=1` or `WATCHDOG=1`; nothing without it (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# ---------------------------------------------------------------------------------------------
+# Runtime: finds the third-party packages; for the pilot it may install them. Changes the machine.
+# ---------------------------------------------------------------------------------------------
+
+REQUIREMENTS = Path(__file__).resolve().parent / "systemd" / "cp-requirements.txt"
+POSTGRES_MIN = 15  # Debian 12's; the schema is tested on nothing older
+
+
+def find_postgres() -> Path | None:
+    """The directory of the newest usable PostgreSQL server binaries on this machine, or None."""
+    found = {}
+    on_path = shutil.which("postgres")
+    for name in [*glob.glob("/usr/lib/postgresql/*/bin/postgres"), *([on_path] if on_path else [])]:
+        binary = Path(name)
+        match = re.search(r"\) (\d+)", run([str(binary), "--version"], echo=False))
+        if match and int(match[1]) >= POSTGRES_MIN and (binary.parent / "initdb").exists():
+            found[int(match[1])] = binary.parent
+    return found[max(found)] if found else None
+
+
+def ensure_packages(want_venv: bool) -> None:
+    """Install Debian's packages that the pilot lacks, as root; else say the one line to type."""
+    missing = [] if find_postgres() else ["postgresql"]
+    if want_venv and not has_ensurepip():
+        missing.append("python3-venv")
+    if not missing:
+        return
+    line = "apt-get install -y --no-install-recommends " + " ".join(missing)
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise Error(
+            f"the pilot needs {' and '.join(missing)}, and this user cannot install packages",
+            f"type: sudo {line}",
+        )
+    print(f"The pilot needs {' and '.join(missing)}; installing with apt-get.", file=sys.stderr)
+    os.environ["DEBIAN_FRONTEND"] = "noninteractive"
+    run(["apt-get", "update", "-q"], timeout_s=600)
+    run(shlex.split(line), timeout_s=1800)
+
+
+def has_ensurepip() -> bool:
+    """True when `python3 -m venv` can put pip into a virtualenv (Debian splits that off)."""
+    try:
+        import ensurepip  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def ensure_virtualenv() -> Path:
+    """Make the pilot's virtualenv from the hash-pinned list once; give back its interpreter."""
+    if not REQUIREMENTS.exists():
+        raise Error(f"{REQUIREMENTS} is missing", "copy the whole repository, then run this again")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openinfra"
+    pins = REQUIREMENTS.read_bytes() + sys.version.encode()
+    final = cache / f"cp-{hashlib.sha256(pins).hexdigest()[:16]}"
+    if not (final / "complete").exists():
+        print(f"Making a private virtualenv in {final}.", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        run([sys.executable, "-m", "venv", str(final)], timeout_s=300)
+        pip = [str(final / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        run([*pip, "--require-hashes", "-r", str(REQUIREMENTS)], timeout_s=1800)
+        write_file(final / "complete", b"", 0o644)
+    return final / "bin" / "python"
+
+
+def find_runtime(missing: ImportError) -> None:
+    """Start this program again where its packages are, or end with what to type."""
+    try:
+        if sys.argv[1:2] != ["pilot"] or os.environ.get("OPENINFRA_RUNTIME") == "1":
+            raise Error(
+                f"cp_server.py lacks a Python package: {missing}",
+                f"make a virtualenv and in it: pip install --require-hashes -r {REQUIREMENTS}",
+            )
+        ensure_packages(want_venv=True)
+        python = ensure_virtualenv()
+        os.environ["OPENINFRA_RUNTIME"] = "1"  # once: a broken virtualenv must not loop
+        os.execv(python, [str(python), *sys.argv])
+    except Error as error:
+        log("ERROR", error.what, error.todo, **error.pairs)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+try:
+    import grpc
+    import grpc.aio
+    import psycopg
+    from google.protobuf.message import DecodeError, Message
+    from psycopg.rows import class_row, dict_row
+    from psycopg.types.json import Jsonb
+    from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+    from proto import openinfra_pb2 as pb
+except ImportError as error:
+    find_runtime(error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Constants: names, limits and times of the control plane. Pure.
+# ---------------------------------------------------------------------------------------------
+
+TUNNEL = ipaddress.IPv4Network("10.77.0.0/16")
+HUB = ipaddress.IPv4Address("10.77.0.1")
+INVITE_TTL_HOURS = 24
+INVITE_TTL_MAX_HOURS = 72
+HEARTBEAT_S = 30
+HEARTBEAT_MAX_S = 60
+OFFLINE_AFTER_INTERVALS = 3
+TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
+TAKEOVER_WINDOW_S = 600
+BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
+BATCH_MAX = 500
+SWEEP_S = 5.0
+STOP_S = 5.0  # in-flight calls have this long after SIGTERM
+GRPC_MESSAGE_BYTES = 65_536
+HTTP_BODY_BYTES = 65_536
+HTTP_WORKERS = 8
+HTTP_QUEUE = 64
+HTTP_DEADLINE_S = 10.0
+JWT_ISSUER = "openinfra-cp"
+JWT_AUDIENCE = "openinfra-admin-api"
+JWT_MAX_S = 12 * 3600
+JWT_LEEWAY_S = 60
+JWT_HEADER_BYTES = 256
+JWT_BYTES = 2_048
+PAGE_DEFAULT = 100
+PAGE_MAX = 1_000
+
+# Every refusal that an edge gives: its name, gRPC status and HTTP status. The names that agents
+# see are those of `Reason` in proto/openinfra.proto.
+REFUSALS: dict[str, tuple[grpc.StatusCode, int]] = {
+    "BAD_REQUEST": (grpc.StatusCode.INVALID_ARGUMENT, 400),
+    "UNKNOWN_INVITE": (grpc.StatusCode.UNAUTHENTICATED, 404),
+    "INVITE_USED": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "INVITE_REVOKED": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "INVITE_EXPIRED": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "INVITE_FOR_OTHER_KEY": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "ADDRESS_TAKEN": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "KEY_TAKEN": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "WRONG_ADDRESS": (grpc.StatusCode.PERMISSION_DENIED, 403),
+    "UNKNOWN_HOST": (grpc.StatusCode.UNAUTHENTICATED, 404),
+    "HOST_REVOKED": (grpc.StatusCode.PERMISSION_DENIED, 409),
+    "HOST_QUARANTINED": (grpc.StatusCode.PERMISSION_DENIED, 409),
+    "SESSION_SUPERSEDED": (grpc.StatusCode.ABORTED, 409),
+    "UNKNOWN_SESSION": (grpc.StatusCode.UNAUTHENTICATED, 401),
+    "TRY_LATER": (grpc.StatusCode.UNAVAILABLE, 503),
+    "UNAUTHORIZED": (grpc.StatusCode.UNAUTHENTICATED, 401),
+    "FORBIDDEN": (grpc.StatusCode.PERMISSION_DENIED, 403),
+    "NOT_FOUND": (grpc.StatusCode.NOT_FOUND, 404),
+    "METHOD_NOT_ALLOWED": (grpc.StatusCode.UNIMPLEMENTED, 405),
+    "CONFLICT": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "LENGTH_REQUIRED": (grpc.StatusCode.INVALID_ARGUMENT, 411),
+    "TOO_LARGE": (grpc.StatusCode.INVALID_ARGUMENT, 413),
+    "NOT_JSON": (grpc.StatusCode.INVALID_ARGUMENT, 415),
+    "INTERNAL": (grpc.StatusCode.INTERNAL, 500),
+}
+
+
+class Refusal(Error):
+    """A request that is refused: its name in REFUSALS, what is wrong, what to do, the field."""
+
+    def __init__(self, code: str, what: str, todo: str, field: str = "") -> None:
+        super().__init__(what, todo)
+        self.code = code
+        self.field = field
+
+
+# ---------------------------------------------------------------------------------------------
+# Types: what the rules and operations hand to each other. Pure, no behaviour.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A parsed bearer token: its public id and the 32 bytes that must never be logged."""
+
+    public_id: str
+    secret: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """Who asks for a change: `jwt:<sub>:<jti>`, `cli:<user>`, `invite:<id>` or `host:<id>`."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class InviteOrder:
+    """What an operator asks for when minting an invite; checked values only."""
+
+    ttl_hours: int = INVITE_TTL_HOURS
+    note: str = ""
+    payout_pubkey: str | None = None
+    wg_ip: str | None = None
+    wg_pubkey: str | None = None
+    approve_first_wallet: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Invite:
+    """A row of `invites` (without the secret's hash) with its state by the database's clock."""
+
+    invite_no: int
+    invite_id: str
+    state: str
+    note: str
+    payout_pubkey: str | None
+    wg_ip: str | None
+    wg_pubkey: str | None
+    approve_first_wallet: bool
+    created_by: str
+    created_at: dt.datetime
+    expires_at: dt.datetime
+    revoked_at: dt.datetime | None
+    consumed_at: dt.datetime | None
+    host_id: uuid.UUID | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A row of `hosts` with what its standing depends on."""
+
+    host_no: int
+    host_id: uuid.UUID
+    status: str
+    status_at: dt.datetime
+    invite_id: str
+    invite_payout_pubkey: str | None
+    payout_pubkey: str | None
+    requested_payout_pubkey: str | None
+    namespace: str | None
+    namespace_approved: bool
+    ever_assigned: bool
+    wg_ip: str | None
+    wg_pubkey: str | None
+    hostname: str
+    arch: str
+    kernel: str
+    agent_version: str
+    cpu_count: int
+    memory_bytes: int
+    disk_bytes: int
+    disk_encrypted: bool
+    created_at: dt.datetime
+    revoked_at: dt.datetime | None
+    last_heartbeat_at: dt.datetime | None
+    heartbeat_interval_ms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Claimant:
+    """A host that a registration touches, by its secret, its key or its address."""
+
+    host_no: int
+    host_id: uuid.UUID
+    status: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReason:
+    """One reason why a host is not assignable, and what heals it."""
+
+    what: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.todo}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How the control plane sees a host."""
+
+    status: str
+    assignable: bool
+    reasons: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a host says about its machine; checked values only."""
+
+    hostname: str
+    arch: str
+    kernel: str
+    agent_version: str
+    cpu_count: int
+    memory_bytes: int
+    disk_bytes: int
+    disk_encrypted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """A checked Register request; hashes only, but for the token."""
+
+    token: Token
+    host_secret_sha256: bytes
+    session_sha256: bytes
+    payout_pubkey: str | None
+    wg_ip: str | None
+    wg_pubkey: str | None
+    facts: Facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumption:
+    """A checked Resume request; hashes only, no secret."""
+
+    host_secret_sha256: bytes
+    session_sha256: bytes
+    previous_sha256: bytes
+    payout_pubkey: str | None
+    wg_ip: str | None
+    wg_pubkey: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Beat:
+    """A checked heartbeat."""
+
+    session_sha256: bytes
+    peer: str
+    seq: int
+    boot_id: uuid.UUID
+    paused: bool
+    interval_ms: int
+    facts: Facts | None
+
+
+@dataclasses.dataclass(frozen=True)
+class JwtKey:
+    """One signing key of the operators' tokens."""
+
+    kid: str
+    alg: str
+    secret: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What a valid JWT says: who, which token, which rights."""
+
+    sub: str
+    jti: str
+    scope: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a request body or query: its type, its bounds, and its line in the OpenAPI."""
+
+    name: str
+    kind: str  # integer, string, boolean
+    help: str
+    minimum: int = 0
+    maximum: int = 0
+    default: Any = None
+    check: Callable[[str, str], str] | None = None  # (value, field name) -> value, or Refusal
+    values: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules: tokens, wallets, addresses, JWTs, standing, redemption, requests, renderers. Pure.
+# ---------------------------------------------------------------------------------------------
+
+_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+_BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def sha256(secret: bytes) -> bytes:
+    """The hash under which a secret of 256 random bits is stored."""
+    return hashlib.sha256(secret).digest()
+
+
+def render_token(prefix: str, public_id: str, secret: bytes) -> str:
+    """`<prefix>_<id>_<secret, base64url of 32 bytes>_<crc32>`; the checksum finds typing errors."""
+    body = f"{prefix}_{public_id}_{b64url(secret)}"
+    return f"{body}_{zlib.crc32(body.encode()):08x}"
+
+
+def parse_token(prefix: str, text: str) -> Token:
+    """The id and secret of a token; raises Refusal BAD_REQUEST that never repeats the text."""
+    form = rf"{prefix}_([a-z2-7]{{16}})_([A-Za-z0-9_-]{{43}})_([0-9a-f]{{8}})"
+    match = re.fullmatch(form, text)
+    if not match or zlib.crc32(text[:-9].encode()) != int(match[3], 16):
+        raise Refusal(
+            "BAD_REQUEST",
+            "the token is incomplete or mistyped",
+            "copy it again, whole, as the operator sent it",
+            "invite_token",
+        )
+    return Token(match[1], parse_b64url(match[2]))
+
+
+def new_public_id() -> str:
+    """80 random bits as 16 base32 characters (RFC 4648, lower case): an id that may be logged."""
+    return base64.b32encode(secrets.token_bytes(10)).decode().lower()
+
+
+def check_payout_pubkey(text: str, field: str) -> str:
+    """A Solana address: base58 of exactly 32 bytes, not the all-zero one; raises Refusal."""
+    digits = [_BASE58.find(char) for char in text[:45]]
+    value = functools.reduce(lambda total, digit: total * 58 + digit, digits, 0)
+    leading = len(text) - len(text.lstrip("1"))
+    size = leading + (value.bit_length() + 7) // 8
+    if -1 in digits or value == 0 or size != 32:
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field} is not a Solana address (base58 of 32 bytes)",
+            "copy the public key from your wallet again, 32 to 44 characters",
+            field,
+        )
+    return text
+
+
+def check_wg_pubkey(text: str, field: str) -> str:
+    """A WireGuard public key: base64 of 32 bytes, as `wg pubkey` prints it; raises Refusal."""
+    try:
+        good = len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
+    except ValueError:
+        good = False
+    if not good:
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field} is not a WireGuard public key (base64 of 32 bytes)",
+            "print it on the host: sudo cat /etc/wireguard/openinfra.pub",
+            field,
+        )
+    return text
+
+
+def check_wg_ip(text: str, field: str) -> str:
+    """A host's address in the tunnel, 10.77.0.2 to 10.77.255.254; raises Refusal."""
+    try:
+        address = ipaddress.IPv4Address(text)
+    except ValueError:
+        address = HUB
+    if address not in TUNNEL or address in (HUB, TUNNEL[0], TUNNEL[-1]):
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field} is not an address for a host",
+            "give one from 10.77.0.2 to 10.77.255.254",
+            field,
+        )
+    return str(address)
+
+
+def check_text(text: str, field: str) -> str:
+    """One line of printable Unicode (no control characters, no lone surrogates); raises Refusal."""
+    if not text.isprintable():
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field} holds a control character or a broken one",
+            "send one line of printable text",
+            field,
+        )
+    return text
+
+
+def namespace_of(payout_pubkey: str) -> str:
+    """The namespace of a provider's wallet."""
+    return f"solana:{payout_pubkey}"
+
+
+def parse_peer(peer: str) -> str:
+    """The address in gRPC's peer string (`ipv4:10.77.0.42:53422`, `ipv6:%5B::1%5D:53422`)."""
+    text = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return "0.0.0.0"  # noqa: S104 - no host has it
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
+
+
+def b64url(data: bytes) -> str:
+    """base64url without padding (RFC 7515)."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def parse_b64url(text: str) -> bytes:
+    """The bytes of an unpadded base64url text; raises ValueError (RFC 7515, strict)."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
+        raise ValueError("not base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def render_jwt(key: JwtKey, claims: Mapping[str, Any]) -> str:
+    """A signed JWT (RFC 7519, HS256)."""
+    header = {"alg": key.alg, "kid": key.kid, "typ": "JWT"}
+    parts = [b64url(json.dumps(part, separators=(",", ":")).encode()) for part in (header, claims)]
+    signature = hmac.digest(key.secret, ".".join(parts).encode(), "sha256")
+    return ".".join([*parts, b64url(signature)])
+
+
+def parse_jwt(text: str, keys: Sequence[JwtKey], now: float) -> Claims:
+    """The claims of a valid token; ValueError for any other. `now` in Unix seconds.
+
+    The algorithm is the key record's, never the token's; the payload is looked at only after the
+    signature is known to be good, and the header only when it is at most 256 bytes long.
+    """
+    head, body, signature = text.split(".") if len(text) <= JWT_BYTES else ("", "", "")
+    if not head or len(head) > JWT_HEADER_BYTES:
+        raise ValueError("form")
+    header = parse_json(parse_b64url(head))
+    key = next((key for key in keys if key.kid == header.get("kid")), None)
+    if key is None or header != {"alg": key.alg, "kid": key.kid, "typ": "JWT"}:
+        raise ValueError("header")
+    expected = hmac.digest(key.secret, f"{head}.{body}".encode(), "sha256")
+    if not hmac.compare_digest(expected, parse_b64url(signature)):
+        raise ValueError("signature")
+    claims = parse_json(parse_b64url(body))
+    sub, jti, scope = claims.get("sub"), claims.get("jti"), claims.get("scope")
+    if claims.get("iss") != JWT_ISSUER or claims.get("aud") != JWT_AUDIENCE:
+        raise ValueError("issuer or audience")
+    if not (isinstance(sub, str) and isinstance(jti, str) and isinstance(scope, str)):
+        raise ValueError("claims")
+    iat, exp = claims.get("iat"), claims.get("exp")
+    if type(iat) is not int or type(exp) is not int:
+        raise ValueError("times")
+    if not (iat - JWT_LEEWAY_S <= now < exp <= iat + JWT_MAX_S):
+        raise ValueError("expired")
+    return Claims(sub, jti, frozenset(scope.split()))
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or a depth that recursion fears; ValueError."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            raise ValueError("a key stands there twice")
+        return found
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked values of a body or query, defaults filled in; raises Refusal with the field."""
+    known = {field.name: field for field in fields}
+    for name in given:
+        if name not in known:
+            raise Refusal(
+                "BAD_REQUEST",
+                f"unknown field {json.dumps(name[:40])}",
+                f"known fields are: {', '.join(known) or 'none'}",
+                name[:40],
+            )
+    return {f.name: parse_field(f, given[f.name]) if f.name in given else f.default for f in fields}
+
+
+def parse_field(field: Field, value: Any) -> Any:
+    """One checked value; raises Refusal."""
+    types = {"integer": int, "string": str, "boolean": bool}
+    if type(value) is not types[field.kind]:
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field.name} has the wrong type",
+            f"send a JSON {field.kind}",
+            field.name,
+        )
+    measure = value if field.kind == "integer" else len(value) if field.kind == "string" else 0
+    if field.kind != "boolean" and not field.minimum <= measure <= field.maximum:
+        unit = " characters" if field.kind == "string" else ""
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field.name} is out of range",
+            f"send {field.minimum} to {field.maximum}{unit}",
+            field.name,
+        )
+    if field.values and value not in field.values:
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field.name} is none of the known values",
+            f"send one of: {', '.join(field.values)}",
+            field.name,
+        )
+    return field.check(value, field.name) if field.check else value
+
+
+HOST_STATUSES = ("pending", "online", "offline", "paused", "quarantined", "revoked")
+INVITE_STATES = ("open", "used", "revoked", "expired")
+INVITE_FIELDS = (
+    Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
+    Field("note", "string", "for the operator only", 0, 500, "", check_text),
+    Field("payout_pubkey", "string", "the provider's wallet", 1, 64, None, check_payout_pubkey),
+    Field("wg_ip", "string", "tunnel address kept for the host", 1, 15, None, check_wg_ip),
+    Field("wg_pubkey", "string", "the only key that may redeem it", 1, 64, None, check_wg_pubkey),
+    Field("approve_first_wallet", "boolean", "approve the wallet it arrives with", default=False),
+)
+PAGE_FIELDS = (
+    Field("limit", "integer", "rows to give", 1, PAGE_MAX, PAGE_DEFAULT),
+    Field("cursor", "integer", "`next_cursor` of the page before", 0, 2**62, 0),
+)
+HOST_FILTERS = (
+    Field("status", "string", "only hosts of this status", 1, 16, None, values=HOST_STATUSES),
+    Field("namespace", "string", "only hosts of this namespace", 1, 64, None, check_text),
+    Field("hostname", "string", "only hosts of this exact name", 1, 253, None, check_text),
+)
+INVITE_FILTERS = (
+    Field("state", "string", "only invites of this state", 1, 16, None, values=INVITE_STATES),
+)
+AUDIT_FILTERS = (
+    Field("subject", "string", "only this host, invite or namespace", 1, 100, None, check_text),
+)
+
+
+def parse_query(fields: Sequence[Field], query: str) -> dict[str, Any]:
+    """The checked values of a URL's query string; raises Refusal."""
+    given: dict[str, Any] = {}
+    kinds = {field.name: field.kind for field in fields}
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=20)
+    except ValueError:
+        raise Refusal("BAD_REQUEST", "the query has too many fields", "send fewer") from None
+    for name, value in pairs:
+        if name in given:
+            what = f"{json.dumps(name[:40])} stands twice in the query"
+            raise Refusal("BAD_REQUEST", what, "send it once", name[:40])
+        is_number = kinds.get(name) == "integer" and re.fullmatch("[0-9]{1,18}", value)
+        given[name] = int(value) if is_number else value
+    return parse_fields(fields, given)
+
+
+def parse_facts(facts: pb.Facts) -> Facts:
+    """The checked facts of a host; raises Refusal with the field."""
+    limits = {"hostname": 253, "arch": 32, "kernel": 128, "agent_version": 64}
+    for name, limit in limits.items():
+        value = getattr(facts, name)
+        if not (0 < len(value) <= limit and value.isascii() and value.isprintable()):
+            raise Refusal(
+                "BAD_REQUEST",
+                f"facts.{name} is empty, too long or not printable ASCII",
+                "upgrade the agent, or mend the name on the host",
+                f"facts.{name}",
+            )
+    if max(facts.memory_bytes, facts.disk_bytes) >= 2**63 or facts.cpu_count > 2**16:
+        what = "facts.cpu_count, memory_bytes or disk_bytes is impossible"
+        raise Refusal("BAD_REQUEST", what, "upgrade the agent", "facts")
+    return Facts(
+        facts.hostname,
+        facts.arch,
+        facts.kernel,
+        facts.agent_version,
+        facts.cpu_count,
+        facts.memory_bytes,
+        facts.disk_bytes,
+        facts.disk_encrypted,
+    )
+
+
+def hash_secret(secret: bytes, field: str) -> bytes:
+    """SHA-256 of a secret that must be 32 bytes; raises Refusal."""
+    if len(secret) != 32:
+        raise Refusal("BAD_REQUEST", f"{field} is not 32 bytes", "upgrade the agent", field)
+    return sha256(secret)
+
+
+def parse_wallet(text: str) -> str | None:
+    """The wallet that an agent sends, or None for an empty one; raises Refusal."""
+    return check_payout_pubkey(text, "payout_pubkey") if text else None
+
+
+def parse_tunnel(peer: str, wg_pubkey: str, peer_check: bool) -> tuple[str | None, str | None]:
+    """The WireGuard address and key that a host comes with; raises Refusal."""
+    key = check_wg_pubkey(wg_pubkey, "wg_pubkey") if wg_pubkey else None
+    if not peer_check:
+        return None, key
+    try:
+        address = check_wg_ip(peer, "peer")
+    except Refusal:
+        raise Refusal(
+            "WRONG_ADDRESS",
+            f"the call came from {peer}, which is no host's address in the tunnel",
+            "let the agent connect through WireGuard: sudo wg show openinfra",
+        ) from None
+    if key is None:
+        raise Refusal(
+            "BAD_REQUEST",
+            "the agent sent no WireGuard public key",
+            "is /etc/wireguard/openinfra.pub there? run install_agent.py again",
+            "wg_pubkey",
+        )
+    return address, key
+
+
+def parse_register(request: pb.RegisterRequest, peer: str, peer_check: bool) -> Registration:
+    """A checked Register request; raises Refusal."""
+    token = parse_token("oi1", request.invite_token)
+    address, key = parse_tunnel(peer, request.wg_pubkey, peer_check)
+    return Registration(
+        token=token,
+        host_secret_sha256=hash_secret(request.host_secret, "host_secret"),
+        session_sha256=hash_secret(request.session, "session"),
+        payout_pubkey=parse_wallet(request.payout_pubkey),
+        wg_ip=address,
+        wg_pubkey=key,
+        facts=parse_facts(request.facts),
+    )
+
+
+def parse_resume(request: pb.ResumeRequest, peer: str, peer_check: bool) -> Resumption:
+    """A checked Resume request; raises Refusal."""
+    address, key = parse_tunnel(peer, request.wg_pubkey, peer_check)
+    return Resumption(
+        host_secret_sha256=hash_secret(request.host_secret, "host_secret"),
+        session_sha256=hash_secret(request.session, "session"),
+        previous_sha256=sha256(request.previous_session),
+        payout_pubkey=parse_wallet(request.payout_pubkey),
+        wg_ip=address,
+        wg_pubkey=key,
+    )
+
+
+def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -> Beat:
+    """A checked heartbeat; raises Refusal."""
+    if not _BOOT_ID.fullmatch(request.boot_id):
+        raise Refusal("BAD_REQUEST", "boot_id is not a UUID", "upgrade the agent", "boot_id")
+    if not 0 < request.seq < 2**63:
+        raise Refusal("BAD_REQUEST", "seq is out of range", "upgrade the agent", "seq")
+    return Beat(
+        session_sha256=hash_secret(request.session, "session"),
+        peer=peer,
+        seq=request.seq,
+        boot_id=uuid.UUID(request.boot_id),
+        paused=request.paused,
+        interval_ms=interval_ms,
+        facts=parse_facts(request.facts) if request.HasField("facts") else None,
+    )
+
+
+def decide_redemption(
+    by_secret: Claimant | None, by_key: Claimant | None, by_address: Claimant | None
+) -> Claimant | None:
+    """The host that a valid invite gives its secret to, or None for a new host; raises Refusal.
+
+    `by_address` counts hosts that are not revoked. The key alone proves nothing, since it is only
+    said; the address is proved by the tunnel; so a lost identity is healed by both together.
+    """
+    if by_key is not None and by_key.status == "revoked":
+        raise Refusal(
+            "KEY_TAKEN",
+            "this WireGuard key belongs to a host that was revoked",
+            "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again",
+        )
+    if by_secret is not None and by_secret.status == "revoked":
+        raise revoked()
+    host = by_secret or (by_key if by_key == by_address else None)
+    if by_key is not None and by_key != host:
+        raise Refusal(
+            "KEY_TAKEN",
+            "another host has this WireGuard key, at another address",
+            "connect from the address that the operator gave you, or make a new key",
+        )
+    if by_address is not None and by_address != host:
+        raise Refusal(
+            "ADDRESS_TAKEN",
+            "another host has this address in the tunnel",
+            "ask the operator for another address, or to revoke the host that has it",
+        )
+    return host
+
+
+def decide_resume(live: bytes | None, asked: bytes, previous: bytes, takeovers: int) -> str:
+    """What a Resume is: `retry`, `continue`, `takeover` or `quarantine`.
+
+    `live` is the hash of the session that is live now, `takeovers` those of the last 10 minutes.
+    """
+    if live == asked:
+        return "retry"
+    if live is None or live == previous:
+        return "continue"
+    return "takeover" if takeovers < TAKEOVERS_MAX else "quarantine"
+
+
+def decide_wallet(
+    current: str | None, asked: str | None, invited: str | None, ever_assigned: bool
+) -> tuple[str | None, str | None]:
+    """The wallet a host gets, and the one that it wants but may not have any more (or None)."""
+    wanted = asked or current or invited
+    if ever_assigned and current is not None and wanted != current:
+        return current, wanted
+    return wanted, None
+
+
+def superseded() -> Refusal:
+    """The refusal of a session after which a newer one was opened."""
+    return Refusal(
+        "SESSION_SUPERSEDED",
+        "another agent holds this identity: a newer session was opened for this host",
+        "is a copy of this machine's disk running somewhere? stop one of the two",
+    )
+
+
+def quarantined() -> Refusal:
+    """The refusal of a quarantined host."""
+    return Refusal(
+        "HOST_QUARANTINED",
+        "this host is in quarantine: two machines used its identity in turn",
+        "stop the copy, then ask the operator to release the host",
+    )
+
+
+def revoked() -> Refusal:
+    """The refusal of a revoked host."""
+    return Refusal(
+        "HOST_REVOKED",
+        "the operator revoked this host",
+        "ask the operator; a revoked host stays revoked",
+    )
+
+
+def decide_reasons(host: Host) -> list[HostReason]:
+    """Every reason why no workload may be placed on a host; none for one that is assignable."""
+    found = []
+    since = f"{host.status_at:%Y-%m-%d %H:%M} UTC"
+    if host.status == "pending":
+        what = "it has registered, but no heartbeat has arrived yet"
+        found.append(HostReason(what, "look on the host: sudo journalctl -u openinfra-agent"))
+    if host.status == "offline":
+        what = f"no heartbeat since {host.last_heartbeat_at or host.created_at:%Y-%m-%d %H:%M} UTC"
+        found.append(HostReason(what, "is the machine on, its tunnel up? on the CP: wg show wg0"))
+    if host.status == "paused":
+        found.append(HostReason(f"its provider paused it at {since}", "only they can unpause it"))
+    if host.status == "quarantined":
+        what = f"since {since} it is in quarantine: two machines used its identity in turn"
+        found.append(HostReason(what, "stop the copy, then release the host"))
+    if host.status == "revoked":
+        what = f"the operator revoked it at {since}"
+        found.append(HostReason(what, "to join again it needs a new key and a fresh invite"))
+    if host.payout_pubkey is None:
+        what = "it has no payout wallet"
+        todo = "set SOLANA_PAYOUT_PUBKEY in /etc/openinfra/agent.env, then restart openinfra-agent"
+        found.append(HostReason(what, todo))
+    elif not host.namespace_approved:
+        invited = host.invite_payout_pubkey
+        differs = f"is not the invite's {invited}" if invited else "was not named in the invite"
+        what = f"its wallet {host.payout_pubkey} {differs}"
+        todo = (
+            f"the operator approves namespace {host.namespace}, or the provider mends"
+            " SOLANA_PAYOUT_PUBKEY in /etc/openinfra/agent.env and restarts openinfra-agent"
+        )
+        found.append(HostReason(what, todo))
+    if host.requested_payout_pubkey is not None:
+        what = (
+            f"agent.env names the wallet {host.requested_payout_pubkey}, but it has already"
+            f" worked for {host.payout_pubkey}"
+        )
+        found.append(HostReason(what, "set the old wallet again, or ask the operator"))
+    return found
+
+
+def decide_standing(host: Host) -> Standing:
+    """How the control plane sees a host."""
+    reasons = tuple(str(reason) for reason in decide_reasons(host))
+    return Standing(host.status, not reasons, reasons)
+
+
+def decide_busy(waiting: int, commit_s: float) -> float:
+    """How loaded the heartbeat path is, 0 to 1, from its queue and its last commit's time."""
+    return min(1.0, max(waiting / (10 * BATCH_MAX), (commit_s - 0.25) / 0.75, 0.0))
+
+
+def decide_interval_ms(nominal_s: float, busy: float, unit: float) -> int:
+    """Milliseconds to a host's next heartbeat: nominal to double by load, jittered by 10 %.
+
+    `unit` is a random number from 0 to 1. At most 60 s, the limit that the agent keeps as well.
+    """
+    return int(min(nominal_s * (1 + busy) * (0.9 + 0.2 * unit), HEARTBEAT_MAX_S) * 1000)
+
+
+def render_standing(standing: Standing) -> pb.Standing:
+    """The standing as an agent gets it."""
+    status = pb.HostStatus.Value(f"HOST_STATUS_{standing.status.upper()}")
+    return pb.Standing(
+        status=status, assignable=standing.assignable, reasons=list(standing.reasons)
+    )
+
+
+def render_time(at: dt.datetime | None) -> str | None:
+    """RFC 3339 in UTC with milliseconds, or None."""
+    if at is None:
+        return None
+    return at.astimezone(dt.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def render_host(host: Host) -> dict[str, Any]:
+    """A host as the HTTP API shows it."""
+    standing = decide_standing(host)
+    return {
+        "host_id": str(host.host_id),
+        "hostname": host.hostname,
+        "status": standing.status,
+        "status_at": render_time(host.status_at),
+        "assignable": standing.assignable,
+        "reasons": list(standing.reasons),
+        "namespace": host.namespace,
+        "namespace_approved": host.namespace_approved,
+        "payout_pubkey": host.payout_pubkey,
+        "requested_payout_pubkey": host.requested_payout_pubkey,
+        "invite_id": host.invite_id,
+        "invite_payout_pubkey": host.invite_payout_pubkey,
+        "wg_ip": host.wg_ip,
+        "wg_pubkey": host.wg_pubkey,
+        "arch": host.arch,
+        "kernel": host.kernel,
+        "agent_version": host.agent_version,
+        "cpu_count": host.cpu_count,
+        "memory_bytes": host.memory_bytes,
+        "disk_bytes": host.disk_bytes,
+        "disk_encrypted": host.disk_encrypted,
+        "created_at": render_time(host.created_at),
+        "revoked_at": render_time(host.revoked_at),
+        "last_heartbeat_at": render_time(host.last_heartbeat_at),
+        "heartbeat_interval_s": host.heartbeat_interval_ms / 1000,
+    }
+
+
+def render_invite(invite: Invite) -> dict[str, Any]:
+    """An invite as the HTTP API shows it, without its token."""
+    return {
+        "id": invite.invite_id,
+        "state": invite.state,
+        "note": invite.note,
+        "payout_pubkey": invite.payout_pubkey,
+        "wg_ip": invite.wg_ip,
+        "wg_pubkey": invite.wg_pubkey,
+        "approve_first_wallet": invite.approve_first_wallet,
+        "created_by": invite.created_by,
+        "created_at": render_time(invite.created_at),
+        "expires_at": render_time(invite.expires_at),
+        "revoked_at": render_time(invite.revoked_at),
+        "consumed_at": render_time(invite.consumed_at),
+        "host_id": str(invite.host_id) if invite.host_id else None,
+    }
+
+
+def render_row(row: Mapping[str, Any], without: str = "") -> dict[str, Any]:
+    """A database row as JSON, times as RFC 3339, without its internal key."""
+    return {
+        key: render_time(value) if isinstance(value, dt.datetime) else value
+        for key, value in row.items()
+        if key != without
+    }
+
+
+def render_metrics(samples: Iterable[tuple[str, str, str, Mapping[str, str], float]]) -> str:
+    """Prometheus text format 0.0.4; a sample is (name, type, help, labels, value), by name."""
+    lines: list[str] = []
+    seen: set[str] = set()
+    for name, kind, text, labels, value in samples:
+        if name not in seen:
+            seen.add(name)
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        inner = ",".join(f"{key}={json.dumps(label)}" for key, label in sorted(labels.items()))
+        lines.append(f"{name}{'{' + inner + '}' if inner else ''} {value:.12g}")
+    return "\n".join(lines) + "\n"
+
+
+def render_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns for a terminal; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# SQL: the schema by numbered migrations, and every statement by name. Text only.
+# ---------------------------------------------------------------------------------------------
+
+# A landed migration is never edited; its checksum is kept in the database. @ROLE@ is the CP's role.
+MIGRATIONS: tuple[tuple[int, str, str], ...] = (
+    (
+        1,
+        "invites, hosts, sessions, liveness, namespaces, audit log",
+        """
+CREATE TABLE cp_state (
+  only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+  serving_since timestamptz NOT NULL DEFAULT now(),
+  alive_at timestamptz NOT NULL DEFAULT now()
+);
+INSERT INTO cp_state DEFAULT VALUES;
+COMMENT ON TABLE cp_state IS 'One row: what the control plane knows of its own life';
+COMMENT ON COLUMN cp_state.only_row IS 'Always true: there is one row';
+COMMENT ON COLUMN cp_state.serving_since IS 'A host''s silence counts from here at the earliest';
+COMMENT ON COLUMN cp_state.alive_at IS 'Last sign of life of `serve`; a gap moves serving_since';
+
+CREATE TABLE namespaces (
+  namespace_no integer GENERATED ALWAYS AS IDENTITY UNIQUE,
+  namespace text PRIMARY KEY CHECK (namespace ~ '^solana:[1-9A-HJ-NP-Za-km-z]{32,44}$'),
+  created_at timestamptz NOT NULL DEFAULT now(),
+  approved_at timestamptz,
+  approved_by text,
+  CHECK ((approved_at IS NULL) = (approved_by IS NULL))
+);
+COMMENT ON TABLE namespaces IS 'Wallets of providers; hosts in one that is not approved get no work';
+COMMENT ON COLUMN namespaces.namespace_no IS 'Order of lists';
+COMMENT ON COLUMN namespaces.namespace IS '`solana:` and the wallet''s public key, base58';
+COMMENT ON COLUMN namespaces.created_at IS 'When an invite or a host named it first';
+COMMENT ON COLUMN namespaces.approved_at IS 'When the operator approved it; null: not approved';
+COMMENT ON COLUMN namespaces.approved_by IS 'Who approved it: the actor as in audit_log';
+
+CREATE TABLE invites (
+  invite_no bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
+  invite_id text PRIMARY KEY CHECK (invite_id ~ '^[a-z2-7]{16}$'),
+  secret_sha256 bytea NOT NULL CHECK (length(secret_sha256) = 32),
+  note text NOT NULL CHECK (length(note) <= 500),
+  payout_pubkey text,
+  wg_ip inet CHECK (wg_ip << inet '10.77.0.0/16'),
+  wg_ip_held boolean NOT NULL,
+  wg_pubkey text CHECK (length(wg_pubkey) = 44),
+  approve_first_wallet boolean NOT NULL,
+  created_by text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  expires_at timestamptz NOT NULL,
+  revoked_at timestamptz,
+  consumed_at timestamptz,
+  host_id uuid,
+  CHECK (expires_at > created_at AND expires_at <= created_at + interval '72 hours'),
+  CHECK ((consumed_at IS NULL) = (host_id IS NULL)),
+  CHECK (revoked_at IS NULL OR consumed_at IS NULL),
+  CHECK (NOT wg_ip_held OR (wg_ip IS NOT NULL AND revoked_at IS NULL AND consumed_at IS NULL)),
+  UNIQUE (invite_id, host_id)
+);
+CREATE UNIQUE INDEX invites_wg_ip_held ON invites (wg_ip) WHERE wg_ip_held;
+COMMENT ON TABLE invites IS 'Single-use tokens that make a host, or give a lost one a new secret';
+COMMENT ON COLUMN invites.invite_no IS 'Order of lists';
+COMMENT ON COLUMN invites.invite_id IS 'Public part of the token, 16 base32 characters';
+COMMENT ON COLUMN invites.secret_sha256 IS 'SHA-256 of the token''s secret; the secret is nowhere';
+COMMENT ON COLUMN invites.note IS 'For the operator';
+COMMENT ON COLUMN invites.payout_pubkey IS 'The wallet that the operator expects; null: none named';
+COMMENT ON COLUMN invites.wg_ip IS 'Tunnel address meant for the host; null: none named';
+COMMENT ON COLUMN invites.wg_ip_held IS 'The address is kept for this invite now';
+COMMENT ON COLUMN invites.wg_pubkey IS 'Only this WireGuard key may redeem it; null: any';
+COMMENT ON COLUMN invites.approve_first_wallet IS 'Without a named wallet: approve the first one';
+COMMENT ON COLUMN invites.created_by IS 'Who minted it: the actor as in audit_log';
+COMMENT ON COLUMN invites.created_at IS 'When it was minted';
+COMMENT ON COLUMN invites.expires_at IS 'It cannot be redeemed from then on; at most 72 hours later';
+COMMENT ON COLUMN invites.revoked_at IS 'When the operator took it back';
+COMMENT ON COLUMN invites.consumed_at IS 'When a host redeemed it; once and for all';
+COMMENT ON COLUMN invites.host_id IS 'The host that redeemed it';
+
+CREATE TABLE hosts (
+  host_no integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  host_id uuid NOT NULL UNIQUE,
+  invite_id text NOT NULL UNIQUE,
+  host_secret_sha256 bytea NOT NULL UNIQUE CHECK (length(host_secret_sha256) = 32),
+  wg_ip inet CHECK (wg_ip << inet '10.77.0.0/16' AND wg_ip <> inet '10.77.0.1'),
+  wg_pubkey text UNIQUE CHECK (length(wg_pubkey) = 44),
+  payout_pubkey text,
+  requested_payout_pubkey text CHECK (requested_payout_pubkey <> payout_pubkey),
+  namespace text REFERENCES namespaces,
+  ever_assigned boolean NOT NULL DEFAULT false,
+  status text NOT NULL DEFAULT 'pending' CHECK (
+    status IN ('pending', 'online', 'offline', 'paused', 'quarantined', 'revoked')),
+  status_at timestamptz NOT NULL DEFAULT now(),
+  released_at timestamptz,
+  revoked_at timestamptz,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  hostname text NOT NULL CHECK (length(hostname) BETWEEN 1 AND 253),
+  arch text NOT NULL,
+  kernel text NOT NULL,
+  agent_version text NOT NULL,
+  cpu_count integer NOT NULL CHECK (cpu_count >= 0),
+  memory_bytes bigint NOT NULL CHECK (memory_bytes >= 0),
+  disk_bytes bigint NOT NULL CHECK (disk_bytes >= 0),
+  disk_encrypted boolean NOT NULL,
+  FOREIGN KEY (invite_id, host_id) REFERENCES invites (invite_id, host_id)
+    DEFERRABLE INITIALLY DEFERRED,
+  CHECK (namespace IS NOT DISTINCT FROM 'solana:' || payout_pubkey),
+  CHECK ((status = 'revoked') = (revoked_at IS NOT NULL))
+);
+ALTER TABLE invites ADD FOREIGN KEY (host_id) REFERENCES hosts (host_id)
+  DEFERRABLE INITIALLY DEFERRED;
+CREATE UNIQUE INDEX hosts_wg_ip ON hosts (wg_ip) WHERE status <> 'revoked';
+CREATE INDEX hosts_status ON hosts (status, host_no);
+CREATE INDEX hosts_namespace ON hosts (namespace, host_no);
+CREATE INDEX hosts_hostname ON hosts (hostname, host_no);
+COMMENT ON TABLE hosts IS 'Machines of the fleet; a row changes seldom (see liveness)';
+COMMENT ON COLUMN hosts.host_no IS 'Short key for other tables, and the order of lists';
+COMMENT ON COLUMN hosts.host_id IS 'UUID version 4 that the host is known by outside';
+COMMENT ON COLUMN hosts.invite_id IS 'The invite that gave it its present secret';
+COMMENT ON COLUMN hosts.host_secret_sha256 IS 'SHA-256 of the secret that the agent keeps';
+COMMENT ON COLUMN hosts.wg_ip IS 'Its address in the tunnel; null: registered without one (pilot)';
+COMMENT ON COLUMN hosts.wg_pubkey IS 'Its WireGuard public key, base64; a revoked one never returns';
+COMMENT ON COLUMN hosts.payout_pubkey IS 'Wallet that its earnings go to; null: none given';
+COMMENT ON COLUMN hosts.requested_payout_pubkey IS 'Wallet that it asked for after its first work';
+COMMENT ON COLUMN hosts.namespace IS 'Namespace of its wallet';
+COMMENT ON COLUMN hosts.ever_assigned IS 'A workload was assigned to it once: its wallet is fixed';
+COMMENT ON COLUMN hosts.status IS 'pending, online, offline, paused, quarantined or revoked';
+COMMENT ON COLUMN hosts.status_at IS 'When status changed last';
+COMMENT ON COLUMN hosts.released_at IS 'When the operator released it from quarantine last';
+COMMENT ON COLUMN hosts.revoked_at IS 'When the operator removed it; final';
+COMMENT ON COLUMN hosts.created_at IS 'When it registered first';
+COMMENT ON COLUMN hosts.hostname IS 'Fact: host name';
+COMMENT ON COLUMN hosts.arch IS 'Fact: machine hardware name, as `uname -m`';
+COMMENT ON COLUMN hosts.kernel IS 'Fact: kernel release, as `uname -r`';
+COMMENT ON COLUMN hosts.agent_version IS 'Fact: version of the agent';
+COMMENT ON COLUMN hosts.cpu_count IS 'Fact: logical processors';
+COMMENT ON COLUMN hosts.memory_bytes IS 'Fact: physical memory in bytes';
+COMMENT ON COLUMN hosts.disk_bytes IS 'Fact: size of the data directory''s file system in bytes';
+COMMENT ON COLUMN hosts.disk_encrypted IS 'Fact: the data directory lies on dm-crypt';
+
+CREATE TABLE sessions (
+  session_sha256 bytea PRIMARY KEY CHECK (length(session_sha256) = 32),
+  host_no integer NOT NULL REFERENCES hosts,
+  opened_by text NOT NULL CHECK (opened_by IN ('register', 'resume', 'takeover')),
+  started_at timestamptz NOT NULL DEFAULT now(),
+  ended_at timestamptz
+);
+CREATE UNIQUE INDEX sessions_live ON sessions (host_no) WHERE ended_at IS NULL;
+CREATE INDEX sessions_host ON sessions (host_no, started_at);
+COMMENT ON TABLE sessions IS 'Sessions of agents; a host has at most one that is live';
+COMMENT ON COLUMN sessions.session_sha256 IS 'SHA-256 of the session''s 32 bytes';
+COMMENT ON COLUMN sessions.host_no IS 'The host';
+COMMENT ON COLUMN sessions.opened_by IS 'takeover: a resume that did not know the live session';
+COMMENT ON COLUMN sessions.started_at IS 'When it began';
+COMMENT ON COLUMN sessions.ended_at IS 'When a newer one, quarantine or revocation ended it';
+
+CREATE TABLE liveness (
+  host_no integer PRIMARY KEY REFERENCES hosts,
+  last_heartbeat_at timestamptz,
+  interval_ms integer NOT NULL CHECK (interval_ms > 0),
+  seq bigint NOT NULL DEFAULT 0,
+  boot_id uuid
+) WITH (fillfactor = 85);
+COMMENT ON TABLE liveness IS 'One narrow row a host, rewritten by each heartbeat; no other index';
+COMMENT ON COLUMN liveness.host_no IS 'The host';
+COMMENT ON COLUMN liveness.last_heartbeat_at IS 'When the last heartbeat was accepted';
+COMMENT ON COLUMN liveness.interval_ms IS 'Milliseconds to the next one, as the CP asked';
+COMMENT ON COLUMN liveness.seq IS 'The last heartbeat''s number in its session';
+COMMENT ON COLUMN liveness.boot_id IS 'The last heartbeat''s boot';
+
+CREATE TABLE audit_log (
+  audit_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  at timestamptz NOT NULL DEFAULT now(),
+  actor text NOT NULL,
+  action text NOT NULL,
+  subject text NOT NULL,
+  detail jsonb NOT NULL
+);
+CREATE INDEX audit_log_subject ON audit_log (subject, audit_id);
+COMMENT ON TABLE audit_log IS 'Every change that somebody asked for; the CP''s role can only add';
+COMMENT ON COLUMN audit_log.audit_id IS 'Order of writing; gaps are rolled-back transactions';
+COMMENT ON COLUMN audit_log.at IS 'When, by the database''s clock';
+COMMENT ON COLUMN audit_log.actor IS 'jwt:<sub>:<jti>, cli:<user> or host:<host_id>';
+COMMENT ON COLUMN audit_log.action IS 'What was done, as noun.verb';
+COMMENT ON COLUMN audit_log.subject IS 'Id of the host, invite or namespace';
+COMMENT ON COLUMN audit_log.detail IS 'What else is worth knowing; never a secret';
+
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS
+  $$ BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$;
+CREATE TRIGGER invites_final BEFORE UPDATE ON invites FOR EACH ROW
+  WHEN (OLD.host_id IS NOT NULL AND NEW.host_id IS DISTINCT FROM OLD.host_id)
+  EXECUTE FUNCTION refuse_change('a redeemed invite belongs to one host for good');
+CREATE TRIGGER hosts_final BEFORE UPDATE ON hosts FOR EACH ROW
+  WHEN (OLD.status = 'revoked')
+  EXECUTE FUNCTION refuse_change('a revoked host stays as it is');
+CREATE TRIGGER audit_log_final BEFORE UPDATE OR DELETE ON audit_log FOR EACH ROW
+  EXECUTE FUNCTION refuse_change('the audit log is append-only');
+
+GRANT SELECT ON ALL TABLES IN SCHEMA public TO @ROLE@;
+GRANT UPDATE ON cp_state TO @ROLE@;
+GRANT INSERT, UPDATE ON namespaces, invites, hosts, sessions, liveness TO @ROLE@;
+GRANT INSERT ON audit_log TO @ROLE@;
+""",
+    ),
+)
+SCHEMA_VERSION = MIGRATIONS[-1][0]
+
+SQL_MIGRATIONS_TABLE = """
+-- the list of applied migrations
+CREATE TABLE IF NOT EXISTS schema_migrations (
+  number integer PRIMARY KEY,
+  name text NOT NULL,
+  sha256 bytea NOT NULL,
+  applied_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE schema_migrations IS 'Migrations that were applied, in their order';
+COMMENT ON COLUMN schema_migrations.number IS 'Number of the migration, from 1';
+COMMENT ON COLUMN schema_migrations.name IS 'What it brought';
+COMMENT ON COLUMN schema_migrations.sha256 IS 'SHA-256 of its text: a landed one is never edited';
+COMMENT ON COLUMN schema_migrations.applied_at IS 'When it was applied'
+"""
+
+SQL_MIGRATION_LOCK = """
+-- one migration at a time, whoever started it
+SELECT pg_advisory_xact_lock(7726001)
+"""
+
+SQL_MIGRATION_LIST = """
+-- what is applied
+SELECT number, sha256 FROM schema_migrations ORDER BY number
+"""
+
+SQL_MIGRATION_NOTE = """
+-- note a migration as applied
+INSERT INTO schema_migrations (number, name, sha256) VALUES (%(number)s, %(name)s, %(sha256)s)
+"""
+
+SQL_AUDIT = """
+-- add a line to the audit log
+INSERT INTO audit_log (actor, action, subject, detail)
+VALUES (%(actor)s, %(action)s, %(subject)s, %(detail)s)
+"""
+
+SQL_AUDIT_ONCE = """
+-- the same, but only once an hour for one subject and detail
+INSERT INTO audit_log (actor, action, subject, detail)
+SELECT %(actor)s, %(action)s, %(subject)s, %(detail)s WHERE NOT EXISTS (
+  SELECT 1 FROM audit_log WHERE subject = %(subject)s AND action = %(action)s
+    AND detail = %(detail)s AND at > now() - interval '1 hour')
+"""
+
+SQL_AUDIT_LIST = """
+-- a page of the audit log, newest first
+SELECT audit_id, at, actor, action, subject, detail FROM audit_log
+WHERE (%(cursor)s = 0 OR audit_id < %(cursor)s)
+  AND (%(subject)s::text IS NULL OR subject = %(subject)s)
+ORDER BY audit_id DESC LIMIT %(limit)s
+"""
+
+SQL_INVITE_FREE_ADDRESS = """
+-- let go of an address that only an expired invite still holds
+UPDATE invites SET wg_ip_held = false
+WHERE wg_ip_held AND wg_ip = %(wg_ip)s AND expires_at <= now()
+"""
+
+SQL_INVITE_INSERT = """
+-- mint an invite
+INSERT INTO invites (invite_id, secret_sha256, note, payout_pubkey, wg_ip, wg_ip_held, wg_pubkey,
+  approve_first_wallet, created_by, expires_at)
+VALUES (%(invite_id)s, %(secret_sha256)s, %(note)s, %(payout_pubkey)s, %(wg_ip)s,
+  %(wg_ip)s::inet IS NOT NULL, %(wg_pubkey)s, %(approve_first_wallet)s, %(actor)s,
+  now() + make_interval(hours => %(ttl_hours)s))
+"""
+
+INVITE_STATE = """CASE WHEN consumed_at IS NOT NULL THEN 'used'
+  WHEN revoked_at IS NOT NULL THEN 'revoked'
+  WHEN expires_at <= now() THEN 'expired' ELSE 'open' END"""
+
+INVITE_COLUMNS = f"""invite_no, invite_id, {INVITE_STATE} AS state, note, payout_pubkey,
+  host(wg_ip) AS wg_ip, wg_pubkey, approve_first_wallet, created_by, created_at, expires_at,
+  revoked_at, consumed_at, host_id"""
+
+SQL_INVITE_GET = f"""
+-- one invite
+SELECT {INVITE_COLUMNS} FROM invites WHERE invite_id = %(invite_id)s
+"""
+
+SQL_INVITE_LIST = f"""
+-- a page of invites, newest first
+SELECT {INVITE_COLUMNS} FROM invites
+WHERE (%(cursor)s = 0 OR invite_no < %(cursor)s)
+  AND (%(state)s::text IS NULL OR {INVITE_STATE} = %(state)s)
+ORDER BY invite_no DESC LIMIT %(limit)s
+"""
+
+SQL_INVITE_REVOKE = """
+-- take back an invite that nobody redeemed
+UPDATE invites SET revoked_at = now(), wg_ip_held = false
+WHERE invite_id = %(invite_id)s AND consumed_at IS NULL AND revoked_at IS NULL
+RETURNING invite_id
+"""
+
+SQL_INVITE_LOCK = f"""
+-- lock an invite for its redemption
+SELECT {INVITE_COLUMNS}, secret_sha256 FROM invites WHERE invite_id = %(invite_id)s FOR UPDATE
+"""
+
+SQL_INVITE_CONSUME = """
+-- redeem an invite, once
+UPDATE invites SET consumed_at = now(), host_id = %(host_id)s, wg_ip_held = false
+WHERE invite_id = %(invite_id)s AND consumed_at IS NULL AND revoked_at IS NULL
+RETURNING invite_id
+"""
+
+SQL_NAMESPACE_ADD = """
+-- a namespace that somebody named; approving an approved one changes nothing
+INSERT INTO namespaces (namespace, approved_at, approved_by)
+VALUES (%(namespace)s, CASE WHEN %(approved_by)s::text IS NOT NULL THEN now() END, %(approved_by)s)
+ON CONFLICT (namespace) DO UPDATE
+  SET approved_at = EXCLUDED.approved_at, approved_by = EXCLUDED.approved_by
+  WHERE namespaces.approved_at IS NULL AND EXCLUDED.approved_at IS NOT NULL
+RETURNING approved_at
+"""
+
+SQL_NAMESPACE_APPROVE = """
+-- approve a namespace that is known
+UPDATE namespaces SET approved_at = now(), approved_by = %(actor)s
+WHERE namespace = %(namespace)s AND approved_at IS NULL RETURNING namespace
+"""
+
+SQL_NAMESPACE_LIST = """
+-- a page of namespaces with their hosts counted
+SELECT n.namespace_no, n.namespace, n.created_at, n.approved_at, n.approved_by,
+  (SELECT count(*) FROM hosts h WHERE h.namespace = n.namespace AND h.status <> 'revoked') AS hosts
+FROM namespaces n
+WHERE n.namespace_no > %(cursor)s
+  AND (%(namespace)s::text IS NULL OR n.namespace = %(namespace)s)
+ORDER BY n.namespace_no LIMIT %(limit)s
+"""
+
+SQL_CLAIMANTS = """
+-- lock the hosts that a registration touches, in one order for all
+SELECT host_no, host_id, status,
+  host_secret_sha256 = %(host_secret_sha256)s AS by_secret,
+  coalesce(wg_pubkey = %(wg_pubkey)s, false) AS by_key,
+  coalesce(wg_ip = %(wg_ip)s AND status <> 'revoked', false) AS by_address
+FROM hosts WHERE host_secret_sha256 = %(host_secret_sha256)s OR wg_pubkey = %(wg_pubkey)s
+  OR (wg_ip = %(wg_ip)s AND status <> 'revoked')
+ORDER BY host_no FOR UPDATE
+"""
+
+SQL_HOST_INSERT = """
+-- a new host
+INSERT INTO hosts (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey,
+  namespace, hostname, arch, kernel, agent_version, cpu_count, memory_bytes, disk_bytes,
+  disk_encrypted)
+VALUES (%(host_id)s, %(invite_id)s, %(host_secret_sha256)s, %(wg_ip)s, %(wg_pubkey)s,
+  %(payout_pubkey)s, %(namespace)s, %(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
+  %(cpu_count)s, %(memory_bytes)s, %(disk_bytes)s, %(disk_encrypted)s)
+RETURNING host_no
+"""
+
+SQL_LIVENESS_INSERT = """
+-- the liveness row of a new host
+INSERT INTO liveness (host_no, interval_ms) VALUES (%(host_no)s, %(interval_ms)s)
+"""
+
+SQL_HOST_REKEY = """
+-- a new secret for a host that lost its identity; its earnings and its id stay
+UPDATE hosts SET invite_id = %(invite_id)s, host_secret_sha256 = %(host_secret_sha256)s,
+  wg_ip = %(wg_ip)s, wg_pubkey = %(wg_pubkey)s
+WHERE host_no = %(host_no)s AND status <> 'revoked' RETURNING host_no
+"""
+
+SQL_HOST_WALLET = """
+-- the wallet of a host, and the one that it may not have any more
+UPDATE hosts SET payout_pubkey = %(payout_pubkey)s, namespace = %(namespace)s,
+  requested_payout_pubkey = %(requested)s
+WHERE host_no = %(host_no)s AND (payout_pubkey, requested_payout_pubkey)
+  IS DISTINCT FROM (%(payout_pubkey)s, %(requested)s::text)
+RETURNING host_no
+"""
+
+SQL_HOST_KEY = """
+-- another WireGuard key for a host
+UPDATE hosts SET wg_pubkey = %(wg_pubkey)s
+WHERE host_no = %(host_no)s AND wg_pubkey IS DISTINCT FROM %(wg_pubkey)s RETURNING host_no
+"""
+
+SQL_HOST_FACTS = """
+-- what a host says about its machine
+UPDATE hosts SET hostname = %(hostname)s, arch = %(arch)s, kernel = %(kernel)s,
+  agent_version = %(agent_version)s, cpu_count = %(cpu_count)s, memory_bytes = %(memory_bytes)s,
+  disk_bytes = %(disk_bytes)s, disk_encrypted = %(disk_encrypted)s
+WHERE host_no = %(host_no)s AND status <> 'revoked' AND (hostname, arch, kernel, agent_version,
+  cpu_count, memory_bytes, disk_bytes, disk_encrypted) IS DISTINCT FROM (%(hostname)s, %(arch)s,
+  %(kernel)s, %(agent_version)s, %(cpu_count)s::integer, %(memory_bytes)s::bigint,
+  %(disk_bytes)s::bigint, %(disk_encrypted)s)
+"""
+
+HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
+  i.payout_pubkey AS invite_payout_pubkey, h.payout_pubkey, h.requested_payout_pubkey,
+  h.namespace, coalesce(n.approved_at IS NOT NULL, false) AS namespace_approved, h.ever_assigned,
+  host(h.wg_ip) AS wg_ip, h.wg_pubkey, h.hostname, h.arch, h.kernel, h.agent_version, h.cpu_count,
+  h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.created_at, h.revoked_at,
+  l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
+
+HOST_TABLES = """hosts h JOIN invites i ON i.invite_id = h.invite_id
+  JOIN liveness l ON l.host_no = h.host_no LEFT JOIN namespaces n ON n.namespace = h.namespace"""
+
+SQL_HOST_GET = f"""
+-- one host
+SELECT {HOST_COLUMNS} FROM {HOST_TABLES} WHERE h.host_id = %(host_id)s
+"""
+
+SQL_HOST_LOCK_BY_SECRET = f"""
+-- lock the host that has this secret
+SELECT {HOST_COLUMNS} FROM {HOST_TABLES}
+WHERE h.host_secret_sha256 = %(host_secret_sha256)s FOR UPDATE OF h
+"""
+
+# The filters of SQL_HOST_LIST, each added only when it is asked for, so that its index is used.
+HOST_LIST_FILTERS = {
+    "status": "AND h.status = %(status)s",
+    "namespace": "AND h.namespace = %(namespace)s",
+    "hostname": "AND h.hostname = %(hostname)s",
+}
+
+SQL_HOST_LIST = f"""
+-- a page of hosts in the order of registration
+SELECT {HOST_COLUMNS} FROM {HOST_TABLES}
+WHERE h.host_no > %(cursor)s
+{{filters}}
+ORDER BY h.host_no LIMIT %(limit)s
+"""
+
+SQL_HOST_REVOKE = """
+-- remove a host for good
+UPDATE hosts SET status = 'revoked', status_at = now(), revoked_at = now()
+WHERE host_id = %(host_id)s AND status <> 'revoked' RETURNING host_no
+"""
+
+SQL_HOST_RELEASE = """
+-- release a host from quarantine; its next heartbeat makes it online
+UPDATE hosts SET status = 'offline', status_at = now(), released_at = now()
+WHERE host_id = %(host_id)s AND status = 'quarantined' RETURNING host_no
+"""
+
+SQL_HOST_QUARANTINE = """
+-- no session for this host until the operator clears it
+UPDATE hosts SET status = 'quarantined', status_at = now()
+WHERE host_no = %(host_no)s AND status NOT IN ('quarantined', 'revoked') RETURNING host_no
+"""
+
+SQL_SESSION_FIND = """
+-- whose session is this, and is it live
+SELECT host_no, ended_at IS NULL AS live FROM sessions WHERE session_sha256 = %(session_sha256)s
+"""
+
+SQL_SESSION_LIVE = """
+-- a host's live session, and its takeovers of late
+SELECT
+  (SELECT session_sha256 FROM sessions
+   WHERE host_no = %(host_no)s AND ended_at IS NULL) AS session_sha256,
+  (SELECT count(*) FROM sessions s JOIN hosts h USING (host_no)
+   WHERE s.host_no = %(host_no)s AND s.opened_by = 'takeover'
+     AND s.started_at > now() - make_interval(secs => %(window_s)s)
+     AND s.started_at > coalesce(h.released_at, '-infinity')) AS takeovers
+"""
+
+SQL_SESSION_END = """
+-- end a host's live session
+UPDATE sessions SET ended_at = now() WHERE host_no = %(host_no)s AND ended_at IS NULL
+"""
+
+SQL_SESSION_OPEN = """
+-- open a session
+INSERT INTO sessions (session_sha256, host_no, opened_by)
+VALUES (%(session_sha256)s, %(host_no)s, %(opened_by)s)
+"""
+
+SQL_HEARTBEATS = f"""
+-- accept a batch of heartbeats: liveness, status; a row that is missing was refused
+WITH beat AS (
+  SELECT * FROM unnest(%(session_sha256)s::bytea[], %(peer)s::inet[], %(interval_ms)s::integer[],
+    %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[])
+    AS t (session_sha256, peer, interval_ms, seq, boot_id, status)
+), good AS (
+  SELECT beat.*, s.host_no, h.status AS old_status FROM beat
+  JOIN sessions s ON s.session_sha256 = beat.session_sha256 AND s.ended_at IS NULL
+  JOIN hosts h ON h.host_no = s.host_no
+  WHERE h.status NOT IN ('quarantined', 'revoked')
+    AND (NOT %(peer_check)s OR h.wg_ip = beat.peer)
+), alive AS (
+  UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms, seq = good.seq,
+    boot_id = good.boot_id
+  FROM good WHERE l.host_no = good.host_no
+), flipped AS (
+  UPDATE hosts h SET status = good.status, status_at = now()
+  FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
+    AND h.status NOT IN ('quarantined', 'revoked')
+)
+SELECT good.session_sha256, good.old_status, good.status AS new_status, {HOST_COLUMNS}
+FROM {HOST_TABLES} JOIN good ON good.host_no = h.host_no
+"""
+
+SQL_HEARTBEAT_WHY = """
+-- why a session's heartbeat was not accepted
+SELECT s.ended_at, h.status, host(h.wg_ip) AS wg_ip, EXISTS (
+  SELECT 1 FROM sessions n WHERE n.host_no = s.host_no AND n.ended_at IS NULL) AS superseded
+FROM sessions s JOIN hosts h USING (host_no) WHERE s.session_sha256 = %(session_sha256)s
+"""
+
+SQL_SERVE_START = """
+-- nobody is marked offline for what happened while this CP was away
+UPDATE cp_state SET serving_since = now(), alive_at = now()
+"""
+
+SQL_ALIVE = """
+-- a sign of life of this CP; after a gap of its own or the database's, silence counts from now
+UPDATE cp_state SET alive_at = now(),
+  serving_since = CASE WHEN alive_at < now() - make_interval(secs => %(gap_s)s)
+    THEN now() ELSE serving_since END
+"""
+
+SQL_SWEEP_OFFLINE = """
+-- hosts that were silent for three of the intervals that the CP asked for
+UPDATE hosts h SET status = 'offline', status_at = now() FROM liveness l, cp_state c
+WHERE l.host_no = h.host_no AND h.status IN ('online', 'paused')
+  AND greatest(l.last_heartbeat_at, c.serving_since)
+    < now() - make_interval(secs => %(intervals)s * l.interval_ms / 1000.0)
+RETURNING h.host_id
+"""
+
+SQL_COUNTS = """
+-- hosts by status
+SELECT status, count(*) AS hosts FROM hosts GROUP BY status
+"""
+
+# What must hold after every fault: a name, a sentence, and a query that finds each violation.
+INVARIANTS: tuple[tuple[str, str, str], ...] = (
+    (
+        "one_host_per_invite",
+        "a redeemed invite belongs to exactly one host that exists",
+        """SELECT i.invite_id AS subject FROM invites i LEFT JOIN hosts h ON h.host_id = i.host_id
+           WHERE (i.consumed_at IS NULL) <> (i.host_id IS NULL)
+             OR (i.host_id IS NOT NULL AND h.host_id IS NULL)""",
+    ),
+    (
+        "host_has_consumed_invite",
+        "every host's invite was redeemed by that host",
+        """SELECT h.host_id::text AS subject FROM hosts h LEFT JOIN invites i
+             ON i.invite_id = h.invite_id AND i.host_id = h.host_id WHERE i.consumed_at IS NULL""",
+    ),
+    (
+        "one_live_session",
+        "a host has at most one live session, a revoked or quarantined one none",
+        """SELECT h.host_id::text AS subject FROM hosts h JOIN sessions s USING (host_no)
+           WHERE s.ended_at IS NULL GROUP BY h.host_id, h.status
+           HAVING count(*) > 1 OR h.status IN ('revoked', 'quarantined')""",
+    ),
+    (
+        "one_host_per_address",
+        "no two hosts that are not revoked share a tunnel address or a WireGuard key",
+        """SELECT coalesce(host(wg_ip), wg_pubkey) AS subject FROM hosts WHERE status <> 'revoked'
+           GROUP BY GROUPING SETS ((wg_ip), (wg_pubkey))
+           HAVING count(*) > 1 AND coalesce(host(wg_ip), wg_pubkey) IS NOT NULL""",
+    ),
+    (
+        "address_held_once",
+        "only an open invite holds an address",
+        """SELECT invite_id AS subject FROM invites WHERE wg_ip_held
+           AND (consumed_at IS NOT NULL OR revoked_at IS NOT NULL)""",
+    ),
+    (
+        "wallet_is_namespace",
+        "a host's namespace is that of its wallet",
+        """SELECT host_id::text AS subject FROM hosts
+           WHERE namespace IS DISTINCT FROM 'solana:' || payout_pubkey""",
+    ),
+    (
+        "host_has_liveness",
+        "every host has its liveness row, and one that was ever seen is not pending",
+        """SELECT h.host_id::text AS subject FROM hosts h LEFT JOIN liveness l USING (host_no)
+           WHERE l.host_no IS NULL OR (h.status = 'pending' AND l.last_heartbeat_at IS NOT NULL)
+             OR (h.status IN ('online', 'paused') AND l.last_heartbeat_at IS NULL)""",
+    ),
+    (
+        "changes_are_audited",
+        "every invite, host and revocation has its line in the audit log",
+        """SELECT subject FROM (
+             SELECT invite_id AS subject, 'invite.mint' AS action FROM invites
+             UNION ALL SELECT host_id::text, 'host.register' FROM hosts
+             UNION ALL SELECT host_id::text, 'host.revoke' FROM hosts WHERE status = 'revoked'
+             UNION ALL SELECT invite_id, 'invite.revoke' FROM invites WHERE revoked_at IS NOT NULL
+           ) AS due WHERE NOT EXISTS (SELECT 1 FROM audit_log a
+             WHERE a.subject = due.subject AND a.action = due.action)""",
+    ),
+    (
+        "role_cannot_rewrite",
+        "the control plane's own role cannot change the audit log or delete anything",
+        """SELECT table_name || '.' || privilege AS subject FROM information_schema.tables,
+             unnest(ARRAY['UPDATE', 'DELETE', 'TRUNCATE']) AS privilege
+           WHERE table_schema = 'public' AND table_type = 'BASE TABLE'
+             AND (privilege <> 'UPDATE' OR table_name IN ('audit_log', 'schema_migrations'))
+             AND has_table_privilege(current_user, 'public.' || table_name, privilege)""",
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: the way to PostgreSQL. Its faults become Refusal TRY_LATER or Error, never a traceback.
+# ---------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class Transaction:
+    """One open transaction; every statement goes through here."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+
+    async def rows(self, sql: str, kind: type[T], **params: object) -> list[T]:
+        """The rows of a query, each as a `kind`."""
+        async with self._connection.cursor(row_factory=class_row(kind)) as cursor:
+            await cursor.execute(sql.encode(), params)
+            return await cursor.fetchall()
+
+    async def dicts(self, sql: str, **params: object) -> list[Row]:
+        """The rows of a query as dicts."""
+        async with self._connection.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(sql.encode(), params)
+            return await cursor.fetchall()
+
+    async def one(self, sql: str, **params: object) -> Row | None:
+        """The only row of a query, or None."""
+        found = await self.dicts(sql, **params)
+        return found[0] if found else None
+
+    async def execute(self, sql: str, **params: object) -> int:
+        """Run a statement; give back how many rows it touched."""
+        cursor = await self._connection.execute(sql.encode(), params or None)
+        return cursor.rowcount
+
+
+class Database:
+    """A small pool of connections; `transaction()` is the only door."""
+
+    def __init__(self, dsn: str, size: int = 4) -> None:
+        limits = "-c statement_timeout=8s -c lock_timeout=4s -c timezone=UTC"
+        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
+            dsn,
+            min_size=1,
+            max_size=size,
+            timeout=5,
+            max_waiting=1_000,
+            reconnect_timeout=1,
+            open=False,
+            check=AsyncConnectionPool.check_connection,
+            kwargs={
+                "options": f"{limits} -c idle_in_transaction_session_timeout=10s",
+                "application_name": "openinfra-cp",
+                "connect_timeout": 5,
+            },
+        )
+
+    async def open(self) -> None:
+        """Connect; raises Error 75 when PostgreSQL is not there, 1 when it is too old."""
+        await self._pool.open()
+        try:
+            await self._pool.wait(timeout=5)
+            async with self._pool.connection() as connection:
+                check_server_version(connection.info.server_version)
+        except (psycopg.OperationalError, PoolTimeout) as error:
+            said = str(error).strip().replace("\n", " ")
+            await self._pool.close()
+            raise Error(
+                f"cannot reach PostgreSQL: {said}",
+                "is it running, and is the connection string in the dsn file right?",
+                75,
+            ) from None
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        await self._pool.close()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """One transaction: committed at the end of the block, rolled back when it raises."""
+        try:
+            async with self._pool.connection() as connection:
+                yield Transaction(connection)
+        except (psycopg.OperationalError, PoolTimeout) as error:
+            log("WARN", "database gave no answer", error=type(error).__name__, said=str(error))
+            what = "the control plane's database gives no answer"
+            raise Refusal("TRY_LATER", what, "try again in a moment") from None
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise Error(
+                f"the database role lacks a right: {error.diag.message_primary}",
+                "run: cp_server.py migrate",
+            ) from None
+
+
+def check_server_version(version: int) -> None:
+    """Raises Error when the server is older than the schema was tested on (`150003` is 15.3)."""
+    if version // 10_000 < POSTGRES_MIN:
+        raise Error(
+            f"PostgreSQL {version // 10_000} is too old",
+            f"upgrade it to {POSTGRES_MIN} or newer",
+        )
+
+
+def check_schema_version(found: int | None) -> None:
+    """Raises Error when the database's schema is not the one of this program."""
+    if found is None:
+        raise Error("the database has no OpenInfra schema", "run: cp_server.py migrate")
+    if found < SCHEMA_VERSION:
+        what = f"the database schema is version {found}, this program needs {SCHEMA_VERSION}"
+        raise Error(what, "run: cp_server.py migrate")
+    if found > SCHEMA_VERSION:
+        what = f"the database schema is version {found}, this program knows only {SCHEMA_VERSION}"
+        raise Error(what, "upgrade cp_server.py")
+
+
+async def read_schema_version(tx: Transaction) -> int | None:
+    """The newest applied migration, or None without a schema."""
+    there = await tx.one("SELECT to_regclass('public.schema_migrations') IS NOT NULL AS there")
+    if not there or not there["there"]:
+        return None
+    newest = await tx.one("SELECT max(number) AS version FROM schema_migrations")
+    return newest["version"] if newest else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Operations: one transaction each, the same ones for every edge and loop. They change the database.
+# ---------------------------------------------------------------------------------------------
+
+
+async def audit(tx: Transaction, actor: Actor, action: str, subject: str, **detail: object) -> None:
+    """Note a change in the transaction that makes it."""
+    await tx.execute(
+        SQL_AUDIT, actor=actor.name, action=action, subject=subject, detail=Jsonb(detail)
+    )
+
+
+async def migrate(dsn: str, role: str) -> list[str]:
+    """Apply what is missing, all in one transaction; give back the names; raises Error.
+
+    `role` is the CP's own role; it is made when it is not there, and may then log in.
+    """
+    if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", role):
+        raise Error(f"{role!r} is no role name", "give lower-case letters, digits and _")
+    try:
+        connection = await psycopg.AsyncConnection.connect(dsn, connect_timeout=5)
+    except psycopg.OperationalError as error:
+        said = str(error).strip().replace("\n", " ")
+        raise Error(f"cannot reach PostgreSQL: {said}", "is it running?", 75) from None
+    try:
+        async with connection:
+            check_server_version(connection.info.server_version)
+            return await _migrate(Transaction(connection), role)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise Error(
+            f"this role may not make the schema: {error.diag.message_primary}",
+            "let the owner-dsn file name the owner of the database (or a superuser)",
+        ) from None
+
+
+async def _migrate(tx: Transaction, role: str) -> list[str]:
+    await tx.execute(SQL_MIGRATION_LOCK)
+    if not await tx.one("SELECT 1 AS found FROM pg_roles WHERE rolname = %(role)s", role=role):
+        await tx.execute(f"CREATE ROLE {role} LOGIN")
+    if await read_schema_version(tx) is None:
+        await tx.execute(SQL_MIGRATIONS_TABLE)
+        await tx.execute(f"GRANT SELECT ON schema_migrations TO {role}")
+    applied = {row["number"]: bytes(row["sha256"]) for row in await tx.dicts(SQL_MIGRATION_LIST)}
+    done = []
+    for number, name, sql in MIGRATIONS:
+        if number not in applied:
+            await tx.execute(sql.replace("@ROLE@", role))
+            digest = sha256(sql.encode())
+            await tx.execute(SQL_MIGRATION_NOTE, number=number, name=name, sha256=digest)
+            done.append(f"{number} {name}")
+        elif applied[number] != sha256(sql.encode()):
+            what = f"migration {number} in the database is not the one of this program"
+            raise Error(what, "use the cp_server.py that made this database", 3)
+    if applied and max(applied) > SCHEMA_VERSION:
+        check_schema_version(max(applied))
+    return done
+
+
+async def mint_invite(db: Database, actor: Actor, order: InviteOrder) -> tuple[str, Invite]:
+    """Mint an invite; the token is given back here and nowhere else, ever."""
+    invite_id, secret = new_public_id(), secrets.token_bytes(32)
+    async with db.transaction() as tx:
+        if order.wg_ip:
+            await tx.execute(SQL_INVITE_FREE_ADDRESS, wg_ip=order.wg_ip)
+        if order.payout_pubkey:
+            namespace = namespace_of(order.payout_pubkey)
+            await tx.execute(SQL_NAMESPACE_ADD, namespace=namespace, approved_by=actor.name)
+        try:
+            await tx.execute(
+                SQL_INVITE_INSERT,
+                invite_id=invite_id,
+                secret_sha256=sha256(secret),
+                actor=actor.name,
+                **dataclasses.asdict(order),
+            )
+        except psycopg.errors.UniqueViolation:
+            what = f"another open invite holds the address {order.wg_ip}"
+            raise Refusal(
+                "CONFLICT", what, "revoke that invite or choose another", "wg_ip"
+            ) from None
+        await audit(tx, actor, "invite.mint", invite_id, **dataclasses.asdict(order))
+        invite = (await tx.rows(SQL_INVITE_GET, Invite, invite_id=invite_id))[0]
+    return render_token("oi1", invite_id, secret), invite
+
+
+async def list_invites(db: Database, values: Mapping[str, Any]) -> list[Invite]:
+    """A page of invites, newest first."""
+    async with db.transaction() as tx:
+        return await tx.rows(SQL_INVITE_LIST, Invite, **values)
+
+
+async def revoke_invite(db: Database, actor: Actor, invite_id: str) -> Invite:
+    """Take an invite back; doing it twice changes nothing; raises Refusal for a redeemed one."""
+    async with db.transaction() as tx:
+        if await tx.execute(SQL_INVITE_REVOKE, invite_id=invite_id):
+            await audit(tx, actor, "invite.revoke", invite_id)
+        found = await tx.rows(SQL_INVITE_GET, Invite, invite_id=invite_id)
+    if not found:
+        raise Refusal("NOT_FOUND", "no such invite", "list them: GET /api/v1/admin/host-invites")
+    if found[0].state == "used":
+        what = f"this invite was redeemed by host {found[0].host_id}"
+        raise Refusal("CONFLICT", what, "revoke the host instead")
+    return found[0]
+
+
+def check_invite(invite: Row, registration: Registration) -> None:
+    """Raises Refusal when an invite that nobody redeemed cannot be redeemed by this one."""
+    todo = "ask the operator for a fresh invite"
+    if invite["state"] == "revoked":
+        raise Refusal("INVITE_REVOKED", "the operator took this invite back", todo)
+    if invite["state"] == "expired":
+        when = f"{invite['expires_at']:%Y-%m-%d %H:%M} UTC"
+        raise Refusal("INVITE_EXPIRED", f"this invite expired at {when}", todo)
+    if invite["wg_pubkey"] not in (None, registration.wg_pubkey):
+        raise Refusal("INVITE_FOR_OTHER_KEY", "this invite is for another WireGuard key", todo)
+
+
+async def register(db: Database, registration: Registration, interval_ms: int) -> Host:
+    """Redeem an invite; raises Refusal. A repeated request gets the same host."""
+    try:
+        async with db.transaction() as tx:
+            outcome = await _redeem(tx, registration, interval_ms)
+    except psycopg.errors.UniqueViolation:
+        what = "another registration with the same key or address came at the same time"
+        raise Refusal("TRY_LATER", what, "try again in a moment") from None
+    if isinstance(outcome, Refusal):  # its line in the audit log is committed
+        raise outcome
+    return outcome
+
+
+async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host | Refusal:
+    token = reg.token
+    invite = await tx.one(SQL_INVITE_LOCK, invite_id=token.public_id)
+    known = bytes(invite["secret_sha256"]) if invite else bytes(32)
+    if not hmac.compare_digest(known, sha256(token.secret)) or invite is None:
+        raise Refusal("UNKNOWN_INVITE", "unknown invite", "ask the operator for a fresh invite")
+    claims = await tx.dicts(
+        SQL_CLAIMANTS,
+        host_secret_sha256=reg.host_secret_sha256,
+        wg_ip=reg.wg_ip,
+        wg_pubkey=reg.wg_pubkey,
+    )
+    by = {
+        how: next(
+            (Claimant(c["host_no"], c["host_id"], c["status"]) for c in claims if c[how]), None
+        )
+        for how in ("by_secret", "by_key", "by_address")
+    }
+    if invite["host_id"] is not None:
+        if by["by_secret"] is None or by["by_secret"].host_id != invite["host_id"]:
+            detail = Jsonb({"peer": reg.wg_ip, "host_id": str(invite["host_id"])})
+            await tx.execute(
+                SQL_AUDIT_ONCE,
+                actor=f"invite:{token.public_id}",
+                action="invite.reuse_refused",
+                subject=token.public_id,
+                detail=detail,
+            )
+            return Refusal("INVITE_USED", "invite already used", "ask the operator for a fresh one")
+    else:
+        check_invite(invite, reg)
+    claimant = decide_redemption(by["by_secret"], by["by_key"], by["by_address"])
+    if claimant is None:
+        host_no, host_id = await _insert_host(tx, reg, invite, interval_ms)
+    else:
+        host_no, host_id = claimant.host_no, claimant.host_id
+        await _rekey_host(tx, reg, invite, claimant)
+    if invite["host_id"] is None:
+        await tx.execute(SQL_INVITE_CONSUME, invite_id=token.public_id, host_id=host_id)
+    if claimant is not None and claimant.status == "quarantined":
+        return quarantined()
+    await _open_session(tx, host_no, reg.session_sha256, "register")
+    return (await tx.rows(SQL_HOST_GET, Host, host_id=host_id))[0]
+
+
+async def _insert_host(
+    tx: Transaction, reg: Registration, invite: Row, interval_ms: int
+) -> tuple[int, uuid.UUID]:
+    host_id, invite_id = uuid.uuid4(), reg.token.public_id
+    wallet, _ = decide_wallet(None, reg.payout_pubkey, invite["payout_pubkey"], False)
+    await _name_wallet(tx, invite, wallet)
+    row = await tx.one(
+        SQL_HOST_INSERT,
+        host_id=host_id,
+        invite_id=invite_id,
+        host_secret_sha256=reg.host_secret_sha256,
+        wg_ip=reg.wg_ip,
+        wg_pubkey=reg.wg_pubkey,
+        payout_pubkey=wallet,
+        namespace=namespace_of(wallet) if wallet else None,
+        **dataclasses.asdict(reg.facts),
+    )
+    assert row is not None  # INSERT … RETURNING
+    await tx.execute(SQL_LIVENESS_INSERT, host_no=row["host_no"], interval_ms=interval_ms)
+    detail = {"invite_id": invite_id, "wg_ip": reg.wg_ip, "payout_pubkey": wallet}
+    await audit(tx, Actor(f"invite:{invite_id}"), "host.register", str(host_id), **detail)
+    return row["host_no"], host_id
+
+
+async def _rekey_host(tx: Transaction, reg: Registration, invite: Row, host: Claimant) -> None:
+    await tx.execute(
+        SQL_HOST_REKEY,
+        host_no=host.host_no,
+        invite_id=reg.token.public_id,
+        host_secret_sha256=reg.host_secret_sha256,
+        wg_ip=reg.wg_ip,
+        wg_pubkey=reg.wg_pubkey,
+    )
+    current = (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
+    await _set_wallet(tx, current, reg.payout_pubkey, invite)
+    if invite["host_id"] is None:
+        actor = Actor(f"invite:{reg.token.public_id}")
+        await audit(tx, actor, "host.rekey", str(host.host_id), wg_ip=reg.wg_ip)
+
+
+async def _name_wallet(tx: Transaction, invite: Row | None, wallet: str | None) -> None:
+    """Make a wallet's namespace known; approve it when the invite says so."""
+    if wallet is None:
+        return
+    first = invite is not None and invite["approve_first_wallet"] and not invite["payout_pubkey"]
+    approver = f"invite:{invite['invite_id']}" if invite is not None and first else None
+    await tx.execute(SQL_NAMESPACE_ADD, namespace=namespace_of(wallet), approved_by=approver)
+
+
+async def _set_wallet(tx: Transaction, host: Host, asked: str | None, invite: Row | None) -> None:
+    """Give a host the wallet that it asks for, as far as it still may."""
+    current, invited = host.payout_pubkey, host.invite_payout_pubkey
+    wallet, refused = decide_wallet(current, asked, invited, host.ever_assigned)
+    if (wallet, refused) == (current, host.requested_payout_pubkey):
+        return
+    await _name_wallet(tx, invite, wallet)
+    await tx.execute(
+        SQL_HOST_WALLET,
+        host_no=host.host_no,
+        payout_pubkey=wallet,
+        namespace=namespace_of(wallet) if wallet else None,
+        requested=refused,
+    )
+    actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
+    detail = {"before": current, "after": wallet, "refused": refused}
+    await audit(tx, actor, "host.wallet", subject, **detail)
+
+
+async def _open_session(tx: Transaction, host_no: int, session: bytes, opened_by: str) -> None:
+    """Make this the host's live session; a repeated request changes nothing; raises Refusal."""
+    known = await tx.one(SQL_SESSION_FIND, session_sha256=session)
+    if known is not None and known["host_no"] == host_no and known["live"]:
+        return
+    if known is not None and known["host_no"] == host_no:
+        raise superseded()
+    if known is not None:
+        what = "this session belongs to another host"
+        raise Refusal("BAD_REQUEST", what, "restart the agent", "session")
+    await tx.execute(SQL_SESSION_END, host_no=host_no)
+    await tx.execute(SQL_SESSION_OPEN, session_sha256=session, host_no=host_no, opened_by=opened_by)
+
+
+async def resume(db: Database, res: Resumption, peer_check: bool) -> Host:
+    """Open a session for a host; raises Refusal. A repeated request changes nothing."""
+    try:
+        async with db.transaction() as tx:
+            outcome = await _resume(tx, res, peer_check)
+    except psycopg.errors.UniqueViolation:
+        what = "another host has this WireGuard key"
+        todo = "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again"
+        raise Refusal("KEY_TAKEN", what, todo) from None
+    if isinstance(outcome, Refusal):  # the quarantine is committed
+        raise outcome
+    return outcome
+
+
+async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | Refusal:
+    secret = res.host_secret_sha256
+    found = await tx.rows(SQL_HOST_LOCK_BY_SECRET, Host, host_secret_sha256=secret)
+    if not found:
+        what = "the control plane knows no host with this identity"
+        raise Refusal("UNKNOWN_HOST", what, "ask the operator whether a backup was restored")
+    host = found[0]
+    if host.status == "revoked":
+        raise revoked()
+    if peer_check and host.wg_ip != res.wg_ip:
+        what = f"this host's address in the tunnel is {host.wg_ip}, the call came from {res.wg_ip}"
+        raise Refusal("WRONG_ADDRESS", what, "set the address in /etc/wireguard/openinfra.conf")
+    if host.status == "quarantined":
+        raise quarantined()
+    live = await tx.one(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
+    assert live is not None  # a SELECT of two scalars
+    live_sha256 = bytes(live["session_sha256"]) if live["session_sha256"] else None
+    asked, previous = res.session_sha256, res.previous_sha256
+    decision = decide_resume(live_sha256, asked, previous, live["takeovers"])
+    actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
+    if decision == "quarantine":
+        await tx.execute(SQL_HOST_QUARANTINE, host_no=host.host_no)
+        await tx.execute(SQL_SESSION_END, host_no=host.host_no)
+        await audit(tx, actor, "host.quarantine", subject, peer=res.wg_ip)
+        log("WARN", "host quarantined", host_id=subject)
+        return quarantined()
+    if decision == "takeover":
+        await audit(tx, actor, "host.takeover", subject, peer=res.wg_ip)
+    how = "takeover" if decision == "takeover" else "resume"
+    await _open_session(tx, host.host_no, asked, how)
+    first = host.payout_pubkey is None  # then the invite may say that it is approved
+    invite = await tx.one(SQL_INVITE_GET, invite_id=host.invite_id) if first else None
+    await _set_wallet(tx, host, res.payout_pubkey, invite)
+    if res.wg_pubkey and await tx.execute(
+        SQL_HOST_KEY, host_no=host.host_no, wg_pubkey=res.wg_pubkey
+    ):
+        await audit(tx, actor, "host.wg_key", subject, before=host.wg_pubkey, after=res.wg_pubkey)
+    return (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
+
+
+async def record_heartbeats(
+    db: Database, beats: Sequence[Beat], peer_check: bool
+) -> dict[bytes, Standing | Refusal]:
+    """Commit a batch of heartbeats, one a session; give back an answer for each."""
+    answers: dict[bytes, Standing | Refusal] = {}
+    facts = {beat.session_sha256: beat.facts for beat in beats if beat.facts}
+    async with db.transaction() as tx:
+        rows = await tx.dicts(
+            SQL_HEARTBEATS,
+            peer_check=peer_check,
+            session_sha256=[beat.session_sha256 for beat in beats],
+            peer=[beat.peer for beat in beats],
+            interval_ms=[beat.interval_ms for beat in beats],
+            seq=[beat.seq for beat in beats],
+            boot_id=[beat.boot_id for beat in beats],
+            status=["paused" if beat.paused else "online" for beat in beats],
+        )
+        for row in rows:
+            session, old = bytes(row.pop("session_sha256")), row.pop("old_status")
+            row["status"] = row.pop("new_status")
+            answers[session] = decide_standing(Host(**row))
+            if session in facts:
+                values = dataclasses.asdict(facts[session])
+                await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
+            if row["status"] != old:
+                log("INFO", f"host {row['status']}", host_id=row["host_id"], was=old)
+        for beat in beats:
+            if beat.session_sha256 not in answers:
+                answers[beat.session_sha256] = await _why_refused(tx, beat)
+    return answers
+
+
+async def _why_refused(tx: Transaction, beat: Beat) -> Refusal:
+    row = await tx.one(SQL_HEARTBEAT_WHY, session_sha256=beat.session_sha256)
+    if row is None:
+        return Refusal("UNKNOWN_SESSION", "no such session", "the agent resumes by itself")
+    if row["status"] == "revoked":
+        return revoked()
+    if row["status"] == "quarantined":
+        return quarantined()
+    if row["ended_at"] is not None and row["superseded"]:
+        return superseded()
+    if row["ended_at"] is not None:
+        return Refusal("UNKNOWN_SESSION", "this session is over", "the agent resumes by itself")
+    what = f"this host's address in the tunnel is {row['wg_ip']}, the call came from {beat.peer}"
+    return Refusal("WRONG_ADDRESS", what, "set the address in /etc/wireguard/openinfra.conf")
+
+
+async def sweep(db: Database, gap_s: float) -> list[str]:
+    """Give a sign of life, then mark the silent hosts offline; give back their ids."""
+    async with db.transaction() as tx:
+        await tx.execute(SQL_ALIVE, gap_s=gap_s)
+        rows = await tx.dicts(SQL_SWEEP_OFFLINE, intervals=OFFLINE_AFTER_INTERVALS)
+    return [str(row["host_id"]) for row in rows]
+
+
+async def list_hosts(db: Database, values: Mapping[str, Any]) -> list[Host]:
+    """A page of hosts in the order of registration."""
+    used = [sql for name, sql in HOST_LIST_FILTERS.items() if values[name] is not None]
+    async with db.transaction() as tx:
+        return await tx.rows(SQL_HOST_LIST.format(filters="\n".join(used)), Host, **values)
+
+
+async def get_host(db: Database, host_id: uuid.UUID) -> Host:
+    """One host; raises Refusal."""
+    async with db.transaction() as tx:
+        return await _get_host(tx, host_id)
+
+
+async def _get_host(tx: Transaction, host_id: uuid.UUID) -> Host:
+    found = await tx.rows(SQL_HOST_GET, Host, host_id=host_id)
+    if not found:
+        raise Refusal("NOT_FOUND", "no such host", "list them: GET /api/v1/admin/hosts")
+    return found[0]
+
+
+async def revoke_host(db: Database, actor: Actor, host_id: uuid.UUID) -> Host:
+    """Remove a host for good: state, then session; doing it twice changes nothing."""
+    async with db.transaction() as tx:
+        changed = await tx.one(SQL_HOST_REVOKE, host_id=host_id)
+        if changed:
+            await tx.execute(SQL_SESSION_END, host_no=changed["host_no"])
+            await audit(tx, actor, "host.revoke", str(host_id))
+        return await _get_host(tx, host_id)
+
+
+async def release_host(db: Database, actor: Actor, host_id: uuid.UUID) -> Host:
+    """Release a host from quarantine; raises Refusal when it is not there."""
+    async with db.transaction() as tx:
+        if await tx.one(SQL_HOST_RELEASE, host_id=host_id):
+            await audit(tx, actor, "host.release", str(host_id))
+            return await _get_host(tx, host_id)
+        host = await _get_host(tx, host_id)
+    what = f"this host is {host.status}, not quarantined"
+    raise Refusal("CONFLICT", what, "nothing needs to be released")
+
+
+async def list_namespaces(db: Database, values: Mapping[str, Any]) -> list[Row]:
+    """A page of namespaces."""
+    async with db.transaction() as tx:
+        return await tx.dicts(SQL_NAMESPACE_LIST, namespace=None, **values)
+
+
+async def approve_namespace(db: Database, actor: Actor, namespace: str) -> Row:
+    """Approve a known namespace; doing it twice changes nothing; raises Refusal."""
+    async with db.transaction() as tx:
+        if await tx.execute(SQL_NAMESPACE_APPROVE, namespace=namespace, actor=actor.name):
+            await audit(tx, actor, "namespace.approve", namespace)
+        page = {"limit": 1, "cursor": 0}
+        found = await tx.one(SQL_NAMESPACE_LIST, namespace=namespace, **page)
+    if found is None:
+        raise Refusal("NOT_FOUND", "no such namespace", "list: GET /api/v1/admin/namespaces")
+    return found
+
+
+async def list_audit(db: Database, values: Mapping[str, Any]) -> list[Row]:
+    """A page of the audit log, newest first."""
+    async with db.transaction() as tx:
+        return await tx.dicts(SQL_AUDIT_LIST, **values)
+
+
+async def find_violations(db: Database) -> list[tuple[str, str, str]]:
+    """Every violation of an invariant: (name, sentence, subject); empty when all hold."""
+    found = []
+    async with db.transaction() as tx:
+        for name, sentence, sql in INVARIANTS:
+            rows = await tx.dicts(sql)
+            found += [(name, sentence, str(row["subject"])) for row in rows]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The serving process: its settings, counters, keys and heartbeat batches, shared by edges and loops.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line and cp.env say; see OPTIONS."""
+
+    dsn_file: Path
+    owner_dsn_file: Path
+    jwt_keys_file: Path
+    grpc_listen: tuple[str, int]
+    http_listen: tuple[str, int]
+    peer_check: bool
+    heartbeat_s: float
+    role: str
+
+
+class Metrics:
+    """Counters of this process, safe for threads; rendered for Prometheus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._about: dict[str, tuple[str, str]] = {}
+
+    def define(self, name: str, kind: str, text: str) -> None:
+        """Announce a metric: counter or gauge, and its help."""
+        self._about[name] = (kind, text)
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        key = (name, tuple(sorted(labels.items())))
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + value
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        with self._lock:
+            self._values[name, tuple(sorted(labels.items()))] = value
+
+    def render(self) -> str:
+        """All of it as Prometheus text."""
+        with self._lock:
+            items = sorted(self._values.items())
+        return render_metrics(
+            (name, *self._about[name], dict(labels), value) for (name, labels), value in items
+        )
+
+
+METRICS = (
+    ("openinfra_info", "gauge", "Always 1; the label says the version."),
+    ("openinfra_hosts", "gauge", "Hosts by status."),
+    ("openinfra_heartbeats_total", "counter", "Heartbeats, by result."),
+    ("openinfra_heartbeat_batches_total", "counter", "Database transactions with heartbeats."),
+    ("openinfra_heartbeat_commit_seconds_total", "counter", "Time those transactions took."),
+    ("openinfra_heartbeat_waiting", "gauge", "Heartbeats that wait for their transaction."),
+    ("openinfra_rpcs_total", "counter", "gRPC calls, by method and result."),
+    ("openinfra_http_requests_total", "counter", "HTTP requests, by status."),
+    ("openinfra_hosts_marked_offline_total", "counter", "Hosts that fell silent."),
+    ("openinfra_start_time_seconds", "gauge", "When this process began to serve, Unix time."),
+    ("openinfra_cpu_seconds_total", "counter", "Processor time of this process."),
+    ("openinfra_resident_memory_bytes", "gauge", "Resident memory of this process."),
+)
+
+
+class ControlPlane:
+    """One serving process: what its edges and loops share."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self.settings = settings
+        self.db = db
+        self.stopping = False
+        self.busy = 0.0
+        self.metrics = Metrics()
+        for name, kind, text in METRICS:
+            self.metrics.define(name, kind, text)
+        self.metrics.set("openinfra_info", 1, version=VERSION)
+        self.metrics.set("openinfra_start_time_seconds", time.time())
+        self._keys: tuple[tuple[int, int], list[JwtKey]] = ((0, 0), [])
+        self._waiting: dict[bytes, tuple[Beat, asyncio.Future[Standing | Refusal]]] = {}
+        self._wake = asyncio.Event()
+
+    def jwt_keys(self) -> list[JwtKey]:
+        """The signing keys; the file is read again when it changed."""
+        stat = self.settings.jwt_keys_file.stat()
+        seen = (stat.st_mtime_ns, stat.st_ino)
+        if self._keys[0] != seen:
+            self._keys = (seen, read_jwt_keys(self.settings.jwt_keys_file))
+        return self._keys[1]
+
+    def next_interval_ms(self) -> int:
+        """Milliseconds that a host is to wait for its next heartbeat."""
+        return decide_interval_ms(self.settings.heartbeat_s, self.busy, random.random())
+
+    async def heartbeat(self, beat: Beat) -> Standing:
+        """Wait until a heartbeat is committed; raises Refusal."""
+        if len(self._waiting) >= 20 * BATCH_MAX:
+            raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
+        known = self._waiting.get(beat.session_sha256)
+        if known is None:
+            future = asyncio.get_running_loop().create_future()
+            self._waiting[beat.session_sha256] = (beat, future)
+        else:  # a retry overtook the first try: one commit answers both
+            future = known[1]
+            self._waiting[beat.session_sha256] = (beat, future)
+        self._wake.set()
+        answer = await asyncio.shield(future)
+        if isinstance(answer, Refusal):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """Refuse new calls; the heartbeats that wait are committed at once."""
+        self.stopping = True
+        self._wake.set()
+
+    async def flush_forever(self) -> None:
+        """Commit waiting heartbeats in batches until there are none and the CP stops."""
+        while not (self.stopping and not self._waiting):
+            await self._wake.wait()
+            if len(self._waiting) < BATCH_MAX and not self.stopping:
+                await asyncio.sleep(BATCH_S)
+            batch = dict(list(self._waiting.items())[:BATCH_MAX])
+            for session in batch:
+                del self._waiting[session]
+            if not self._waiting and not self.stopping:
+                self._wake.clear()
+            if batch:
+                await self._flush(batch)
+
+    async def _flush(
+        self, batch: Mapping[bytes, tuple[Beat, asyncio.Future[Standing | Refusal]]]
+    ) -> None:
+        began = time.monotonic()
+        answers: Mapping[bytes, Standing | Refusal] = {}
+        fault: Refusal | None = None
+        try:
+            beats = [beat for beat, _ in batch.values()]
+            answers = await record_heartbeats(self.db, beats, self.settings.peer_check)
+        except Refusal as refusal:
+            fault = refusal
+        except Exception as error:
+            log("ERROR", "heartbeat batch failed", error=type(error).__name__, said=str(error))
+            fault = Refusal("TRY_LATER", "the heartbeat was not committed", "the agent tries again")
+        took = time.monotonic() - began
+        self.busy = decide_busy(len(self._waiting), took)
+        self.metrics.add("openinfra_heartbeat_batches_total")
+        self.metrics.add("openinfra_heartbeat_commit_seconds_total", took)
+        for session, (_, future) in batch.items():
+            answer = fault or answers[session]
+            result = answer.code.lower() if isinstance(answer, Refusal) else "accepted"
+            self.metrics.add("openinfra_heartbeats_total", result=result)
+            if not future.done():
+                future.set_result(answer)
+
+    async def sweep_forever(self) -> None:
+        """Mark silent hosts offline, again and again; a fault is logged and tried again."""
+        gap_s = max(3 * SWEEP_S, 15.0)
+        while True:
+            await asyncio.sleep(min(SWEEP_S, self.settings.heartbeat_s))
+            try:
+                gone = await sweep(self.db, gap_s)
+            except Refusal:
+                continue  # the store has logged it; the gap moves serving_since
+            self.metrics.add("openinfra_hosts_marked_offline_total", len(gone))
+            for host_id in gone[:20]:
+                log("INFO", "host offline", host_id=host_id)
+            if len(gone) > 20:
+                log("WARN", "many hosts went offline at once", hosts=len(gone))
+
+    async def render_metrics(self) -> str:
+        """The counters, with what the database and the kernel say now."""
+        async with self.db.transaction() as tx:
+            rows = await tx.dicts(SQL_COUNTS)
+        counts = {row["status"]: row["hosts"] for row in rows}
+        for status in HOST_STATUSES:
+            self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
+        self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
+        self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.metrics.set("openinfra_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+        return self.metrics.render()
+
+
+def read_secret_file(path: Path, what: str) -> bytes:
+    """A file that only its owner may read; raises Error that says what to do."""
+    try:
+        mode = path.stat().st_mode & 0o777
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise Error(f"{path} ({what}) is missing", "see the README: operator") from None
+    except PermissionError:
+        raise Error(
+            f"{path} ({what}) cannot be read by this user", f"chown it, or use sudo"
+        ) from None
+    if mode & 0o077:
+        todo = f"type: chmod 600 {path}"
+        raise Error(f"{path} ({what}) can be read by others, mode {mode:04o}", todo, 3)
+    return content
+
+
+def read_dsn(path: Path) -> str:
+    """The connection string in a file; raises Error."""
+    dsn = read_secret_file(path, "PostgreSQL connection string").decode(errors="replace").strip()
+    if not dsn or "\n" in dsn:
+        todo = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
+        raise Error(f"{path} does not hold one line with a connection string", todo)
+    try:
+        psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        todo = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
+        raise Error(f"{path} holds no PostgreSQL connection string", todo) from None
+    return dsn
+
+
+def read_jwt_keys(path: Path) -> list[JwtKey]:
+    """The signing keys, newest last; raises Error."""
+    raw = read_secret_file(path, "JWT signing keys")
+    try:
+        keys = [
+            JwtKey(key["kid"], key["alg"], parse_b64url(key["secret"]))
+            for key in parse_json(raw)["keys"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        keys = []
+    if not keys or any(key.alg != "HS256" or len(key.secret) < 32 for key in keys):
+        todo = "make a new one: cp_server.py token --new-key"
+        raise Error(f"{path} holds no usable signing key", todo)
+    return keys
+
+
+def add_jwt_key(path: Path, keys: Sequence[JwtKey]) -> JwtKey:
+    """Append a new signing key to the file (made 0600 when it is missing)."""
+    key = JwtKey(new_public_id(), "HS256", secrets.token_bytes(32))
+    rows = [{"kid": k.kid, "alg": k.alg, "secret": b64url(k.secret)} for k in [*keys, key]]
+    write_file(path, json.dumps({"keys": rows}, indent=1).encode() + b"\n", 0o600)
+    return key
+
+
+# ---------------------------------------------------------------------------------------------
+# gRPC edge: decodes, calls one operation, encodes; refusals carry `openinfra-reason`.
+# ---------------------------------------------------------------------------------------------
+
+
+class AgentEdge:
+    """The service AgentApi of proto/openinfra.proto."""
+
+    def __init__(self, cp: ControlPlane) -> None:
+        self.cp = cp
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The methods, with decoding left to `_call` so that bad bytes get a good answer."""
+        methods = {
+            "Register": (pb.RegisterRequest, self._register),
+            "Resume": (pb.ResumeRequest, self._resume),
+            "Heartbeat": (pb.HeartbeatRequest, self._heartbeat),
+        }
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                functools.partial(self._call, name, kind, operation)
+            )
+            for name, (kind, operation) in methods.items()
+        }
+        return grpc.method_handlers_generic_handler("openinfra.v1.AgentApi", handlers)
+
+    async def _call(
+        self,
+        name: str,
+        kind: type[Any],
+        operation: Callable[[Any, str], Awaitable[Message]],
+        raw: bytes,
+        context: grpc.aio.ServicerContext[bytes, bytes],
+    ) -> bytes:
+        try:
+            if self.cp.stopping:
+                raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
+            reply = await operation(kind.FromString(raw), parse_peer(context.peer()))
+            self.cp.metrics.add("openinfra_rpcs_total", method=name, result="ok")
+            return reply.SerializeToString()
+        except DecodeError:
+            what = f"the bytes are no {kind.__name__}"
+            refusal = Refusal("BAD_REQUEST", what, "use the agent that this control plane offers")
+        except Refusal as refused:
+            refusal = refused
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log("ERROR", "call failed", method=name, traceback=traceback.format_exc())
+            refusal = Refusal(
+                "INTERNAL", "the control plane has a bug", "the operator sees its log"
+            )
+        self.cp.metrics.add("openinfra_rpcs_total", method=name, result=refusal.code.lower())
+        status, _ = REFUSALS[refusal.code]
+        trailing = (("openinfra-reason", refusal.code),)
+        await context.abort(status, str(refusal), trailing)
+
+    async def _register(self, request: pb.RegisterRequest, peer: str) -> Message:
+        settings = self.cp.settings
+        registration = parse_register(request, peer, settings.peer_check)
+        host = await register(self.cp.db, registration, int(settings.heartbeat_s * 1000))
+        log("INFO", "host registered", host_id=host.host_id, invite_id=host.invite_id, peer=peer)
+        return pb.RegisterReply(
+            host_id=str(host.host_id),
+            invite_id=host.invite_id,
+            heartbeat_interval_s=max(1, round(settings.heartbeat_s)),
+            onchain_payout=host.payout_pubkey is not None,
+            standing=render_standing(decide_standing(host)),
+        )
+
+    async def _resume(self, request: pb.ResumeRequest, peer: str) -> Message:
+        settings = self.cp.settings
+        resumption = parse_resume(request, peer, settings.peer_check)
+        host = await resume(self.cp.db, resumption, settings.peer_check)
+        return pb.ResumeReply(
+            host_id=str(host.host_id),
+            heartbeat_interval_s=max(1, round(settings.heartbeat_s)),
+            onchain_payout=host.payout_pubkey is not None,
+            standing=render_standing(decide_standing(host)),
+        )
+
+    async def _heartbeat(self, request: pb.HeartbeatRequest, peer: str) -> Message:
+        beat = parse_heartbeat(request, peer, self.cp.next_interval_ms())
+        standing = await self.cp.heartbeat(beat)
+        return pb.HeartbeatReply(
+            next_heartbeat_ms=beat.interval_ms, standing=render_standing(standing)
+        )
+
+
+def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
+    """The gRPC server, bound but not started; raises Error when the port is taken."""
+    server = grpc.aio.server(
+        options=(
+            ("grpc.so_reuseport", 0),  # a second server must fail, not share
+            ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
+            ("grpc.max_metadata_size", 8_192),
+            ("grpc.keepalive_time_ms", 600_000),  # finds hosts that went away without a word
+            ("grpc.keepalive_timeout_ms", 20_000),
+        )
+    )
+    server.add_generic_rpc_handlers((AgentEdge(cp).handler(),))
+    address, port = cp.settings.grpc_listen
+    probe_port(address, port, "grpc-listen")
+    try:
+        server.add_insecure_port(f"{address}:{port}")
+    except RuntimeError:
+        raise Error(f"cannot listen on {address}:{port}", "is it taken? see: ss -ltnp") from None
+    return server
+
+
+def probe_port(address: str, port: int, flag: str) -> None:
+    """Raises Error when a port cannot be bound, with the kernel's reason, which gRPC hides."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address.strip("[]"), port))
+        except OSError as error:
+            todo = f"free it (ss -ltnp shows who has it), or choose another with --{flag}"
+            raise Error(f"cannot listen on {address}:{port}: {error.strerror}", todo) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP edge: the operator's JSON API on loopback; each request becomes one coroutine on the loop.
+# ---------------------------------------------------------------------------------------------
+
+Answer = tuple[int, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request whose token, path, query and body are checked."""
+
+    actor: Actor
+    path: Mapping[str, str]
+    values: Mapping[str, Any]
+
+    def host_id(self) -> uuid.UUID:
+        """The host in the path; raises Refusal."""
+        try:
+            return uuid.UUID(self.path["host_id"])
+        except ValueError:
+            what = "the host id in the path is not a UUID"
+            raise Refusal("BAD_REQUEST", what, "copy it from GET /api/v1/admin/hosts") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One line of the API, for the dispatcher and for the OpenAPI document."""
+
+    method: str
+    path: str
+    scope: str  # admin, read, or empty: no token needed
+    summary: str
+    handler: Callable[[ControlPlane, Request], Awaitable[Answer]]
+    answer: str  # name in SCHEMAS
+    status: int = 200
+    query: tuple[Field, ...] = ()
+    body: tuple[Field, ...] | None = None
+
+
+def page(name: str, rows: Sequence[Any], shown: Sequence[Row], key: str, limit: int) -> Answer:
+    """A page of a list: `next_cursor` is null on the last one (`rows` has one more than shown)."""
+    more = len(rows) > limit
+    last = rows[limit - 1] if more else None
+    cursor = None if last is None else last[key] if isinstance(last, dict) else getattr(last, key)
+    return 200, {name: list(shown[:limit]), "next_cursor": cursor}
+
+
+def one_more(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same page with one row more, which tells whether there is a next page."""
+    return {**values, "limit": values["limit"] + 1}
+
+
+async def http_mint_invite(cp: ControlPlane, request: Request) -> Answer:
+    token, invite = await mint_invite(cp.db, request.actor, InviteOrder(**request.values))
+    return 201, {"token": token, **render_invite(invite)}
+
+
+async def http_list_invites(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_invites(cp.db, one_more(request.values))
+    shown = [render_invite(row) for row in rows]
+    return page("invites", rows, shown, "invite_no", request.values["limit"])
+
+
+async def http_revoke_invite(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_invite(await revoke_invite(cp.db, request.actor, request.path["invite_id"]))
+
+
+async def http_list_hosts(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_hosts(cp.db, one_more(request.values))
+    shown = [render_host(row) for row in rows]
+    return page("hosts", rows, shown, "host_no", request.values["limit"])
+
+
+async def http_get_host(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_host(await get_host(cp.db, request.host_id()))
+
+
+async def http_revoke_host(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_host(await revoke_host(cp.db, request.actor, request.host_id()))
+
+
+async def http_release_host(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_host(await release_host(cp.db, request.actor, request.host_id()))
+
+
+async def http_list_namespaces(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_namespaces(cp.db, one_more(request.values))
+    shown = [render_row(row, "namespace_no") for row in rows]
+    return page("namespaces", rows, shown, "namespace_no", request.values["limit"])
+
+
+async def http_approve_namespace(cp: ControlPlane, request: Request) -> Answer:
+    row = await approve_namespace(cp.db, request.actor, request.path["namespace"])
+    return 200, render_row(row, "namespace_no")
+
+
+async def http_list_audit(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_audit(cp.db, one_more(request.values))
+    shown = [render_row(row) for row in rows]
+    return page("entries", rows, shown, "audit_id", request.values["limit"])
+
+
+async def http_health(cp: ControlPlane, request: Request) -> Answer:
+    return 200, {"ok": True, "version": VERSION}
+
+
+async def http_ready(cp: ControlPlane, request: Request) -> Answer:
+    if cp.stopping:
+        raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
+    async with cp.db.transaction() as tx:
+        check_schema_version(await read_schema_version(tx))
+    return 200, {"ok": True, "version": VERSION}
+
+
+async def http_openapi(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_openapi(ROUTES, SCHEMAS)
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/api/v1/admin/host-invites",
+        "admin",
+        "Mint a single-use invite; the token is in this answer and nowhere else",
+        http_mint_invite,
+        "NewInvite",
+        201,
+        body=INVITE_FIELDS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/host-invites",
+        "read",
+        "List invites, newest first",
+        http_list_invites,
+        "Invites",
+        query=(*PAGE_FIELDS, *INVITE_FILTERS),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/admin/host-invites/{invite_id}",
+        "admin",
+        "Take an invite back",
+        http_revoke_invite,
+        "Invite",
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/hosts",
+        "read",
+        "List hosts in the order of registration",
+        http_list_hosts,
+        "Hosts",
+        query=(*PAGE_FIELDS, *HOST_FILTERS),
+    ),
+    Route("GET", "/api/v1/admin/hosts/{host_id}", "read", "One host", http_get_host, "Host"),
+    Route(
+        "POST",
+        "/api/v1/admin/hosts/{host_id}/revoke",
+        "admin",
+        "Remove a host for good",
+        http_revoke_host,
+        "Host",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/hosts/{host_id}/release",
+        "admin",
+        "Release a host from quarantine",
+        http_release_host,
+        "Host",
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/namespaces",
+        "read",
+        "List providers' namespaces",
+        http_list_namespaces,
+        "Namespaces",
+        query=PAGE_FIELDS,
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/namespaces/{namespace}/approve",
+        "admin",
+        "Approve a namespace: its hosts may get workloads",
+        http_approve_namespace,
+        "Namespace",
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/audit-log",
+        "read",
+        "Who changed what, newest first",
+        http_list_audit,
+        "AuditLog",
+        query=(*PAGE_FIELDS, *AUDIT_FILTERS),
+    ),
+    Route("GET", "/api/v1/openapi.json", "", "This document", http_openapi, "Object"),
+    Route("GET", "/healthz", "", "The process lives", http_health, "Health"),
+    Route("GET", "/readyz", "", "It can serve: database and schema are good", http_ready, "Health"),
+)
+
+# Shapes of the answers: field -> type, `?` when it may be null.
+SCHEMAS: dict[str, dict[str, str]] = {
+    "Invite": {
+        "id": "string",
+        "state": "string",
+        "note": "string",
+        "payout_pubkey": "string?",
+        "wg_ip": "string?",
+        "wg_pubkey": "string?",
+        "approve_first_wallet": "boolean",
+        "created_by": "string",
+        "created_at": "date-time",
+        "expires_at": "date-time",
+        "revoked_at": "date-time?",
+        "consumed_at": "date-time?",
+        "host_id": "uuid?",
+    },
+    "Host": {
+        "host_id": "uuid",
+        "hostname": "string",
+        "status": "string",
+        "status_at": "date-time",
+        "assignable": "boolean",
+        "reasons": "strings",
+        "namespace": "string?",
+        "namespace_approved": "boolean",
+        "payout_pubkey": "string?",
+        "requested_payout_pubkey": "string?",
+        "invite_id": "string",
+        "invite_payout_pubkey": "string?",
+        "wg_ip": "string?",
+        "wg_pubkey": "string?",
+        "arch": "string",
+        "kernel": "string",
+        "agent_version": "string",
+        "cpu_count": "integer",
+        "memory_bytes": "integer",
+        "disk_bytes": "integer",
+        "disk_encrypted": "boolean",
+        "created_at": "date-time",
+        "revoked_at": "date-time?",
+        "last_heartbeat_at": "date-time?",
+        "heartbeat_interval_s": "number",
+    },
+    "Namespace": {
+        "namespace": "string",
+        "created_at": "date-time",
+        "approved_at": "date-time?",
+        "approved_by": "string?",
+        "hosts": "integer",
+    },
+    "AuditEntry": {
+        "audit_id": "integer",
+        "at": "date-time",
+        "actor": "string",
+        "action": "string",
+        "subject": "string",
+        "detail": "Object",
+    },
+    "Health": {"ok": "boolean", "version": "string"},
+    "Problem": {"code": "string", "message": "string", "field": "string?"},
+    "Error": {"error": "Problem"},
+    "Invites": {"invites": "[Invite]", "next_cursor": "integer?"},
+    "Hosts": {"hosts": "[Host]", "next_cursor": "integer?"},
+    "Namespaces": {"namespaces": "[Namespace]", "next_cursor": "integer?"},
+    "AuditLog": {"entries": "[AuditEntry]", "next_cursor": "integer?"},
+    "Object": {},
+}
+SCHEMAS["NewInvite"] = {"token": "string", **SCHEMAS["Invite"]}
+
+
+def render_shape(text: str) -> Row:
+    """One entry of SCHEMAS as OpenAPI."""
+    kind = text.rstrip("?")
+    if kind.startswith("["):
+        return {"type": "array", "items": {"$ref": f"#/components/schemas/{kind[1:-1]}"}}
+    if kind == "strings":
+        return {"type": "array", "items": {"type": "string"}}
+    if kind in SCHEMAS:
+        return {"$ref": f"#/components/schemas/{kind}"}
+    shape: Row = {"type": kind}
+    if kind in ("date-time", "uuid"):
+        shape = {"type": "string", "format": kind}
+    if text.endswith("?"):
+        shape["type"] = [shape["type"], "null"]
+    return shape
+
+
+def render_field(field: Field) -> Row:
+    """One request field as OpenAPI."""
+    shape: Row = {"type": field.kind, "description": field.help}
+    low, high = ("minimum", "maximum") if field.kind == "integer" else ("minLength", "maxLength")
+    if field.kind != "boolean":
+        shape |= {low: field.minimum, high: field.maximum}
+    if field.values:
+        shape["enum"] = list(field.values)
+    return shape if field.default is None else shape | {"default": field.default}
+
+
+def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, str]]) -> Row:
+    """The OpenAPI 3.1 document of the HTTP API, from the same tables that serve it."""
+    paths: dict[str, dict[str, Row]] = {}
+    for route in routes:
+        operation: Row = {
+            "summary": route.summary,
+            "operationId": route.handler.__name__.removeprefix("http_"),
+            "security": [{"jwt": []}] if route.scope else [],
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in re.findall(r"{(\w+)}", route.path)
+            ]
+            + [{"name": f.name, "in": "query", "schema": render_field(f)} for f in route.query],
+            "responses": {
+                str(route.status): _render_response("The answer", route.answer),
+                "default": _render_response("What is wrong and what to do", "Error"),
+            },
+        }
+        if route.body is not None:
+            properties = {field.name: render_field(field) for field in route.body}
+            shape = {"type": "object", "additionalProperties": False, "properties": properties}
+            content = {"application/json": {"schema": shape}}
+            operation["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    components = {
+        name: {
+            "type": "object",
+            "required": list(fields),
+            "properties": {key: render_shape(text) for key, text in fields.items()},
+        }
+        for name, fields in schemas.items()
+    }
+    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "OpenInfra control plane", "version": VERSION},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"jwt": bearer}},
+    }
+
+
+def _render_response(text: str, schema: str) -> Row:
+    shape = {"$ref": f"#/components/schemas/{schema}"}
+    return {"description": text, "content": {"application/json": {"schema": shape}}}
+
+
+def match_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """The route of a request and the values in its path; raises Refusal NOT_FOUND or 405."""
+    allowed = []
+    for route in ROUTES:
+        form = re.sub(r"{(\w+)}", r"(?P<\1>[^/]{1,100})", route.path)
+        match = re.fullmatch(form, path)
+        if match and route.method == method:
+            return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+        if match:
+            allowed.append(route.method)
+    if allowed:
+        what = f"{method} is not possible here"
+        raise Refusal("METHOD_NOT_ALLOWED", what, f"use {' or '.join(allowed)}")
+    raise Refusal("NOT_FOUND", "no such path", "see /api/v1/openapi.json")
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads from a socket until one deadline for the whole request, so nobody drips bytes."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+
+class HttpHandler(http.server.BaseHTTPRequestHandler):
+    """One request on one connection; the reverse proxy opens a new one for the next."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "openinfra"
+    sys_version = ""
+    server: HttpServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(
+            DeadlineReader(self.connection, time.monotonic() + HTTP_DEADLINE_S)
+        )
+
+    def do_any(self) -> None:
+        """Answer one request, whatever its method."""
+        self.close_connection = True
+        headers: dict[str, str] = {}
+        try:
+            status, body = self._answer()
+        except Refusal as refusal:
+            status = REFUSALS[refusal.code][1]
+            body = render_problem(refusal)
+            if refusal.code == "UNAUTHORIZED":
+                headers["WWW-Authenticate"] = 'Bearer realm="openinfra"'
+            if refusal.code == "METHOD_NOT_ALLOWED":
+                headers["Allow"] = refusal.todo.removeprefix("use ").replace(" or ", ", ")
+        except TimeoutError:
+            status, body = 408, render_problem(Refusal("TRY_LATER", "too slow", "send it at once"))
+        except Exception as error:
+            log("ERROR", "request failed", path=self.path, traceback=traceback.format_exc())
+            kind = type(error).__name__
+            what, todo = "the control plane has a bug", f"its log says more ({kind})"
+            status, body = 500, render_problem(Refusal("INTERNAL", what, todo))
+        self._reply(status, body, headers)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_any  # noqa: N815
+
+    def _answer(self) -> tuple[int, dict[str, Any] | str]:
+        cp, path = self.server.cp, urllib.parse.urlsplit(self.path)
+        if self.command == "GET" and path.path == "/metrics":
+            return 200, self.server.call(cp.render_metrics())
+        route, in_path = match_route(self.command, path.path)
+        actor = self._check_token(route.scope) if route.scope else Actor("anonymous")
+        values = parse_query(route.query, path.query)
+        raw = self._read_body()
+        if route.body is None:
+            if raw not in (b"", b"{}"):
+                raise Refusal("BAD_REQUEST", "this request takes no body", "send none")
+        else:
+            values |= parse_fields(route.body, parse_body(raw))
+        status, body = self.server.call(route.handler(cp, Request(actor, in_path, values)))
+        return status, body
+
+    def _check_token(self, scope: str) -> Actor:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        try:
+            if scheme.lower() != "bearer":
+                raise ValueError("scheme")
+            claims = parse_jwt(token.strip(), self.server.cp.jwt_keys(), time.time())
+        except (ValueError, RecursionError, OSError, Error):
+            what, todo = "no valid token", "make one: cp_server.py token"
+            raise Refusal("UNAUTHORIZED", what, todo) from None
+        if not claims.scope & {scope, "admin"}:
+            what = f"this token may not do that: it lacks the scope {scope}"
+            raise Refusal("FORBIDDEN", what, f"make one: cp_server.py token --scope {scope}")
+        return Actor(f"jwt:{claims.sub}:{claims.jti}")
+
+    def _read_body(self) -> bytes:
+        if "Transfer-Encoding" in self.headers:
+            what = "a body without Content-Length is not taken"
+            raise Refusal("LENGTH_REQUIRED", what, "send Content-Length")
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        if len(lengths) != 1 or not re.fullmatch("[0-9]{1,12}", lengths[0]):
+            raise Refusal("BAD_REQUEST", "Content-Length is no number", "send it once, in digits")
+        length = int(lengths[0])
+        if length > HTTP_BODY_BYTES:
+            what = f"the body is larger than {HTTP_BODY_BYTES} bytes"
+            raise Refusal("TOO_LARGE", what, "send less")
+        kind = self.headers.get_content_type()
+        if length and kind != "application/json":
+            raise Refusal("NOT_JSON", "the body is not JSON", "send Content-Type: application/json")
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise Refusal("BAD_REQUEST", "the body ended early", "send it whole")
+        return body
+
+    def _reply(self, status: int, body: dict[str, Any] | str, headers: Mapping[str, str]) -> None:
+        text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False) + "\n"
+        kind = "text/plain; version=0.0.4" if isinstance(body, str) else "application/json"
+        raw = text.encode()
+        self.server.cp.metrics.add("openinfra_http_requests_total", status=str(status))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", kind + "; charset=utf-8")
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """The standard library's own refusals (a bad request line, headers too long) as JSON."""
+        self.close_connection = True
+        self.command = getattr(self, "command", None) or "GET"
+        self.request_version = "HTTP/1.1"
+        what = f"the request cannot be read: {message or code}"
+        self._reply(code, render_problem(Refusal("BAD_REQUEST", what, "send HTTP/1.1")), {})
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent: Caddy logs requests, this file's errors go through `log`."""
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """A request's JSON object; raises Refusal."""
+    try:
+        return parse_json(raw)
+    except ValueError as error:
+        what = f"the body is no JSON object: {type(error).__name__}"
+        raise Refusal("BAD_REQUEST", what, "send one JSON object with each key once") from None
+
+
+def render_problem(refusal: Refusal) -> dict[str, Any]:
+    """A refusal as the API shows it."""
+    problem = {"code": refusal.code.lower(), "message": str(refusal)}
+    return {"error": {**problem, "field": refusal.field or None}}
+
+
+class HttpServer(http.server.HTTPServer):
+    """HTTP on loopback with a fixed number of workers and a bounded queue."""
+
+    request_queue_size = 128
+
+    def __init__(self, cp: ControlPlane, loop: asyncio.AbstractEventLoop) -> None:
+        self.cp = cp
+        self._loop = loop
+        self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
+        self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
+        address, port = cp.settings.http_listen
+        probe_port(address, port, "http-listen")
+        super().__init__((address, port), HttpHandler)
+
+    def call(self, work: Any) -> Any:
+        """Run a coroutine on the loop and wait for its result."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(HTTP_DEADLINE_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise Refusal("TRY_LATER", "the database is too slow", "try again") from None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to a worker, or drop it when too many wait."""
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        self._workers.submit(self._work, request, client_address)
+
+    def _work(self, request: socket.socket, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(0.2)
+            for _ in range(16):  # what was not read would reset the answer away
+                if not request.recv(65_536):
+                    break
+        except OSError:
+            pass  # the client went away
+        finally:
+            self.close_request(request)
+            self._room.release()
+
+    def close(self) -> None:
+        """Stop taking connections, let the running requests end."""
+        self.shutdown()
+        self.server_close()
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wiring: starts and stops the serving process.
+# ---------------------------------------------------------------------------------------------
+
+
+async def serve(settings: Settings) -> None:
+    """Run the control plane until SIGTERM or SIGINT; a second signal kills."""
+    read_jwt_keys(settings.jwt_keys_file)
+    db = Database(read_dsn(settings.dsn_file))
+    await db.open()
+    try:
+        async with db.transaction() as tx:
+            check_schema_version(await read_schema_version(tx))
+            await tx.execute(SQL_SERVE_START)
+        cp = ControlPlane(settings, db)
+        loop = asyncio.get_running_loop()
+        web = HttpServer(cp, loop)
+        server = make_grpc_server(cp)
+        await server.start()
+        web_thread = threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept")
+        web_thread.start()
+        flusher = asyncio.create_task(cp.flush_forever())
+        sweeper = asyncio.create_task(cp.sweep_forever())
+        stop = catch_signals(loop)
+        log(
+            "INFO",
+            "control plane ready",
+            version=VERSION,
+            grpc=render_address(settings.grpc_listen),
+            http=render_address(settings.http_listen),
+            peer_check="wg" if settings.peer_check else "off",
+        )
+        sd_notify("READY=1")
+        await asyncio.wait(
+            {asyncio.create_task(stop.wait()), flusher, sweeper}, return_when="FIRST_COMPLETED"
+        )
+        await stop_serving(cp, server, web, flusher, sweeper)
+    finally:
+        await db.close()
+
+
+def catch_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets once; after that the signal has its default effect."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def stop_serving(
+    cp: ControlPlane,
+    server: grpc.aio.Server,
+    web: HttpServer,
+    flusher: asyncio.Task[None],
+    sweeper: asyncio.Task[None],
+) -> None:
+    """Not ready, in-flight calls end, heartbeats are flushed; at most STOP_S for the calls."""
+    log("INFO", "control plane stopping")
+    sd_notify("STOPPING=1")
+    cp.stop()
+    sweeper.cancel()
+    await server.stop(STOP_S)
+    await asyncio.get_running_loop().run_in_executor(None, web.close)
+    await asyncio.wait_for(asyncio.gather(flusher, sweeper, return_exceptions=True), STOP_S)
+    log("INFO", "control plane stopped")
+
+
+def render_address(address: tuple[str, int]) -> str:
+    """`host:port`."""
+    return f"{address[0]}:{address[1]}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pilot: the whole thing on one machine for a newcomer. Starts processes, writes one directory.
+# ---------------------------------------------------------------------------------------------
+
+PILOT_WALLET = "So11111111111111111111111111111111111111112"  # Solana's well-known wrapped SOL mint
+PILOT_START_S = 30.0  # each part has this long to come up
+
+
+@dataclasses.dataclass(frozen=True)
+class PilotPlan:
+    """Where the pilot keeps what, and how it runs each part."""
+
+    root: Path
+    postgres_bin: Path
+    postgres_user: str | None  # None: the user who started the pilot
+    grpc_port: int
+    http_port: int
+    heartbeat_s: float
+
+    @property
+    def cluster(self) -> Path:
+        return self.root / "postgres"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def cp_dir(self) -> Path:
+        return self.root / "cp"
+
+    @property
+    def agent_dir(self) -> Path:
+        return self.root / "agent"
+
+    def dsn(self, role: str, database: str = "openinfra") -> str:
+        return f"host={self.run_dir} port=5432 dbname={database} user={role}"
+
+    def as_postgres(self, argv: Sequence[str | Path]) -> list[str]:
+        """The command as the user who may run PostgreSQL (initdb refuses root)."""
+        user = self.postgres_user
+        switch = [f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
+        return ["setpriv", *switch, "--", *map(str, argv)] if user else list(map(str, argv))
+
+    def postgres_argv(self) -> list[str]:
+        options = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.run_dir),
+            "unix_socket_permissions": "0700",
+            "max_connections": "20",
+            "shared_buffers": "32MB",
+        }
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        return self.as_postgres([self.postgres_bin / "postgres", "-D", self.cluster, *flags])
+
+    def cp_argv(self) -> list[str]:
+        return [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "serve",
+            f"--env-file={os.devnull}",
+            f"--dsn-file={self.cp_dir / 'dsn'}",
+            f"--jwt-keys-file={self.cp_dir / 'jwt-keys.json'}",
+            f"--grpc-listen=127.0.0.1:{self.grpc_port}",
+            f"--http-listen=127.0.0.1:{self.http_port}",
+            "--peer-check=off",
+            f"--heartbeat-s={self.heartbeat_s:g}",
+        ]
+
+    def agent_argv(self, command: str) -> list[str]:
+        return [
+            sys.executable,
+            str(Path(__file__).resolve().parent / "agent.py"),
+            command,
+            *(
+                [f"--env-file={self.agent_dir / 'agent.env'}", "--allow-unencrypted"]
+                if command == "run"
+                else []
+            ),
+            f"--socket={self.run_dir / 'agent.sock'}",
+        ]
+
+
+class Pilot:
+    """Runs PostgreSQL, the control plane and one agent as children, and ends them in order."""
+
+    def __init__(self, plan: PilotPlan) -> None:
+        self.plan = plan
+        self.began = time.monotonic()
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self.token = ""
+
+    def say(self, text: str) -> None:
+        """Print progress with the seconds since the start."""
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def log_path(self, name: str) -> Path:
+        return self.plan.root / "log" / f"{name}.log"
+
+    def start(self, name: str, argv: Sequence[str], death_signal: str = "TERM") -> None:
+        """Start a child that ends with the pilot, even when that is killed."""
+        path = self.log_path(name)
+        with open(path, "ab") as output:
+            self.children[name] = subprocess.Popen(
+                ["setpriv", f"--pdeathsig={death_signal}", "--", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+            )
+
+    def stop(self, name: str) -> None:
+        """End a child: SIGTERM (PostgreSQL: SIGINT, its fast way), SIGKILL after 15 s."""
+        child = self.children.pop(name, None)
+        if child is None:
+            return
+        child.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+    def stop_all(self) -> None:
+        """End what was started, in the reverse order."""
+        for name in reversed(list(self.children)):
+            self.stop(name)
+
+    def check_children(self) -> None:
+        """Raises Error when a child has ended by itself, with the last line of its log."""
+        for name, child in self.children.items():
+            code = child.poll()
+            if code is not None:
+                tail = self.log_path(name).read_text(errors="replace").strip().splitlines()[-3:]
+                what = f"{name} ended with {code}: {' / '.join(tail) or 'it said nothing'}"
+                raise Error(what, f"read {self.log_path(name)}")
+
+    def wait_for(self, what: str, probe: Callable[[], T | None]) -> T:
+        """The first result of `probe` that is not None; raises Error when it takes too long."""
+        deadline = time.monotonic() + PILOT_START_S
+        while time.monotonic() < deadline:
+            self.check_children()
+            found = probe()
+            if found is not None:
+                return found
+            time.sleep(0.05)
+        raise Error(f"{what} did not come up in {PILOT_START_S:g} s", f"read {self.log_path('')}")
+
+    def start_postgres(self) -> None:
+        """Make the cluster once, start it, make database, roles and schema."""
+        plan = self.plan
+        if not (plan.cluster / "PG_VERSION").exists():
+            self.say("making a PostgreSQL cluster")
+            fresh = plan.cluster.with_name("postgres.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            argv = [plan.postgres_bin / "initdb", "-D", fresh, "-U", "postgres", "--auth=trust"]
+            argv += ["--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
+            run(plan.as_postgres(argv), timeout_s=120, echo=False)
+            os.rename(fresh, plan.cluster)
+        self.start("postgres", plan.postgres_argv(), "INT")
+        superuser = plan.dsn("postgres", "postgres")
+        self.wait_for("PostgreSQL", lambda: can_connect(superuser))
+        with psycopg.connect(superuser, autocommit=True) as connection:
+            if not connection.execute(
+                "SELECT 1 FROM pg_database WHERE datname = 'openinfra'"
+            ).fetchone():
+                connection.execute("CREATE DATABASE openinfra")
+        applied = asyncio.run(migrate(plan.dsn("postgres"), "openinfra"))
+        self.say(f"PostgreSQL is up{', schema made' if applied else ''}")
+
+    def start_cp(self) -> None:
+        """Start the control plane and wait until it is ready."""
+        plan = self.plan
+        write_file(plan.cp_dir / "dsn", plan.dsn("openinfra").encode() + b"\n", 0o600)
+        key_file = plan.cp_dir / "jwt-keys.json"
+        key = read_jwt_keys(key_file)[-1] if key_file.exists() else add_jwt_key(key_file, [])
+        self.token = mint_jwt(key, "pilot", "admin", JWT_MAX_S)
+        write_file(plan.cp_dir / "admin.jwt", self.token.encode() + b"\n", 0o600)
+        self.start("control-plane", plan.cp_argv())
+        self.wait_for("the control plane", lambda: self.get("/readyz"))
+        self.say(f"control plane is ready: {self.url('')}")
+
+    def start_agent(self) -> None:
+        """Start the agent; with an invite when it has no identity yet."""
+        plan = self.plan
+        environment = plan.agent_dir / "agent.env"
+        if not (plan.agent_dir / "data" / "identity.json").exists():
+            order = {"note": "pilot", "ttl_hours": 1, "payout_pubkey": PILOT_WALLET}
+            invite = self.request("POST", "/api/v1/admin/host-invites", order)
+            lines = {
+                "INVITE_TOKEN": invite["token"],
+                "SOLANA_PAYOUT_PUBKEY": PILOT_WALLET,
+                "CONTROL_PLANE": f"127.0.0.1:{plan.grpc_port}",
+                "DATA_DIR": str(plan.agent_dir / "data"),
+            }
+            text = "".join(f"{key}={value}\n" for key, value in lines.items())
+            write_file(environment, text.encode(), 0o600)
+            self.say(f"invite minted: {invite['id']}")
+        self.start("agent", plan.agent_argv("run"))
+
+    def wait_online(self) -> Row:
+        """The pilot's host as soon as the control plane shows it online."""
+        found = self.wait_for("the host", self._online)
+        self.say(f"host {found['host_id']} is online, assignable: {found['assignable']}")
+        return found
+
+    def _online(self) -> Row | None:
+        hosts = (self.get("/api/v1/admin/hosts?status=online") or {"hosts": []})["hosts"]
+        return hosts[0] if hosts else None
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.plan.http_port}{path}"
+
+    def request(self, method: str, path: str, body: object = None) -> Any:
+        """One call of the HTTP API, as an operator would make it."""
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url(path), data, headers, method=method)  # noqa: S310
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=10) as answer:
+            raw = answer.read()
+            return json.loads(raw) if "json" in answer.headers["Content-Type"] else raw.decode()
+
+    def get(self, path: str) -> Any:
+        """The answer of a GET, or None when there is none yet."""
+        try:
+            return self.request("GET", path)
+        except OSError:
+            return None
+
+
+def can_connect(dsn: str) -> bool | None:
+    """True when PostgreSQL answers, else None."""
+    try:
+        psycopg.connect(dsn, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return None
+    return True
+
+
+def free_port(wanted: int) -> int:
+    """The wanted port on loopback when it is free, else one that is."""
+    for port in (wanted, 0):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(sock.getsockname()[1])
+    raise Error("no port of 127.0.0.1 is free", "end a program that listens: ss -ltnp")
+
+
+def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
+    """Make the pilot's directory and choose user and ports; a later run keeps its ports."""
+    ensure_packages(want_venv=False)
+    postgres_bin = find_postgres()
+    if postgres_bin is None:
+        todo = "type: sudo apt-get install -y --no-install-recommends postgresql"
+        raise Error("PostgreSQL was not found on this machine", todo)
+    if len(str(root / "run" / ".s.PGSQL.5432")) > 100:
+        raise Error(f"the path {root} is too long for a socket", "choose a shorter --dir")
+    user = "postgres" if os.geteuid() == 0 else None
+    root.mkdir(parents=True, exist_ok=True)
+    os.chmod(root, 0o711)
+    for name in ("log", "cp", "agent", "agent/data"):
+        (root / name).mkdir(mode=0o700, exist_ok=True)
+    for name in ("run", "."):
+        path = root / name
+        path.mkdir(mode=0o700, exist_ok=True)
+        if user:
+            shutil.chown(path, user, user)
+    saved = root / "ports.json"
+    ports = json.loads(saved.read_text()) if saved.exists() else {"grpc": 9092, "http": 8080}
+    chosen = {name: free_port(port) for name, port in ports.items()}
+    if saved.exists() and chosen != ports:
+        busy = next(ports[name] for name in ports if chosen[name] != ports[name])
+        what = f"port {busy} of 127.0.0.1, which this pilot used before, is taken"
+        raise Error(what, f"end what has it (ss -ltnp), or remove {root} to start anew")
+    write_file(saved, json.dumps(chosen).encode() + b"\n", 0o644)
+    return PilotPlan(root, postgres_bin, user, chosen["grpc"], chosen["http"], heartbeat_s)
+
+
+def default_pilot_dir() -> Path:
+    """Where the pilot keeps its data: for root a place that PostgreSQL's user can reach."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/openinfra-pilot")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "openinfra-pilot"
+
+
+def run_pilot(root: Path, heartbeat_s: float) -> None:
+    """Bring everything up and keep it up until Ctrl-C or SIGTERM."""
+    pilot = Pilot(plan_pilot(root, heartbeat_s))
+    try:
+        bring_up(pilot)
+        here = Path(__file__).resolve()
+        print(
+            f"""
+The pilot runs: no tunnel and no encryption, for this machine only. Ctrl-C stops all of it.
+  what the agent says   {shlex.join(pilot.plan.agent_argv("status"))}
+  the hosts             curl -sS {pilot.url("/api/v1/admin/hosts")} \\
+                          -H "Authorization: Bearer $(cat {pilot.plan.cp_dir / "admin.jwt"})"
+  another invite        {sys.executable} {here} invite --dsn-file {pilot.plan.cp_dir / "dsn"}
+  logs and data         {root}
+""",
+            flush=True,
+        )
+        while True:
+            pilot.check_children()
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        pilot.say("stopping")
+    finally:
+        pilot.stop_all()
+
+
+def bring_up(pilot: Pilot) -> Row:
+    """PostgreSQL, control plane, agent; give back the host once it is online."""
+    pilot.start_postgres()
+    pilot.start_cp()
+    pilot.start_agent()
+    return pilot.wait_online()
+
+
+def check_pilot(root: Path, heartbeat_s: float) -> Row:
+    """Bring everything up, restart the agent once, take everything down; give back the figures."""
+    pilot = Pilot(plan_pilot(root, heartbeat_s))
+    try:
+        host = bring_up(pilot)
+        online_s = time.monotonic() - pilot.began
+        beats = pilot.wait_for("a second heartbeat", lambda: count_heartbeats(pilot, 2))
+        pilot.stop("agent")
+        log_before = pilot.log_path("agent").stat().st_size
+        pilot.start_agent()
+        again = time.monotonic()
+        seen = pilot.wait_for("another heartbeat", lambda: count_heartbeats(pilot, beats + 1))
+        resumed_s = time.monotonic() - again
+        said = pilot.log_path("agent").read_bytes()[log_before:].decode()
+        line = f"INFO resuming with persisted host_id (skipping Register) host_id={host['host_id']}"
+        known = pilot.request("GET", "/api/v1/admin/hosts")["hosts"]
+        resumed = line in said.splitlines() and [h["host_id"] for h in known] == [host["host_id"]]
+        if not resumed:
+            raise Error("the agent did not resume as the same host", f"read {root}/log/agent.log")
+        violations = asyncio.run(with_database(pilot.plan.cp_dir / "dsn", find_violations))
+        if violations:
+            raise Error(f"an invariant does not hold: {violations[0]}", "report this as a bug")
+    finally:
+        pilot.stop_all()
+    return {
+        "online_s": round(online_s, 2),
+        "heartbeats": seen,
+        "resumed": resumed,
+        "resume_s": round(resumed_s, 2),
+        "host_id": host["host_id"],
+        "total_s": round(time.monotonic() - pilot.began, 2),
+    }
+
+
+def count_heartbeats(pilot: Pilot, least: int) -> int | None:
+    """How many heartbeats the control plane has accepted, when it is at least `least`."""
+    text = pilot.get("/metrics") or ""
+    match = re.search(r'^openinfra_heartbeats_total{result="accepted"} (\d+)', text, re.M)
+    count = int(match[1]) if match else 0
+    return count if count >= least else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line: settings from flags and cp.env, the subcommands, main.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One setting: its flag (`--dsn-file`), its key in cp.env (`DSN_FILE`), default and help."""
+
+    name: str
+    default: str
+    help: str
+
+
+OPTIONS = (
+    Option("dsn-file", "/etc/openinfra/cp/dsn", "file with the CP's connection string"),
+    Option("owner-dsn-file", "/etc/openinfra/cp/owner-dsn", "the same of the schema's owner"),
+    Option("jwt-keys-file", "/etc/openinfra/cp/jwt-keys.json", "keys that sign operators' tokens"),
+    Option("grpc-listen", f"{HUB}:9092", "address and port for the agents"),
+    Option("http-listen", "127.0.0.1:8080", "address and port for the operator's API"),
+    Option("peer-check", "wg", "wg: a host must come from its own tunnel address; off: pilot only"),
+    Option("heartbeat-s", str(HEARTBEAT_S), "nominal seconds between a host's heartbeats"),
+    Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
+)
+
+
+def parse_env(text: str, path: str) -> dict[str, str]:
+    """The keys of an env file; raises Error 2 for an unknown, doubled or malformed line."""
+    known = {option.name.replace("-", "_").upper() for option in OPTIONS}
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        key, equals, value = line.strip().partition("=")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not equals or key not in known:
+            what = f"{path}:{number}: unknown key {key[:40]!r}"
+            raise Error(what, f"known keys are: {', '.join(sorted(known))}", 2)
+        if key in found:
+            raise Error(f"{path}:{number}: {key} stands there twice", "keep one of the lines", 2)
+        found[key] = value.strip()
+    return found
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Flag over env file over default; raises Error 2."""
+    path = Path(args.env_file or "/etc/openinfra/cp.env")
+    if args.env_file and not path.exists():
+        raise Error(f"{path} is missing", "name an env file that exists", 2)
+    try:
+        env = parse_env(path.read_text(), str(path)) if path.exists() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise Error(f"cannot read {path}: {error}", "mend its mode or its text", 2) from None
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    chosen = {}
+    for option in OPTIONS:
+        default = option.default
+        in_credentials = Path(credentials, Path(default).name)
+        if credentials and option.name.endswith("-file") and in_credentials.exists():
+            default = str(in_credentials)
+        flag = getattr(args, option.name.replace("-", "_"))
+        chosen[option.name] = flag or env.get(option.name.replace("-", "_").upper()) or default
+    if chosen["peer-check"] not in ("wg", "off"):
+        raise Error("peer-check is neither wg nor off", "set it to wg", 2)
+    try:
+        heartbeat_s = float(chosen["heartbeat-s"])
+    except ValueError:
+        heartbeat_s = 0
+    if not 0.2 <= heartbeat_s <= HEARTBEAT_MAX_S:
+        raise Error("heartbeat-s is out of range", f"give 0.2 to {HEARTBEAT_MAX_S} seconds", 2)
+    return Settings(
+        dsn_file=Path(chosen["dsn-file"]),
+        owner_dsn_file=Path(chosen["owner-dsn-file"]),
+        jwt_keys_file=Path(chosen["jwt-keys-file"]),
+        grpc_listen=parse_address(chosen["grpc-listen"], "grpc-listen"),
+        http_listen=parse_address(chosen["http-listen"], "http-listen"),
+        peer_check=chosen["peer-check"] == "wg",
+        heartbeat_s=heartbeat_s,
+        role=chosen["role"],
+    )
+
+
+def parse_address(text: str, name: str) -> tuple[str, int]:
+    """`10.77.0.1:9092` as address and port; raises Error 2."""
+    host, _, port = text.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65_536:
+        raise Error(f"{name} {text!r} is no address:port", "write for example 127.0.0.1:8080", 2)
+    return host, int(port)
+
+
+def mint_jwt(key: JwtKey, sub: str, scope: str, ttl_s: int) -> str:
+    """A token for the HTTP API, valid from now."""
+    now = int(time.time())
+    claims = {"iss": JWT_ISSUER, "aud": JWT_AUDIENCE, "sub": sub, "scope": scope}
+    return render_jwt(key, {**claims, "jti": new_public_id(), "iat": now, "exp": now + ttl_s})
+
+
+async def with_database(dsn_file: Path, work: Callable[[Database], Awaitable[T]]) -> T:
+    """Open the database, check its schema, run one operation, close it."""
+    db = Database(read_dsn(dsn_file), size=1)
+    await db.open()
+    try:
+        async with db.transaction() as tx:
+            check_schema_version(await read_schema_version(tx))
+        return await work(db)
+    finally:
+        await db.close()
+
+
+def command_serve(args: argparse.Namespace, settings: Settings) -> int:
+    """Run the control plane."""
+    asyncio.run(serve(settings))
+    return 0
+
+
+def command_migrate(args: argparse.Namespace, settings: Settings) -> int:
+    """Make or upgrade the schema."""
+    applied = asyncio.run(migrate(read_dsn(settings.owner_dsn_file), settings.role))
+    for name in applied:
+        print(f"applied {name}")
+    print(f"schema is version {SCHEMA_VERSION}" if applied else "nothing to do")
+    return 0
+
+
+def command_token(args: argparse.Namespace, settings: Settings) -> int:
+    """Print a JWT."""
+    path = settings.jwt_keys_file
+    keys = read_jwt_keys(path) if path.exists() or not args.new_key else []
+    key = add_jwt_key(path, keys) if args.new_key else keys[-1]
+    print(mint_jwt(key, args.sub or getpass.getuser(), args.scope, args.ttl_hours * 3600))
+    return 0
+
+
+def command_invite(args: argparse.Namespace, settings: Settings) -> int:
+    """Mint an invite; the token alone goes to stdout."""
+    given = {f.name: getattr(args, f.name) for f in INVITE_FIELDS if hasattr(args, f.name)}
+    values = parse_fields(INVITE_FIELDS, {k: v for k, v in given.items() if v is not None})
+    order = InviteOrder(**values)
+    token, invite = asyncio.run(
+        with_database(settings.dsn_file, lambda db: mint_invite(db, cli_actor(), order))
+    )
+    if args.json:
+        print(json.dumps({"token": token, **render_invite(invite)}, ensure_ascii=False))
+        return 0
+    print(token)
+    until = f"{invite.expires_at:%Y-%m-%d %H:%M} UTC"
+    print(f"Invite {invite.invite_id}, single use, until {until}.", file=sys.stderr)
+    print("This is shown once. Send it over a secure channel.", file=sys.stderr)
+    return 0
+
+
+def command_hosts(args: argparse.Namespace, settings: Settings) -> int:
+    """List hosts."""
+    filters = {field.name: getattr(args, field.name) for field in HOST_FILTERS}
+    values = parse_fields(
+        (*PAGE_FIELDS, *HOST_FILTERS),
+        {"limit": args.limit, **{k: v for k, v in filters.items() if v is not None}},
+    )
+    hosts = asyncio.run(with_database(settings.dsn_file, lambda db: list_hosts(db, values)))
+    if args.json:
+        print(json.dumps({"hosts": [render_host(host) for host in hosts]}, indent=1))
+        return 0
+    rows = [("HOST", "NAME", "STATUS", "ADDRESS", "LAST HEARTBEAT", "WHY IT GETS NO WORK")]
+    for host in hosts:
+        seen = f"{host.last_heartbeat_at:%Y-%m-%d %H:%M:%S}" if host.last_heartbeat_at else "never"
+        why = " | ".join(decide_standing(host).reasons) or "-"
+        address = host.wg_ip or "-"
+        rows.append((str(host.host_id), host.hostname, host.status, address, seen, why))
+    print(render_table(rows))
+    return 0
+
+
+def command_revoke(args: argparse.Namespace, settings: Settings) -> int:
+    """Remove a host for good."""
+    try:
+        host_id = uuid.UUID(args.host_id)
+    except ValueError:
+        raise Error("the host id is not a UUID", "copy it from: cp_server.py hosts", 2) from None
+    host = asyncio.run(
+        with_database(settings.dsn_file, lambda db: revoke_host(db, cli_actor(), host_id))
+    )
+    print(f"host {host.host_id} ({host.hostname}) is revoked")
+    return 0
+
+
+def command_doctor(args: argparse.Namespace, settings: Settings) -> int:
+    """Say what is wrong, a sentence and what to do each; 1 when there is anything."""
+    findings = asyncio.run(diagnose(settings, args.invariants))
+    if args.json:
+        print(json.dumps({"ok": not findings, "findings": findings}))
+    else:
+        for finding in findings:
+            print(f"WRONG {finding['what']}\n      {finding['todo']}")
+        checked = f"{len(INVARIANTS)} invariants hold" if args.invariants else "all is well"
+        print(f"{len(findings)} findings" if findings else checked)
+    return 1 if findings else 0
+
+
+async def diagnose(settings: Settings, invariants: bool) -> list[dict[str, str]]:
+    """What is wrong with files, database and, when asked for, the invariants."""
+    problems: list[Error] = []
+    try:
+        read_jwt_keys(settings.jwt_keys_file)
+    except Error as error:
+        problems.append(error)
+    try:
+        found = await with_database(settings.dsn_file, find_violations if invariants else no_rows)
+        for name, sentence, subject in found:
+            what = f"{name}: it must hold that {sentence}, but not so for {subject}"
+            problems.append(Error(what, "keep a copy of the database and report this as a bug"))
+    except Error as error:
+        problems.append(error)
+    return [{"what": problem.what, "todo": problem.todo} for problem in problems]
+
+
+async def no_rows(db: Database) -> list[tuple[str, str, str]]:
+    """Nothing: the connection was what had to be tried."""
+    return []
+
+
+def command_pilot(args: argparse.Namespace, settings: Settings) -> int:
+    """Everything on one machine."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    heartbeat_s = float(args.heartbeat_s or (1 if args.check else HEARTBEAT_S))
+    if not args.check:
+        root = Path(args.dir).resolve() if args.dir else default_pilot_dir()
+        run_pilot(root, heartbeat_s)
+        return 0
+    root = Path(args.dir or tempfile.mkdtemp(prefix="openinfra-pilot-")).resolve()
+    figures = check_pilot(root, heartbeat_s)
+    if not args.dir:
+        shutil.rmtree(root)
+    print(json.dumps(figures))
+    return 0
+
+
+def cli_actor() -> Actor:
+    """The user of this command, for the audit log."""
+    return Actor(f"cli:{getpass.getuser()}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--env-file", help="settings file (default: /etc/openinfra/cp.env)")
+    for option in OPTIONS:
+        common.add_argument(f"--{option.name}", help=f"{option.help} (default: {option.default})")
+    lines = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(
+        description=lines[0],
+        epilog="\n".join(lines[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, work: Callable[[argparse.Namespace, Settings], int]) -> Any:
+        sub = commands.add_parser(
+            name, help=work.__doc__, parents=[common], description=work.__doc__
+        )
+        sub.set_defaults(work=work)
+        return sub
+
+    add("serve", command_serve)
+    add("migrate", command_migrate)
+    token = add("token", command_token)
+    token.add_argument("--new-key", action="store_true", help="add a signing key to the file first")
+    token.add_argument("--sub", help="whose token it is (default: this user)")
+    token.add_argument("--scope", choices=("admin", "read"), default="admin")
+    token.add_argument("--ttl-hours", type=int, choices=range(1, 13), default=12, metavar="1-12")
+    invite = add("invite", command_invite)
+    for field in INVITE_FIELDS:
+        if field.kind != "boolean":
+            kind = int if field.kind == "integer" else str
+            invite.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=field.help)
+    invite.add_argument(
+        "--approve-first-wallet",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="without --payout-pubkey: approve the wallet that the host arrives with",
+    )
+    invite.add_argument("--json", action="store_true", help="print one JSON object")
+    hosts = add("hosts", command_hosts)
+    for field in HOST_FILTERS:
+        hosts.add_argument(f"--{field.name}", help=field.help)
+    hosts.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
+    hosts.add_argument("--json", action="store_true", help="print one JSON object")
+    add("revoke", command_revoke).add_argument("host_id", help="the host's UUID")
+    doctor = add("doctor", command_doctor)
+    doctor.add_argument("--invariants", action="store_true", help="test what must always hold")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    pilot = add("pilot", command_pilot)
+    pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
+    pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the only place that prints an Error and decides the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.work(args, read_settings(args)))
+    except Error as error:
+        log("ERROR", error.what, error.todo, **error.pairs)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

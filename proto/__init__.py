@@ -1,0 +1,1 @@
+"""The contract between agent and control plane: openinfra.proto and its generated stubs."""
