@@ -23,7 +23,7 @@ The pilot alone does more: as root it may install packages with apt-get (it says
 a virtualenv under ~/.cache/openinfra and keeps its data in one directory (see `pilot --help`).
 
 Commands it runs: none, except in the pilot: apt-get, pip, setpriv, initdb, postgres, agent.py.
-Needs: Python 3.10 or newer, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
+Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
 
 Exit codes: 0; 1 error; 2 usage; 3 refused to protect data; 75 try later (database not there).
 
@@ -38,7 +38,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import binascii
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -319,7 +318,7 @@ REFUSALS: dict[str, tuple[grpc.StatusCode, int]] = {
 }
 
 
-class Refusal(Error):
+class Refusal(Error):  # noqa: N818 - the word that the contract uses
     """A request that is refused: its name in REFUSALS, what is wrong, what to do, the field."""
 
     def __init__(self, code: str, what: str, todo: str, field: str = "") -> None:
@@ -725,30 +724,20 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
 
 def parse_field(field: Field, value: Any) -> Any:
     """One checked value; raises Refusal."""
-    types = {"integer": int, "string": str, "boolean": bool}
-    if type(value) is not types[field.kind]:
-        raise Refusal(
-            "BAD_REQUEST",
-            f"{field.name} has the wrong type",
-            f"send a JSON {field.kind}",
-            field.name,
-        )
-    measure = value if field.kind == "integer" else len(value) if field.kind == "string" else 0
-    if field.kind != "boolean" and not field.minimum <= measure <= field.maximum:
-        unit = " characters" if field.kind == "string" else ""
-        raise Refusal(
-            "BAD_REQUEST",
+    if type(value) is not {"integer": int, "string": str, "boolean": bool}[field.kind]:
+        what, todo = f"{field.name} has the wrong type", f"send a JSON {field.kind}"
+        raise Refusal("BAD_REQUEST", what, todo, field.name)
+    unit = " characters" if field.kind == "string" else ""
+    size: int = len(value) if field.kind == "string" else value
+    if field.kind != "boolean" and not field.minimum <= size <= field.maximum:
+        what, todo = (
             f"{field.name} is out of range",
             f"send {field.minimum} to {field.maximum}{unit}",
-            field.name,
         )
+        raise Refusal("BAD_REQUEST", what, todo, field.name)
     if field.values and value not in field.values:
-        raise Refusal(
-            "BAD_REQUEST",
-            f"{field.name} is none of the known values",
-            f"send one of: {', '.join(field.values)}",
-            field.name,
-        )
+        what, todo = f"{field.name} has no known value", f"send one of: {', '.join(field.values)}"
+        raise Refusal("BAD_REQUEST", what, todo, field.name)
     return field.check(value, field.name) if field.check else value
 
 
@@ -1169,7 +1158,7 @@ CREATE TABLE namespaces (
   approved_by text,
   CHECK ((approved_at IS NULL) = (approved_by IS NULL))
 );
-COMMENT ON TABLE namespaces IS 'Wallets of providers; hosts in one that is not approved get no work';
+COMMENT ON TABLE namespaces IS 'Wallets of providers; in one not approved no host gets work';
 COMMENT ON COLUMN namespaces.namespace_no IS 'Order of lists';
 COMMENT ON COLUMN namespaces.namespace IS '`solana:` and the wallet''s public key, base58';
 COMMENT ON COLUMN namespaces.created_at IS 'When an invite or a host named it first';
@@ -1258,7 +1247,7 @@ COMMENT ON COLUMN hosts.host_id IS 'UUID version 4 that the host is known by out
 COMMENT ON COLUMN hosts.invite_id IS 'The invite that gave it its present secret';
 COMMENT ON COLUMN hosts.host_secret_sha256 IS 'SHA-256 of the secret that the agent keeps';
 COMMENT ON COLUMN hosts.wg_ip IS 'Its address in the tunnel; null: registered without one (pilot)';
-COMMENT ON COLUMN hosts.wg_pubkey IS 'Its WireGuard public key, base64; a revoked one never returns';
+COMMENT ON COLUMN hosts.wg_pubkey IS 'Its WireGuard public key, base64; never a revoked one';
 COMMENT ON COLUMN hosts.payout_pubkey IS 'Wallet that its earnings go to; null: none given';
 COMMENT ON COLUMN hosts.requested_payout_pubkey IS 'Wallet that it asked for after its first work';
 COMMENT ON COLUMN hosts.namespace IS 'Namespace of its wallet';
@@ -1324,8 +1313,9 @@ COMMENT ON COLUMN audit_log.action IS 'What was done, as noun.verb';
 COMMENT ON COLUMN audit_log.subject IS 'Id of the host, invite or namespace';
 COMMENT ON COLUMN audit_log.detail IS 'What else is worth knowing; never a secret';
 
-CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS
-  $$ BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$;
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation';
+END $$;
 CREATE TRIGGER invites_final BEFORE UPDATE ON invites FOR EACH ROW
   WHEN (OLD.host_id IS NOT NULL AND NEW.host_id IS DISTINCT FROM OLD.host_id)
   EXECUTE FUNCTION refuse_change('a redeemed invite belongs to one host for good');
@@ -1778,6 +1768,11 @@ class Transaction:
         found = await self.dicts(sql, **params)
         return found[0] if found else None
 
+    async def the(self, sql: str, **params: object) -> Row:
+        """The row of a query that always has exactly one."""
+        (found,) = await self.dicts(sql, **params)
+        return found
+
     async def execute(self, sql: str, **params: object) -> int:
         """Run a statement; give back how many rows it touched."""
         cursor = await self._connection.execute(sql.encode(), params or None)
@@ -1865,11 +1860,12 @@ def check_schema_version(found: int | None) -> None:
 
 async def read_schema_version(tx: Transaction) -> int | None:
     """The newest applied migration, or None without a schema."""
-    there = await tx.one("SELECT to_regclass('public.schema_migrations') IS NOT NULL AS there")
-    if not there or not there["there"]:
+    there = await tx.the("SELECT to_regclass('public.schema_migrations') IS NOT NULL AS there")
+    if not there["there"]:
         return None
-    newest = await tx.one("SELECT max(number) AS version FROM schema_migrations")
-    return newest["version"] if newest else None
+    newest = await tx.the("SELECT max(number) AS version FROM schema_migrations")
+    version: int | None = newest["version"]
+    return version
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2053,7 +2049,7 @@ async def _insert_host(
     host_id, invite_id = uuid.uuid4(), reg.token.public_id
     wallet, _ = decide_wallet(None, reg.payout_pubkey, invite["payout_pubkey"], False)
     await _name_wallet(tx, invite, wallet)
-    row = await tx.one(
+    row = await tx.the(
         SQL_HOST_INSERT,
         host_id=host_id,
         invite_id=invite_id,
@@ -2064,7 +2060,6 @@ async def _insert_host(
         namespace=namespace_of(wallet) if wallet else None,
         **dataclasses.asdict(reg.facts),
     )
-    assert row is not None  # INSERT … RETURNING
     await tx.execute(SQL_LIVENESS_INSERT, host_no=row["host_no"], interval_ms=interval_ms)
     detail = {"invite_id": invite_id, "wg_ip": reg.wg_ip, "payout_pubkey": wallet}
     await audit(tx, Actor(f"invite:{invite_id}"), "host.register", str(host_id), **detail)
@@ -2157,8 +2152,7 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
         raise Refusal("WRONG_ADDRESS", what, "set the address in /etc/wireguard/openinfra.conf")
     if host.status == "quarantined":
         raise quarantined()
-    live = await tx.one(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
-    assert live is not None  # a SELECT of two scalars
+    live = await tx.the(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
     live_sha256 = bytes(live["session_sha256"]) if live["session_sha256"] else None
     asked, previous = res.session_sha256, res.previous_sha256
     decision = decide_resume(live_sha256, asked, previous, live["takeovers"])
@@ -2315,7 +2309,7 @@ async def find_violations(db: Database) -> list[tuple[str, str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The serving process: its settings, counters, keys and heartbeat batches, shared by edges and loops.
+# The serving process: settings, counters, keys, heartbeat batches; what edges and loops share.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2408,7 +2402,7 @@ class ControlPlane:
 
     def next_interval_ms(self) -> int:
         """Milliseconds that a host is to wait for its next heartbeat."""
-        return decide_interval_ms(self.settings.heartbeat_s, self.busy, random.random())
+        return decide_interval_ms(self.settings.heartbeat_s, self.busy, random.random())  # noqa: S311
 
     async def heartbeat(self, beat: Beat) -> Standing:
         """Wait until a heartbeat is committed; raises Refusal."""
@@ -2416,6 +2410,7 @@ class ControlPlane:
             raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
         known = self._waiting.get(beat.session_sha256)
         if known is None:
+            future: asyncio.Future[Standing | Refusal]
             future = asyncio.get_running_loop().create_future()
             self._waiting[beat.session_sha256] = (beat, future)
         else:  # a retry overtook the first try: one commit answers both
@@ -2495,9 +2490,13 @@ class ControlPlane:
             self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
         self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
         self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        self.metrics.set("openinfra_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+        self.metrics.set("openinfra_resident_memory_bytes", read_resident_bytes())
         return self.metrics.render()
+
+
+def read_resident_bytes() -> int:
+    """Resident memory of this process (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_secret_file(path: Path, what: str) -> bytes:
@@ -2509,7 +2508,7 @@ def read_secret_file(path: Path, what: str) -> bytes:
         raise Error(f"{path} ({what}) is missing", "see the README: operator") from None
     except PermissionError:
         raise Error(
-            f"{path} ({what}) cannot be read by this user", f"chown it, or use sudo"
+            f"{path} ({what}) cannot be read by this user", "chown it, or use sudo"
         ) from None
     if mode & 0o077:
         todo = f"type: chmod 600 {path}"
@@ -2568,12 +2567,12 @@ class AgentEdge:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The methods, with decoding left to `_call` so that bad bytes get a good answer."""
-        methods = {
+        methods: dict[str, tuple[type[Any], Callable[[Any, str], Awaitable[Message]]]] = {
             "Register": (pb.RegisterRequest, self._register),
             "Resume": (pb.ResumeRequest, self._resume),
             "Heartbeat": (pb.HeartbeatRequest, self._heartbeat),
         }
-        handlers = {
+        handlers: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(
                 functools.partial(self._call, name, kind, operation)
             )
@@ -2609,8 +2608,7 @@ class AgentEdge:
             )
         self.cp.metrics.add("openinfra_rpcs_total", method=name, result=refusal.code.lower())
         status, _ = REFUSALS[refusal.code]
-        trailing = (("openinfra-reason", refusal.code),)
-        await context.abort(status, str(refusal), trailing)
+        return await context.abort(status, str(refusal), (("openinfra-reason", refusal.code),))
 
     async def _register(self, request: pb.RegisterRequest, peer: str) -> Message:
         settings = self.cp.settings
@@ -2779,11 +2777,11 @@ async def http_list_audit(cp: ControlPlane, request: Request) -> Answer:
     return page("entries", rows, shown, "audit_id", request.values["limit"])
 
 
-async def http_health(cp: ControlPlane, request: Request) -> Answer:
+async def http_health(_cp: ControlPlane, _request: Request) -> Answer:
     return 200, {"ok": True, "version": VERSION}
 
 
-async def http_ready(cp: ControlPlane, request: Request) -> Answer:
+async def http_ready(cp: ControlPlane, _request: Request) -> Answer:
     if cp.stopping:
         raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
     async with cp.db.transaction() as tx:
@@ -2791,7 +2789,7 @@ async def http_ready(cp: ControlPlane, request: Request) -> Answer:
     return 200, {"ok": True, "version": VERSION}
 
 
-async def http_openapi(cp: ControlPlane, request: Request) -> Answer:
+async def http_openapi(_cp: ControlPlane, _request: Request) -> Answer:
     return 200, render_openapi(ROUTES, SCHEMAS)
 
 
@@ -3096,7 +3094,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             status, body = 500, render_problem(Refusal("INTERNAL", what, todo))
         self._reply(status, body, headers)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_any
 
     def _answer(self) -> tuple[int, dict[str, Any] | str]:
         cp, path = self.server.cp, urllib.parse.urlsplit(self.path)
@@ -3163,7 +3161,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(raw)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+    def send_error(
+        self, code: int, message: str | None = None, _explain: str | None = None
+    ) -> None:
         """The standard library's own refusals (a bad request line, headers too long) as JSON."""
         self.close_connection = True
         self.command = getattr(self, "command", None) or "GET"
@@ -3171,7 +3171,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         what = f"the request cannot be read: {message or code}"
         self._reply(code, render_problem(Refusal("BAD_REQUEST", what, "send HTTP/1.1")), {})
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_args: object) -> None:
         """Silent: Caddy logs requests, this file's errors go through `log`."""
 
 
@@ -3476,8 +3476,8 @@ class Pilot:
             self.say("making a PostgreSQL cluster")
             fresh = plan.cluster.with_name("postgres.new")
             shutil.rmtree(fresh, ignore_errors=True)
-            argv = [plan.postgres_bin / "initdb", "-D", fresh, "-U", "postgres", "--auth=trust"]
-            argv += ["--encoding=UTF8", "--locale=C.UTF-8", "--no-instructions"]
+            flags = "-U postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8 --no-instructions"
+            argv = [plan.postgres_bin / "initdb", "-D", fresh, *flags.split()]
             run(plan.as_postgres(argv), timeout_s=120, echo=False)
             os.rename(fresh, plan.cluster)
         self.start("postgres", plan.postgres_argv(), "INT")
@@ -3682,7 +3682,7 @@ def check_pilot(root: Path, heartbeat_s: float) -> Row:
 def count_heartbeats(pilot: Pilot, least: int) -> int | None:
     """How many heartbeats the control plane has accepted, when it is at least `least`."""
     text = pilot.get("/metrics") or ""
-    match = re.search(r'^openinfra_heartbeats_total{result="accepted"} (\d+)', text, re.M)
+    match = re.search(r'^openinfra_heartbeats_total{result="accepted"} (\d+)', text, re.MULTILINE)
     count = int(match[1]) if match else 0
     return count if count >= least else None
 
@@ -3795,13 +3795,13 @@ async def with_database(dsn_file: Path, work: Callable[[Database], Awaitable[T]]
         await db.close()
 
 
-def command_serve(args: argparse.Namespace, settings: Settings) -> int:
+def command_serve(_args: argparse.Namespace, settings: Settings) -> int:
     """Run the control plane."""
     asyncio.run(serve(settings))
     return 0
 
 
-def command_migrate(args: argparse.Namespace, settings: Settings) -> int:
+def command_migrate(_args: argparse.Namespace, settings: Settings) -> int:
     """Make or upgrade the schema."""
     applied = asyncio.run(migrate(read_dsn(settings.owner_dsn_file), settings.role))
     for name in applied:
@@ -3901,12 +3901,12 @@ async def diagnose(settings: Settings, invariants: bool) -> list[dict[str, str]]
     return [{"what": problem.what, "todo": problem.todo} for problem in problems]
 
 
-async def no_rows(db: Database) -> list[tuple[str, str, str]]:
+async def no_rows(_db: Database) -> list[tuple[str, str, str]]:
     """Nothing: the connection was what had to be tried."""
     return []
 
 
-def command_pilot(args: argparse.Namespace, settings: Settings) -> int:
+def command_pilot(args: argparse.Namespace, _settings: Settings) -> int:
     """Everything on one machine."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     heartbeat_s = float(args.heartbeat_s or (1 if args.check else HEARTBEAT_S))
