@@ -724,7 +724,8 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
 
 def parse_field(field: Field, value: Any) -> Any:
     """One checked value; raises Refusal."""
-    if type(value) is not {"integer": int, "string": str, "boolean": bool}[field.kind]:
+    kinds: dict[str, Any] = {"integer": int, "string": str, "boolean": bool}
+    if type(value) is not kinds[field.kind]:
         what, todo = f"{field.name} has the wrong type", f"send a JSON {field.kind}"
         raise Refusal("BAD_REQUEST", what, todo, field.name)
     unit = " characters" if field.kind == "string" else ""
@@ -1200,7 +1201,7 @@ COMMENT ON COLUMN invites.wg_pubkey IS 'Only this WireGuard key may redeem it; n
 COMMENT ON COLUMN invites.approve_first_wallet IS 'Without a named wallet: approve the first one';
 COMMENT ON COLUMN invites.created_by IS 'Who minted it: the actor as in audit_log';
 COMMENT ON COLUMN invites.created_at IS 'When it was minted';
-COMMENT ON COLUMN invites.expires_at IS 'It cannot be redeemed from then on; at most 72 hours later';
+COMMENT ON COLUMN invites.expires_at IS 'From then on it cannot be redeemed; at most 72 hours later';
 COMMENT ON COLUMN invites.revoked_at IS 'When the operator took it back';
 COMMENT ON COLUMN invites.consumed_at IS 'When a host redeemed it; once and for all';
 COMMENT ON COLUMN invites.host_id IS 'The host that redeemed it';
@@ -1242,7 +1243,7 @@ CREATE INDEX hosts_status ON hosts (status, host_no);
 CREATE INDEX hosts_namespace ON hosts (namespace, host_no);
 CREATE INDEX hosts_hostname ON hosts (hostname, host_no);
 COMMENT ON TABLE hosts IS 'Machines of the fleet; a row changes seldom (see liveness)';
-COMMENT ON COLUMN hosts.host_no IS 'Short key for other tables, and the order of lists';
+COMMENT ON COLUMN hosts.host_no IS 'Short key for other tables; order of lists';
 COMMENT ON COLUMN hosts.host_id IS 'UUID version 4 that the host is known by outside';
 COMMENT ON COLUMN hosts.invite_id IS 'The invite that gave it its present secret';
 COMMENT ON COLUMN hosts.host_secret_sha256 IS 'SHA-256 of the secret that the agent keeps';
@@ -3477,7 +3478,7 @@ class Pilot:
             fresh = plan.cluster.with_name("postgres.new")
             shutil.rmtree(fresh, ignore_errors=True)
             flags = "-U postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8 --no-instructions"
-            argv = [plan.postgres_bin / "initdb", "-D", fresh, *flags.split()]
+            argv: list[str | Path] = [plan.postgres_bin / "initdb", "-D", fresh, *flags.split()]
             run(plan.as_postgres(argv), timeout_s=120, echo=False)
             os.rename(fresh, plan.cluster)
         self.start("postgres", plan.postgres_argv(), "INT")
@@ -3585,7 +3586,7 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
         raise Error(f"the path {root} is too long for a socket", "choose a shorter --dir")
     user = "postgres" if os.geteuid() == 0 else None
     root.mkdir(parents=True, exist_ok=True)
-    os.chmod(root, 0o711)
+    os.chmod(root, 0o711)  # noqa: S103 - PostgreSQL's user passes through
     for name in ("log", "cp", "agent", "agent/data"):
         (root / name).mkdir(mode=0o700, exist_ok=True)
     for name in ("run", "."):

@@ -1,0 +1,76 @@
+"""Fixtures: a PostgreSQL for the session, control planes and agents for a test."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Agent, ControlPlane, Netns, Postgres, make_netns
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL cluster; its directory is one that PostgreSQL's user can reach."""
+    root = Path(tempfile.mkdtemp(prefix="oi-pg-", dir="/tmp"))
+    root.chmod(0o711)
+    cluster = Postgres(root / "cluster")
+    try:
+        yield cluster
+    finally:
+        cluster.stop(signal.SIGQUIT)
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def make_cp(postgres: Postgres, tmp_path: Path) -> Iterator[Callable[..., ControlPlane]]:
+    """Makes control planes that end with the test; each on a fresh database."""
+    made: list[ControlPlane] = []
+
+    def make(*flags: str, start: bool = True, **more: Any) -> ControlPlane:
+        cp = ControlPlane(postgres, tmp_path / f"cp{len(made)}", *flags, **more)
+        made.append(cp)
+        if start:
+            cp.start()
+        return cp
+
+    yield make
+    for cp in made:
+        if cp.process:
+            cp.stop(signal.SIGKILL)
+        assert "Traceback" not in cp.log, cp.log
+
+
+@pytest.fixture
+def cp(make_cp: Callable[..., ControlPlane]) -> ControlPlane:
+    """A control plane with heartbeats each second and no tunnel."""
+    return make_cp("--heartbeat-s=1")
+
+
+@pytest.fixture
+def netns() -> Iterator[Netns]:
+    """A network namespace where 10.77.0.0/16 is local."""
+    with make_netns() as made:
+        yield made
+
+
+@pytest.fixture
+def make_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+    """Makes agents that end with the test."""
+    made: list[Agent] = []
+
+    def make(control_plane: str, token: str, **more: Any) -> Agent:
+        agent = Agent(tmp_path / f"agent{len(made)}", control_plane, token, **more)
+        made.append(agent)
+        return agent
+
+    yield make
+    for agent in made:
+        if agent.process:
+            agent.process.stop(signal.SIGKILL)
+            assert "Traceback" not in agent.log, agent.log

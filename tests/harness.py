@@ -1,0 +1,472 @@
+"""What the integration tests start: a real PostgreSQL, control planes, agents, raw gRPC clients.
+
+Everything is a process of its own in a temporary directory, and is ended by its process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import psycopg
+from psycopg.rows import dict_row
+
+import cp_server
+from proto import openinfra_pb2 as pb
+from proto import openinfra_pb2_grpc
+
+ROOT = Path(__file__).resolve().parent.parent
+WALLET = "7YttLkHDoNj9wyDur5pM1ejNaAvT9X4eqaYcHQqtj2G5"
+OTHER_WALLET = "9WzDXwBbmkg8ZTbNMqUxvQRAyrZzDsGYdLVL9zYtAWWM"
+BOOT_ID = "0b8c4a52-0a6b-4f8e-9b1e-2d6f5c3a7e10"
+WG_KEY = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10) -> T:
+    """The first result of `probe` that is true; fails the test when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = probe()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{what}: not within {timeout_s} s")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Postgres:
+    """A PostgreSQL cluster of the test session, on a unix socket only."""
+
+    def __init__(self, directory: Path) -> None:
+        binaries = cp_server.find_postgres()
+        assert binaries, "PostgreSQL 15 or newer is not installed; run tests/run"
+        self.binaries = binaries
+        self.directory = directory
+        self.user = "postgres" if os.geteuid() == 0 else None
+        self.child: subprocess.Popen[bytes] | None = None
+        self._databases = 0
+        directory.mkdir(parents=True)
+        if self.user:
+            shutil.chown(directory, self.user, self.user)
+        argv = ["initdb", "-D", str(directory / "data"), "-U", "postgres", "--auth=trust", "-N"]
+        argv += ["--encoding=UTF8", "--locale=C.UTF-8"]
+        subprocess.run(self._as_user(argv), check=True, stdout=subprocess.DEVNULL)
+        self.start()
+        self.execute("postgres", "CREATE DATABASE template_openinfra")
+        cp_server.asyncio.run(cp_server.migrate(self.dsn("template_openinfra"), "openinfra"))
+
+    def _as_user(self, argv: Sequence[str]) -> list[str]:
+        switch = [f"--reuid={self.user}", f"--regid={self.user}", "--init-groups"]
+        full = [str(self.binaries / argv[0]), *argv[1:]]
+        return ["setpriv", *(switch if self.user else []), "--pdeathsig=KILL", "--", *full]
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={self.directory}"]
+        options += ["-c", "fsync=off", "-c", "max_connections=60", "-c", "shared_buffers=32MB"]
+        with (self.directory.parent / "postgres.log").open("ab") as output:
+            self.child = subprocess.Popen(
+                self._as_user(["postgres", "-D", str(self.directory / "data"), *options]),
+                stderr=output,
+                start_new_session=True,
+            )
+        wait_for("PostgreSQL", lambda: cp_server.can_connect(self.dsn("postgres")), 30)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server: SIGINT is its fast way, SIGQUIT its immediate one."""
+        assert self.child
+        self.child.send_signal(how)
+        self.child.wait(30)
+
+    def dsn(self, database: str, role: str = "postgres") -> str:
+        """A connection string."""
+        return f"host={self.directory} dbname={database} user={role}"
+
+    def execute(self, database: str, sql: str, *params: object) -> None:
+        """Run one statement as the superuser, outside a transaction."""
+        with psycopg.connect(self.dsn(database), autocommit=True) as connection:
+            connection.execute(sql.encode(), params or None)
+
+    def query(self, database: str, sql: str, *params: object) -> list[dict[str, Any]]:
+        """The rows of one query as the superuser."""
+        with psycopg.connect(self.dsn(database), autocommit=True, row_factory=dict_row) as c:
+            return c.execute(sql.encode(), params or None).fetchall()
+
+    def new_database(self) -> str:
+        """A fresh database with the schema; gives back its name."""
+        self._databases += 1
+        name = f"test_{self._databases}"
+        self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE template_openinfra")
+        return name
+
+
+@dataclasses.dataclass
+class Netns:
+    """A network namespace in which every address of 10.77.0.0/16 is local."""
+
+    name: str
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """The command inside the namespace."""
+        return ["ip", "netns", "exec", self.name, *argv]
+
+
+@contextlib.contextmanager
+def make_netns() -> Iterator[Netns]:
+    """A network namespace for one test; a client that connects to 10.77.x.y comes from there."""
+    netns = Netns(f"oi-{os.getpid()}-{secrets.token_hex(3)}")
+    subprocess.run(["ip", "netns", "add", netns.name], check=True)
+    try:
+        for line in ("link set lo up", "route add local 10.77.0.0/16 dev lo"):
+            subprocess.run(["ip", "-n", netns.name, *line.split()], check=True)
+        yield netns
+    finally:
+        subprocess.run(["ip", "netns", "del", netns.name], check=True)
+
+
+class Process:
+    """A child with its output in a file."""
+
+    def __init__(self, argv: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.log_path = log
+        self.argv = list(argv)
+        with log.open("ab") as output:
+            self.child = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", "--", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                cwd="/",
+            )
+
+    @property
+    def log(self) -> str:
+        """All that it printed."""
+        return self.log_path.read_text(errors="replace")
+
+    def wait_log(self, text: str, timeout_s: float = 10) -> None:
+        """Wait until a text stands in the log."""
+        try:
+            wait_for(text, lambda: text in self.log or None, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.log}") from None
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 15) -> int:
+        """Send a signal; give back the exit code."""
+        if self.child.poll() is None:
+            self.child.send_signal(how)
+        return self.child.wait(timeout_s)
+
+
+class ControlPlane:
+    """One database and the `cp_server.py serve` on it; it can be started again."""
+
+    def __init__(
+        self,
+        postgres: Postgres,
+        directory: Path,
+        *flags: str,
+        netns: Netns | None = None,
+        python: str = sys.executable,
+    ) -> None:
+        self.postgres = postgres
+        self.database = postgres.new_database()
+        self.directory = directory
+        self.netns = netns
+        self.python = python
+        self.flags = flags
+        directory.mkdir(parents=True, exist_ok=True)
+        self.dsn_file = directory / "dsn"
+        self.keys_file = directory / "jwt-keys.json"
+        self.set_dsn(postgres.dsn(self.database, "openinfra"))
+        self.key = cp_server.add_jwt_key(self.keys_file, [])
+        self.token = cp_server.mint_jwt(self.key, "tester", "admin", 3600)
+        self.grpc_port = 9092 if netns else free_port()
+        self.http_port = 8080 if netns else free_port()
+        self.process: Process | None = None
+
+    def set_dsn(self, dsn: str) -> None:
+        """Write the connection string."""
+        cp_server.write_file(self.dsn_file, dsn.encode(), 0o600)
+
+    def argv(self, command: str, *more: str) -> list[str]:
+        """A command line of cp_server.py on this database."""
+        files = ["--env-file", os.devnull, "--dsn-file", str(self.dsn_file)]
+        files += ["--jwt-keys-file", str(self.keys_file)]
+        script = [self.python, "-W", "error", str(ROOT / "cp_server.py")]
+        return [*script, command, *files, *more]
+
+    def start(self, *flags: str) -> None:
+        """Start serving, wait until it is ready."""
+        listen = "0.0.0.0" if self.netns else "127.0.0.1"
+        argv = self.argv(
+            "serve",
+            f"--grpc-listen={listen}:{self.grpc_port}",
+            f"--http-listen=127.0.0.1:{self.http_port}",
+            f"--peer-check={'wg' if self.netns else 'off'}",
+            *self.flags,
+            *flags,
+        )
+        argv = self.netns.argv(argv) if self.netns else argv
+        before = self.log.count("INFO control plane ready")
+        self.process = Process(argv, self.directory / "cp.log", {})
+        try:
+            wait_for(
+                "control plane", lambda: self.log.count("INFO control plane ready") > before, 15
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.log}") from None
+
+    @property
+    def log(self) -> str:
+        """All that it printed."""
+        path = self.directory / "cp.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End it; give back its exit code."""
+        assert self.process
+        return self.process.stop(how)
+
+    def command(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """Run a subcommand on this database."""
+        return subprocess.run(
+            self.argv(command, *more), capture_output=True, text=True, timeout=30, check=False
+        )
+
+    def check_invariants(self) -> None:
+        """Fails the test unless `doctor --invariants` finds nothing."""
+        done = self.command("doctor", "--invariants")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        token: str | None = None,
+    ) -> tuple[int, Any]:
+        """One HTTP request (not in a namespace); gives back status and JSON."""
+        sent = {"Authorization": f"Bearer {self.token if token is None else token}"}
+        data = raw if body is None else json.dumps(body).encode()
+        if data is not None:
+            sent["Content-Type"] = "application/json"
+        sent |= headers or {}
+        url = f"http://127.0.0.1:{self.http_port}{path}"
+        request = urllib.request.Request(url, data, sent, method=method)
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as got:
+                return got.status, _decode(got.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decode(error.read())
+
+    def mint(self, **order: object) -> str:
+        """A fresh invite token, by `cp_server.py invite` when in a namespace, else by HTTP."""
+        if self.netns is None:
+            status, answer = self.call("POST", "/api/v1/admin/host-invites", order)
+            assert status == 201, answer
+            return str(answer["token"])
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in order.items()]
+        done = self.command("invite", "--no-approve-first-wallet", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def query(self, sql: str, *params: object) -> list[dict[str, Any]]:
+        """Rows of the database as the superuser sees them."""
+        return self.postgres.query(self.database, sql, *params)
+
+    def hosts(self) -> list[dict[str, Any]]:
+        """All hosts as the CLI shows them."""
+        done = self.command("hosts", "--json")
+        assert done.returncode == 0, done.stderr
+        found: list[dict[str, Any]] = json.loads(done.stdout)["hosts"]
+        return found
+
+
+def _decode(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode()
+
+
+def facts(**changes: Any) -> pb.Facts:
+    """Facts of a machine."""
+    values: dict[str, Any] = {
+        "hostname": "lab",
+        "arch": "x86_64",
+        "kernel": "6.1.0",
+        "agent_version": "0.1.0",
+        "cpu_count": 4,
+        "memory_bytes": 8 << 30,
+        "disk_bytes": 100 << 30,
+        "disk_encrypted": True,
+    }
+    return pb.Facts(**{**values, **changes})
+
+
+class Refused(Exception):
+    """A gRPC call that was refused."""
+
+    def __init__(self, error: grpc.RpcError) -> None:
+        call: Any = error
+        trailing = dict(call.trailing_metadata() or ())
+        self.reason = str(trailing.get("openinfra-reason", ""))
+        self.status = call.code()
+        self.message = str(call.details())
+        super().__init__(f"{self.reason} {self.status}: {self.message}")
+
+
+class Client:
+    """An agent's end of the contract by hand: one identity, raw calls (not in a namespace)."""
+
+    def __init__(self, cp: ControlPlane) -> None:
+        self.channel = grpc.insecure_channel(
+            f"127.0.0.1:{cp.grpc_port}", options=[("grpc.enable_http_proxy", 0)]
+        )
+        self.stub = openinfra_pb2_grpc.AgentApiStub(self.channel)
+        self.host_secret = secrets.token_bytes(32)
+        self.session = secrets.token_bytes(32)
+        self.seq = 0
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=10)
+        except grpc.RpcError as error:
+            raise Refused(error) from None
+
+    def register(self, token: str, **changes: Any) -> pb.RegisterReply:
+        """Register with this identity; raises Refused."""
+        values: dict[str, Any] = {
+            "invite_token": token,
+            "host_secret": self.host_secret,
+            "session": self.session,
+            "payout_pubkey": WALLET,
+            "facts": facts(),
+        }
+        reply: pb.RegisterReply = self._call(
+            self.stub.Register, pb.RegisterRequest(**{**values, **changes})
+        )
+        return reply
+
+    def resume(self, **changes: Any) -> pb.ResumeReply:
+        """Resume with a fresh session, which is kept when it is accepted; raises Refused."""
+        values: dict[str, Any] = {
+            "host_secret": self.host_secret,
+            "session": secrets.token_bytes(32),
+            "previous_session": self.session,
+            "payout_pubkey": WALLET,
+            **changes,
+        }
+        reply: pb.ResumeReply = self._call(self.stub.Resume, pb.ResumeRequest(**values))
+        self.session, self.seq = values["session"], 0
+        return reply
+
+    def heartbeat(self, **changes: Any) -> pb.HeartbeatReply:
+        """One heartbeat; raises Refused."""
+        self.seq += 1
+        values = {"session": self.session, "seq": self.seq, "boot_id": BOOT_ID, **changes}
+        reply: pb.HeartbeatReply = self._call(self.stub.Heartbeat, pb.HeartbeatRequest(**values))
+        return reply
+
+
+class Agent:
+    """A real agent with its own directories; it can be started again."""
+
+    def __init__(
+        self,
+        directory: Path,
+        control_plane: str,
+        token: str,
+        *,
+        python: str = sys.executable,
+        wallet: str = WALLET,
+        netns: Netns | None = None,
+        wg_key: str = "",
+    ) -> None:
+        self.directory = directory
+        self.python = python
+        self.netns = netns
+        self.data = directory / "data"
+        self.data.mkdir(mode=0o700, parents=True)
+        self.env_file = directory / "agent.env"
+        self.socket = directory / "agent.sock"
+        self.key_file = directory / "openinfra.pub"
+        if wg_key:
+            self.key_file.write_text(wg_key + "\n")
+        self.write_env(token, wallet, control_plane)
+        self.process: Process | None = None
+
+    def write_env(self, token: str, wallet: str, control_plane: str) -> None:
+        """Write agent.env as the installer does."""
+        text = f"INVITE_TOKEN={token}\nSOLANA_PAYOUT_PUBKEY={wallet}\n"
+        text += f"CONTROL_PLANE={control_plane}\nDATA_DIR={self.data}\n"
+        cp_server.write_file(self.env_file, text.encode(), 0o600)
+
+    def argv(self, command: str, *more: str) -> list[str]:
+        """A command line of agent.py."""
+        flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
+        flags += [f"--wg-pubkey-file={self.key_file}"]
+        argv = [self.python, "-W", "error", str(ROOT / "agent.py"), command, *flags, *more]
+        return self.netns.argv(argv) if self.netns else argv
+
+    def start(self, *more: str) -> Process:
+        """Start it."""
+        argv = self.argv("run", "--allow-unencrypted", *more)
+        self.process = Process(argv, self.directory / "agent.log", {})
+        return self.process
+
+    def restart(self) -> Process:
+        """SIGTERM, then start again."""
+        assert self.process
+        assert self.process.stop() == 0
+        return self.start()
+
+    @property
+    def log(self) -> str:
+        """All that it printed."""
+        return (self.directory / "agent.log").read_text(errors="replace")
+
+    def status(self) -> dict[str, Any]:
+        """What `agent.py status --json` prints."""
+        done = subprocess.run(
+            self.argv("status", "--json"), capture_output=True, text=True, timeout=30, check=False
+        )
+        try:
+            found: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            return {}
+        return found
