@@ -5,6 +5,7 @@ Everything is a process of its own in a temporary directory, and is ended by its
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -76,7 +77,7 @@ class Postgres:
         subprocess.run(self._as_user(argv), check=True, stdout=subprocess.DEVNULL)
         self.start()
         self.execute("postgres", "CREATE DATABASE template_openinfra")
-        cp_server.asyncio.run(cp_server.migrate(self.dsn("template_openinfra"), "openinfra"))
+        asyncio.run(cp_server.migrate(self.dsn("template_openinfra"), "openinfra"))
 
     def _as_user(self, argv: Sequence[str]) -> list[str]:
         switch = [f"--reuid={self.user}", f"--regid={self.user}", "--init-groups"]
@@ -332,7 +333,7 @@ def facts(**changes: Any) -> pb.Facts:
     return pb.Facts(**{**values, **changes})
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - the word of the contract
     """A gRPC call that was refused."""
 
     def __init__(self, error: grpc.RpcError) -> None:
