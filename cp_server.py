@@ -318,7 +318,7 @@ REFUSALS: dict[str, tuple[grpc.StatusCode, int]] = {
 }
 
 
-class Refusal(Error):  # noqa: N818 - the word that the contract uses
+class Refusal(Error):
     """A request that is refused: its name in REFUSALS, what is wrong, what to do, the field."""
 
     def __init__(self, code: str, what: str, todo: str, field: str = "") -> None:
@@ -1201,7 +1201,7 @@ COMMENT ON COLUMN invites.wg_pubkey IS 'Only this WireGuard key may redeem it; n
 COMMENT ON COLUMN invites.approve_first_wallet IS 'Without a named wallet: approve the first one';
 COMMENT ON COLUMN invites.created_by IS 'Who minted it: the actor as in audit_log';
 COMMENT ON COLUMN invites.created_at IS 'When it was minted';
-COMMENT ON COLUMN invites.expires_at IS 'From then on it cannot be redeemed; at most 72 hours later';
+COMMENT ON COLUMN invites.expires_at IS 'From then on it cannot be redeemed; at most 72 hours on';
 COMMENT ON COLUMN invites.revoked_at IS 'When the operator took it back';
 COMMENT ON COLUMN invites.consumed_at IS 'When a host redeemed it; once and for all';
 COMMENT ON COLUMN invites.host_id IS 'The host that redeemed it';

@@ -71,6 +71,6 @@ def make_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
 
     yield make
     for agent in made:
-        if agent.process:
+        if agent.started:
             agent.process.stop(signal.SIGKILL)
             assert "Traceback" not in agent.log, agent.log

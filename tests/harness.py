@@ -333,7 +333,7 @@ def facts(**changes: Any) -> pb.Facts:
     return pb.Facts(**{**values, **changes})
 
 
-class Refused(Exception):  # noqa: N818 - the word of the contract
+class Refused(Exception):
     """A gRPC call that was refused."""
 
     def __init__(self, error: grpc.RpcError) -> None:
@@ -429,7 +429,7 @@ class Agent:
         if wg_key:
             self.key_file.write_text(wg_key + "\n")
         self.write_env(token, wallet, control_plane)
-        self.process: Process | None = None
+        self.started: Process | None = None
 
     def write_env(self, token: str, wallet: str, control_plane: str) -> None:
         """Write agent.env as the installer does."""
@@ -447,12 +447,17 @@ class Agent:
     def start(self, *more: str) -> Process:
         """Start it."""
         argv = self.argv("run", "--allow-unencrypted", *more)
-        self.process = Process(argv, self.directory / "agent.log", {})
-        return self.process
+        self.started = Process(argv, self.directory / "agent.log", {})
+        return self.started
+
+    @property
+    def process(self) -> Process:
+        """The process that was started last."""
+        assert self.started
+        return self.started
 
     def restart(self) -> Process:
         """SIGTERM, then start again."""
-        assert self.process
         assert self.process.stop() == 0
         return self.start()
 
@@ -461,11 +466,14 @@ class Agent:
         """All that it printed."""
         return (self.directory / "agent.log").read_text(errors="replace")
 
+    def run_command(self, command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """Run a subcommand to its end."""
+        argv = self.argv(command, *more)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+
     def status(self) -> dict[str, Any]:
         """What `agent.py status --json` prints."""
-        done = subprocess.run(
-            self.argv("status", "--json"), capture_output=True, text=True, timeout=30, check=False
-        )
+        done = self.run_command("status", "--json")
         try:
             found: dict[str, Any] = json.loads(done.stdout)
         except ValueError:

@@ -1,0 +1,1880 @@
+#!/usr/bin/python3
+"""The OpenInfra agent: makes this machine a host of one fleet and keeps it online.
+
+  agent.py run       the daemon: redeems the invite once, then sends heartbeats (systemd starts it)
+  agent.py status    what the running agent says: exit 0 when this host is online, else 1
+  agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
+
+What it does to this machine
+  It starts no program, except `wg show` in `doctor`. It listens on no port: the control socket
+  is a unix socket. It speaks to one address, CONTROL_PLANE, through the WireGuard tunnel.
+
+Files (mode)
+  /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
+                                           is replaced by `oi1_<id>_used`, all else is kept
+  /etc/wireguard/openinfra.pub             read: this host's WireGuard public key
+  /var/lib/openinfra/                0700  must exist, and lie on dm-crypt
+    identity.json                    0600  who this host is; losing it takes a fresh invite
+    identity.json.broken-<n>         0600  an unreadable identity, moved aside, never deleted
+    refused.json                     0600  why the control plane ended this agent, for `doctor`
+    agent.lock                       0600  held while the agent runs
+  /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
+  It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
+
+Needs: Python 3.10, grpcio 1.51, protobuf 4.21 or newer (Debian 12's own packages do).
+Exit codes: 0 ended well; 1 error; 2 usage or configuration; 75 try later (data directory locked or
+  not encrypted); 78 identity: a person must act, systemd does not start it again.
+
+Examples
+  agent.py run --env-file /etc/openinfra/agent.env
+  agent.py run --control-plane 127.0.0.1:9092 --data-dir /tmp/oi --allow-unencrypted
+  agent.py doctor --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import enum
+import errno
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from proto import openinfra_pb2 as pb
+from proto import openinfra_pb2_grpc
+
+VERSION = "0.1.0"
+
+# ------------------------------------------------------------------------------------------------
+# Constants: every number that somebody may want to question, with the reason for it. Pure.
+# ------------------------------------------------------------------------------------------------
+
+# Exit codes.
+USAGE = 2
+LATER = 75
+IDENTITY = 78
+
+IDENTITY_FORMAT = 1
+IDENTITY_NAME = "identity.json"
+LOCK_NAME = "agent.lock"
+REFUSED_NAME = "refused.json"
+
+# Our own files are a few hundred bytes; more is not ours and is not read into memory.
+FILE_MAX_BYTES = 65_536
+IDENTITY_MAX_BYTES = 4_096
+
+RPC_DEADLINE_S = 10.0
+# The control plane names the interval; outside these bounds it is an error of its own.
+INTERVAL_NOMINAL_S = 30.0
+INTERVAL_MIN_S = 0.2
+INTERVAL_MAX_S = 60.0
+# "Within seconds" of `wg set`: a host that was never online asks at least this often.
+RETRY_FIRST_MAX_S = 5.0
+RETRY_LATER_MAX_S = 60.0
+RETRY_MIN_S = 0.2
+# A connection that came up ends a wait, but not sooner: a port that accepts and hangs up must not
+# make the agent spin.
+WAKE_AFTER_S = 1.0
+# Waits are cut into pieces, since the loop's clock stands still during suspend.
+WAIT_PIECE_S = 10.0
+# One trouble that lasts is logged again this often.
+LOG_AGAIN_S = 600.0
+# The watchdog is fed only while the main loop moves: an RPC, a piece of a wait, slow disks.
+STUCK_AFTER_S = 90.0
+
+SOCKET_LINE_MAX_BYTES = 4_096
+SOCKET_ANSWER_MAX_BYTES = 65_536
+SOCKET_TIMEOUT_S = 5.0
+SOCKET_CLIENTS_MAX = 16
+# sockaddr_un holds 108 bytes with the final zero, unix(7).
+SOCKET_PATH_MAX_BYTES = 107
+
+WG_INTERFACE = "openinfra"
+# WireGuard makes a new handshake every 120 s while there is traffic; the keepalive is 25 s.
+HANDSHAKE_OLD_S = 180
+PROBE_TIMEOUT_S = 3.0
+
+CHANNEL_OPTIONS = (
+    # With gRPC's defaults a channel came up 23-33 s after a long blackhole ended.
+    ("grpc.initial_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # These also set TCP_USER_TIMEOUT: a dead connection is given up after 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # Nothing but CONTROL_PLANE decides where the session goes.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    ("grpc.enable_retries", 0),
+    # Not shared with anything else in the process, and no surprise in memory.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 1_048_576),
+)
+
+TOKEN_RE = re.compile(
+    r"(?P<body>oi1_(?P<id>[a-z2-7]{16})_[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048])_(?P<crc>[0-9a-f]{8})"
+)
+TOKEN_USED_RE = re.compile(r"oi1_([a-z2-7]{16})_used")
+TOKEN_START_RE = re.compile(r"oi1_([a-z2-7]{16})_")
+INVITE_ID_RE = re.compile(r"[a-z2-7]{16}")
+HOST_ID_RE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+HEX_32_RE = re.compile(r"[0-9a-f]{64}")
+WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+HOST_NAME_RE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})")
+ENV_KEY_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+# ------------------------------------------------------------------------------------------------
+# Copied helpers: the same text in every script; a test compares them. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """What failed and why, what to do about it, and the exit code that `main` gives back."""
+
+    def __init__(self, what: str, todo: str, exit_code: int = 1, **pairs: object) -> None:
+        super().__init__(f"{what}; {todo}")
+        self.what = what
+        self.todo = todo
+        self.exit_code = exit_code
+        self.pairs = pairs
+
+
+def log(level: str, message: str, todo: str = "", **pairs: object) -> None:
+    """Print one event as `LEVEL message key=value ; todo` on stderr; the journal adds the time."""
+    line = f"{level} {message}"
+    for key, value in pairs.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        plain = text != "" and all("!" <= char <= "~" and char not in '"=' for char in text)
+        line += f" {key}={text if plain else json.dumps(text)}"
+    print(line + (f" ; {todo}" if todo else ""), file=sys.stderr, flush=True)
+
+
+def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bool = True) -> str:
+    """Run one command without a shell, give back its stdout; raise Error when it fails."""
+    if echo:
+        print("+ " + shlex.join(argv), file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            argv,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=timeout_s,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise Error(f"{argv[0]} is not installed", "install it and run this again") from None
+    except subprocess.TimeoutExpired:
+        raise Error(f"{argv[0]} gave no answer for {timeout_s:g} s", "run it by hand") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().replace("\n", " / ")
+        what = f"{shlex.join(argv)} ended with {done.returncode}: {said}"
+        raise Error(what, "mend that and run this again")
+    return done.stdout.decode(errors="replace")
+
+
+def write_file(path: Path, content: bytes, mode: int) -> None:
+    """Replace a file whole: after a power cut it holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(os.open(temporary, flags, mode), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd `READY=1`, `STOPPING=1` or `WATCHDOG=1`; nothing without it (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+
+
+# ------------------------------------------------------------------------------------------------
+# Types: what the parts hand to each other; secrets stay out of every repr. Pure.
+# ------------------------------------------------------------------------------------------------
+
+
+class RefusedError(Exception):
+    """A call without an accepted answer: the CP's reason or gRPC's code, and the words of it."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(name)
+        self.name = name
+        self.detail = detail
+
+
+class BrokenError(Exception):
+    """A file of ours that cannot be what we wrote; says why."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting: its name, flag, key in the env file, default and help."""
+
+    name: str
+    flag: str
+    env: str
+    default: str
+    help: str
+
+
+# The one table behind flags, env file, defaults and `--help`. Flag > env file > default.
+OPTIONS = (
+    Option("token", "", "INVITE_TOKEN", "", "the invite; never a flag"),
+    Option("wallet", "", "SOLANA_PAYOUT_PUBKEY", "", "Solana address for the payout"),
+    Option("control_plane", "--control-plane", "CONTROL_PLANE", "10.77.0.1:9092", "host:port"),
+    Option("data_dir", "--data-dir", "DATA_DIR", "/var/lib/openinfra", "holds the identity"),
+    Option("env_file", "--env-file", "", "/etc/openinfra/agent.env", "file of the keys below"),
+    Option("socket", "--socket", "", "/run/openinfra/agent.sock", "the control socket"),
+    Option("wg_pubkey_file", "--wg-pubkey-file", "", "/etc/wireguard/openinfra.pub", "our key"),
+)
+DEFAULTS = {option.name: option.default for option in OPTIONS}
+
+
+@dataclass(frozen=True)
+class Token:
+    """An invite: its public id, and the whole text while it is unspent."""
+
+    id: str
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class EnvFile:
+    """The env file as it was read."""
+
+    raw: bytes = field(repr=False)
+    values: Mapping[str, str] = field(repr=False)
+    mode: int
+    uid: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a person decided."""
+
+    env_file: Path
+    control_plane: str
+    data_dir: Path
+    socket: Path
+    wg_pubkey_file: Path
+    wallet: str
+    token: Token | None
+    allow_unencrypted: bool
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What identity.json holds."""
+
+    host_secret: str = field(repr=False)
+    host_id: str | None
+    invite_id: str | None
+    session: str | None = field(repr=False)
+    next_session: str | None = field(repr=False)
+
+
+class Action(enum.Enum):
+    """What the agent does about a refusal."""
+
+    STOP = "stops, exit 78"
+    RESUME = "opens a new session"
+    MINUTE = "tries again every minute"
+    BACK_OFF = "tries again with back-off"
+
+
+STOP, RESUME, MINUTE, BACK_OFF = Action
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a refusal means to a person."""
+
+    action: Action
+    what: str
+    todo: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that doctor has to say. INFO alone is no fault."""
+
+    level: str
+    sentence: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What doctor could see."""
+
+    control_plane: str
+    env_file: str
+    data_dir: str
+    wallet: str
+    # none, used, unspent or unknown.
+    invite: str
+    # Findings of the checks that `run` makes too.
+    problems: tuple[Finding, ...]
+    # absent, registered, unregistered, or unknown when it could not be read.
+    identity: str
+    mounted: bool
+    # None: could not be told.
+    encrypted: bool | None
+    allow_unencrypted: bool
+    # Why the control plane's port cannot be reached; empty when it can.
+    unreachable: str
+    # skipped (loopback), ok, absent (no such interface), or why it cannot be told.
+    wg: str
+    # None: never.
+    handshake_age_s: int | None
+    # The running agent's own words; None when none answers.
+    status: Mapping[str, Any] | None
+    # Why the control plane ended the agent, if it did: reason, what, todo.
+    refused: Mapping[str, str] | None
+
+
+@dataclass
+class Agent:
+    """The daemon's memory. Times are seconds of CLOCK_BOOTTIME, which counts through suspend."""
+
+    config: Config
+    identity: Identity
+    wg_pubkey: str
+    disk_encrypted: bool
+    boot_id: str
+    started_s: float
+    stub: openinfra_pb2_grpc.AgentApiAsyncStub
+    channel: grpc.aio.Channel
+    # Set when the channel comes up; ends a wait before the first accepted heartbeat.
+    ready: asyncio.Event
+    # asyncio's clock at the last step of the main loop, for the watchdog.
+    moved_s: float = 0.0
+
+    # The session: closed until Register or Resume was answered.
+    is_open: bool = False
+    seq: int = 1
+    session_heartbeats: int = 0
+    acknowledged_facts: pb.Facts | None = None
+    # True while identity.json is older than `identity`.
+    is_unsaved: bool = False
+    is_save_warned: bool = False
+    # True once the env file was scrubbed, or could not be.
+    is_settled: bool = False
+
+    state: str = "starting"
+    is_connected: bool = False
+    is_running_logged: bool = False
+    nominal_s: float = INTERVAL_NOMINAL_S
+    interval_s: float = INTERVAL_NOMINAL_S
+    heartbeats: int = 0
+    last_heartbeat_s: float | None = None
+    standing: pb.Standing | None = None
+    warned_reason: str = ""
+    onchain_payout: bool | None = None
+
+    # The present trouble; attempt counts the tries that failed since the last accepted heartbeat.
+    attempt: int = 0
+    trouble: str = ""
+    trouble_logged_s: float = 0.0
+    # True when a connection that comes up should end the wait.
+    is_wakeable: bool = False
+    last_error: dict[str, str] | None = None
+    clients: int = 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Rules: what is right, decided from arguments alone, in the order of a host's life. Pure.
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_env(raw: bytes, name: str) -> dict[str, str]:
+    """Read the env file as systemd's EnvironmentFile would; values never reach an error."""
+    known = {option.env for option in OPTIONS if option.env}
+    values: dict[str, str] = {}
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        text = line.strip(b" \t\r").decode("utf-8", "replace")
+        if not text or text[0] in "#;":
+            continue
+        key, equals, value = text.partition("=")
+        key = key.rstrip(" \t")
+        if not equals or not ENV_KEY_RE.fullmatch(key):
+            raise Error(f"{name}:{number}: line is not KEY=VALUE", "correct that line", USAGE)
+        if key not in known:
+            raise Error(f"{name}:{number}: unknown key {key}", "remove that line", USAGE)
+        if key in values:
+            raise Error(f"{name}:{number}: {key} stands there twice", "keep one line", USAGE)
+        parsed = parse_env_value(value.lstrip(" \t"))
+        if parsed is None:
+            raise Error(
+                f"{name}:{number}: value of {key} is malformed", "write it plainly, in ASCII", USAGE
+            )
+        values[key] = parsed
+    return values
+
+
+def parse_env_value(value: str) -> str | None:
+    """Take one pair of quotes off; None for what systemd might read otherwise than we do."""
+    if value[:1] in ("'", '"') and value:
+        if len(value) < 2 or value[-1] != value[0]:
+            return None
+        value = value[1:-1]
+    if any(char in "'\"\\" or not " " <= char <= "~" for char in value):
+        return None
+    return value
+
+
+def scrub_env(raw: bytes, token: Token) -> bytes:
+    """Put the used form in place of the token's value; every other byte stays."""
+    lines = raw.split(b"\n")
+    for number, line in enumerate(lines):
+        if line.strip(b" \t\r").partition(b"=")[0].rstrip(b" \t") == b"INVITE_TOKEN":
+            used = f"oi1_{token.id}_used".encode()
+            lines[number] = line.replace(token.text.encode(), used)
+    return b"\n".join(lines)
+
+
+def parse_control_plane(text: str) -> str:
+    """Check host:port; give it back as it was."""
+    host, colon, port = text.rpartition(":")
+    try:
+        is_host = bool(host) and (
+            isinstance(ipaddress.ip_address(host[1:-1]), ipaddress.IPv6Address)
+            if host[0] == "[" and host[-1] == "]"
+            else HOST_NAME_RE.fullmatch(host) is not None
+        )
+    except ValueError:
+        is_host = False
+    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65_535
+    if not (is_host and colon and is_port):
+        raise Error(
+            f"CONTROL_PLANE is not host:port: {parse_line(text, 80)}", "try 10.77.0.1:9092", USAGE
+        )
+    return text
+
+
+def parse_wallet(text: str) -> str:
+    """Check a Solana address, base58 of 32 bytes; empty is none."""
+    if not text:
+        return ""
+    number = 0
+    for char in text[:64]:
+        if char not in BASE58:
+            number = -1
+            break
+        number = number * 58 + BASE58.index(char)
+    zeros = len(text) - len(text.lstrip("1"))
+    if number <= 0 or len(text) > 44 or zeros + (number.bit_length() + 7) // 8 != 32:
+        raise Error(
+            "SOLANA_PAYOUT_PUBKEY is not a Solana address", "copy it again, or empty it", USAGE
+        )
+    return text
+
+
+def parse_token(text: str) -> Token | None:
+    """Read INVITE_TOKEN: unspent, used (empty text) or none; refuse a mistyped one."""
+    if not text:
+        return None
+    used = TOKEN_USED_RE.fullmatch(text)
+    if used:
+        return Token(used[1], "")
+    match = TOKEN_RE.fullmatch(text)
+    if match and f"{zlib.crc32(match['body'].encode()):08x}" == match["crc"]:
+        return Token(match["id"], text)
+    start = TOKEN_START_RE.match(text)
+    shown = f" (invite {start[1]})" if start else ""
+    raise Error(
+        f"INVITE_TOKEN was mistyped{shown}", "copy it again from the operator's message", USAGE
+    )
+
+
+def parse_token_state(token: Token | None) -> str:
+    """Say `none`, `used` or `unspent`."""
+    if token is None:
+        return "none"
+    return "unspent" if token.text else "used"
+
+
+def decide_config(args: argparse.Namespace, env: EnvFile) -> Config:
+    """Settle every option: flag > env file > default."""
+    value = {
+        option.name: getattr(args, option.name, None)
+        or env.values.get(option.env)
+        or option.default
+        for option in OPTIONS
+    }
+    return Config(
+        env_file=Path(value["env_file"]),
+        control_plane=parse_control_plane(value["control_plane"]),
+        data_dir=Path(value["data_dir"]),
+        socket=Path(value["socket"]),
+        wg_pubkey_file=Path(value["wg_pubkey_file"]),
+        wallet=parse_wallet(value["wallet"]),
+        token=parse_token(value["token"]),
+        allow_unencrypted=args.allow_unencrypted,
+    )
+
+
+def parse_identity(raw: bytes) -> Identity:
+    """Read identity.json; raise BrokenError for what we cannot have written."""
+    if len(raw) > IDENTITY_MAX_BYTES:
+        raise BrokenError("too large")
+    try:
+        data = json.loads(raw.decode("ascii"))
+    except (ValueError, RecursionError):
+        raise BrokenError("empty" if not raw.strip(b"\0 \n") else "not JSON") from None
+    if not isinstance(data, dict) or type(data.get("format")) is not int:
+        raise BrokenError("no format number")
+    if data["format"] > IDENTITY_FORMAT:
+        raise Error(
+            f"{IDENTITY_NAME} is of a newer agent: format {data['format']}",
+            "install that",
+            IDENTITY,
+        )
+    if data.pop("format") != IDENTITY_FORMAT:
+        raise BrokenError("unknown format number")
+    forms = {
+        "host_secret": HEX_32_RE,
+        "host_id": HOST_ID_RE,
+        "invite_id": INVITE_ID_RE,
+        "session": HEX_32_RE,
+        "next_session": HEX_32_RE,
+    }
+    if data.keys() != forms.keys():
+        raise BrokenError("keys are missing or too many")
+    for key, form in forms.items():
+        value = data[key]
+        if value is None and key != "host_secret":
+            continue
+        if not isinstance(value, str) or not form.fullmatch(value):
+            raise BrokenError(f"{key} is malformed")
+    is_registered = data["host_id"] is not None
+    if is_registered != (data["session"] is not None) or not (
+        is_registered or data["next_session"]
+    ):
+        raise BrokenError("host_id and sessions do not fit together")
+    return Identity(**data)
+
+
+def render_identity(identity: Identity) -> bytes:
+    """Write identity.json; parse_identity reads it back."""
+    data = {
+        "format": IDENTITY_FORMAT,
+        "host_secret": identity.host_secret,
+        "host_id": identity.host_id,
+        "invite_id": identity.invite_id,
+        "session": identity.session,
+        "next_session": identity.next_session,
+    }
+    return json.dumps(data, indent=1).encode() + b"\n"
+
+
+def decide_start(identity: Identity | None, token: Token | None) -> None:
+    """Refuse to start without a way to be some host."""
+    if identity is not None and identity.host_id is not None:
+        return
+    if token is None:
+        raise Error(
+            "no identity and no invite",
+            "ask the operator for an invite, put it into agent.env",
+            IDENTITY,
+        )
+    if not token.text:
+        raise Error(
+            "invite already used",
+            "ask the operator for a fresh invite",
+            IDENTITY,
+            invite_id=token.id,
+        )
+
+
+def parse_hostname(text: str) -> str:
+    """Make a host name fit the contract: at most 253 printable ASCII characters."""
+    return "".join(char if "!" <= char <= "~" else "-" for char in text)[:253]
+
+
+def parse_memory_bytes(meminfo: str) -> int:
+    """Find MemTotal in /proc/meminfo; 0 when it is not there."""
+    match = re.search(r"^MemTotal:\s+([0-9]+) kB$", meminfo, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def parse_status(status: int) -> str:
+    """Name a HostStatus in lower case; a newer control plane may know more of them."""
+    if status not in pb.HostStatus.values() or status == pb.HOST_STATUS_UNSPECIFIED:
+        return "unknown"
+    return pb.HostStatus.Name(cast("pb.HostStatus.ValueType", status))[12:].lower()
+
+
+def parse_line(text: str, limit: int = 300) -> str:
+    """Make words from elsewhere safe for one line on a terminal or in a log."""
+    line = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def decide_interval_s(next_heartbeat_ms: int, nominal_s: float) -> float:
+    """Bound what the control plane asked for; 0 is no answer and means the nominal interval."""
+    asked_s = next_heartbeat_ms / 1000 if next_heartbeat_ms else nominal_s
+    return min(INTERVAL_MAX_S, max(INTERVAL_MIN_S, asked_s))
+
+
+def decide_retry_s(attempt: int, accepted_before: bool, random_unit: float) -> float:
+    """Choose the wait after the attempt-th failure: short until the host was online, then polite.
+
+    Full jitter up to 60 s spreads a fleet that lost its control plane over a minute.
+    """
+    step = float(2 ** min(max(attempt, 1), 6))
+    if not accepted_before:
+        return min(RETRY_FIRST_MAX_S, step / 2) * (0.5 + 0.5 * random_unit)
+    return max(RETRY_MIN_S, min(RETRY_LATER_MAX_S, step) * random_unit)
+
+
+def decide_delay_s(action: Action, attempt: int, accepted_before: bool, unit: float) -> float:
+    """Choose the wait before the next call after a refusal that does not stop the agent."""
+    if action is RESUME:
+        return 0.0
+    if action is MINUTE:
+        return 55.0 + 10.0 * unit
+    return decide_retry_s(attempt, accepted_before, unit)
+
+
+ASK_FRESH = "ask the operator for a fresh invite"
+# One row for each pb.Reason, in its order; the comments there say the same.
+REFUSALS = {
+    "REASON_UNSPECIFIED": Refusal(MINUTE, "control plane gave no reason", "ask the operator"),
+    "BAD_REQUEST": Refusal(
+        MINUTE, "control plane does not understand this agent", "upgrade: run install_agent.py"
+    ),
+    "UNKNOWN_INVITE": Refusal(STOP, "unknown invite", ASK_FRESH),
+    "INVITE_USED": Refusal(STOP, "invite already used", ASK_FRESH),
+    "INVITE_REVOKED": Refusal(STOP, "operator revoked the invite", ASK_FRESH),
+    "INVITE_EXPIRED": Refusal(STOP, "invite expired before it was redeemed", ASK_FRESH),
+    "INVITE_FOR_OTHER_KEY": Refusal(
+        STOP,
+        "invite was minted for another WireGuard key",
+        "send the operator /etc/wireguard/openinfra.pub and ask for a fresh invite",
+    ),
+    "ADDRESS_TAKEN": Refusal(
+        MINUTE, "another host has this tunnel address", "ask the operator to free it"
+    ),
+    "KEY_TAKEN": Refusal(
+        STOP,
+        "another host, perhaps a revoked one, has this WireGuard key",
+        "ask the operator which host has it; if it is not yours, make a new key",
+    ),
+    "WRONG_ADDRESS": Refusal(
+        MINUTE,
+        "control plane sees another tunnel address than this host's",
+        "compare Address in /etc/wireguard/openinfra.conf with what the operator gave you",
+    ),
+    "UNKNOWN_HOST": Refusal(
+        MINUTE,
+        "control plane knows no host with this identity",
+        "ask the operator, who may be restoring a backup",
+    ),
+    "HOST_REVOKED": Refusal(STOP, "operator revoked this host", "ask the operator why"),
+    "HOST_QUARANTINED": Refusal(
+        MINUTE,
+        "host is quarantined: two machines used its identity in turn",
+        "stop the other machine, then ask the operator to release this host",
+    ),
+    "SESSION_SUPERSEDED": Refusal(
+        STOP,
+        "another agent holds this identity",
+        "stop the agent on the copy of this machine, then: systemctl start openinfra-agent",
+    ),
+    "UNKNOWN_SESSION": Refusal(
+        RESUME, "control plane does not know this session", "wait: the agent opens a new one"
+    ),
+    "TRY_LATER": Refusal(
+        BACK_OFF, "control plane cannot take requests now", "wait: the agent tries again"
+    ),
+}
+UNREACHABLE = Refusal(
+    BACK_OFF, "cannot reach control plane", "is the tunnel up? try: wg show openinfra"
+)
+
+
+def decide_refusal(name: str) -> Refusal:
+    """Look up a pb.Reason, or a gRPC code (they share no name)."""
+    if name in REFUSALS:
+        return REFUSALS[name]
+    if name in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+        return UNREACHABLE
+    if name in ("CANCELLED", "ABORTED", "RESOURCE_EXHAUSTED"):
+        return REFUSALS["TRY_LATER"]
+    return Refusal(
+        MINUTE, f"control plane gave no usable answer ({name})", "is CONTROL_PLANE its address?"
+    )
+
+
+def decide_error(
+    refused: RefusedError, refusal: Refusal, identity: Identity, invite_id: str
+) -> Error:
+    """Make the error with which a refused agent ends."""
+    pairs: dict[str, object] = {"host_id": identity.host_id}
+    if identity.host_id is None:
+        pairs = {"invite_id": invite_id}
+    if refused.name != "INVITE_USED":
+        pairs["detail"] = refused.detail
+    return Error(refusal.what, refusal.todo, IDENTITY, **pairs)
+
+
+def parse_handshakes(text: str) -> int | None:
+    """Find the newest handshake in `wg show … latest-handshakes`, Unix seconds; None: never."""
+    times = [int(last) for last in re.findall(r"^\S+\t([0-9]+)$", text, re.MULTILINE)]
+    return max(times, default=0) or None
+
+
+def is_loopback(control_plane: str) -> bool:
+    """Tell whether the control plane is this very machine, as in a pilot."""
+    host = control_plane.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_request(line: bytes) -> str:
+    """Read one request of the control socket; raise BrokenError with what is wrong with it."""
+    try:
+        data = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise BrokenError("request is not one line of JSON") from None
+    if not isinstance(data, dict) or not isinstance(data.get("cmd"), str):
+        raise BrokenError('request is not an object with a "cmd"')
+    if data.keys() != {"cmd"}:
+        raise BrokenError("request has unknown fields")
+    if data["cmd"] != "status":
+        raise BrokenError("unknown cmd, known: status")
+    return "status"
+
+
+def render_answer(agent: Agent, token: str, pid: int, now_s: float) -> dict[str, object]:
+    """Say what the agent knows, for `status` and `doctor`."""
+    standing = agent.standing
+    age = None if agent.last_heartbeat_s is None else round(now_s - agent.last_heartbeat_s, 1)
+    return {
+        "state": agent.state,
+        "version": VERSION,
+        "host_id": agent.identity.host_id,
+        "control_plane": agent.config.control_plane,
+        "connected": agent.is_connected,
+        "last_heartbeat_age_s": age,
+        "heartbeats": agent.heartbeats,
+        "interval_s": agent.interval_s,
+        "status": parse_status(standing.status) if standing else "unknown",
+        "assignable": standing.assignable if standing else False,
+        "reasons": [parse_line(reason) for reason in standing.reasons[:16]] if standing else [],
+        "onchain_payout": agent.onchain_payout,
+        "disk_encrypted": agent.disk_encrypted,
+        "token": token,
+        "last_error": agent.last_error,
+        "pid": pid,
+        "started_age_s": round(now_s - agent.started_s, 1),
+    }
+
+
+def is_online(answer: Mapping[str, Any]) -> bool:
+    """Tell from the agent's answer whether this host is online now, as both sides see it."""
+    age = answer.get("last_heartbeat_age_s")
+    return (
+        answer.get("state") == "running"
+        and answer.get("status") in ("online", "paused")
+        and isinstance(age, (int, float))
+        and age <= 3 * max(float(answer.get("interval_s") or 0), INTERVAL_NOMINAL_S)
+    )
+
+
+def render_status(answer: Mapping[str, Any]) -> str:
+    """Lay the agent's answer out for a person."""
+    age, error = answer.get("last_heartbeat_age_s"), answer.get("last_error")
+    beats = f"{answer.get('heartbeats')} accepted, every {answer.get('interval_s')} s"
+    rows = [
+        ("state", answer.get("state")),
+        ("host_id", answer.get("host_id") or "none yet"),
+        ("control plane", answer.get("control_plane")),
+        ("connected", "yes" if answer.get("connected") else "no"),
+        ("last heartbeat", "none yet" if age is None else f"{age} s ago ({beats})"),
+        ("status", answer.get("status")),
+        ("assignable", "yes" if answer.get("assignable") else "no"),
+        *(("  reason", reason) for reason in answer.get("reasons") or ()),
+        ("on-chain payout", "yes" if answer.get("onchain_payout") else "no"),
+        ("disk encrypted", "yes" if answer.get("disk_encrypted") else "no"),
+        ("invite token", answer.get("token")),
+        *((("last error", f"{error['what']}; {error['todo']}"),) if error else ()),
+        ("agent", f"{answer.get('version')}, pid {answer.get('pid')}"),
+        ("up", f"{answer.get('started_age_s')} s"),
+    ]
+    return "\n".join(f"{name:<16} {parse_line(str(value), 500)}" for name, value in rows)
+
+
+def decide_findings(seen: Snapshot) -> list[Finding]:
+    """Say what is wrong, most basic first: a later finding may only follow from an earlier one."""
+    rows = (*list_host_rows(seen), *list_tunnel_rows(seen), *list_fleet_rows(seen))
+    return [*seen.problems, *(Finding(*row) for row in rows)]
+
+
+def list_host_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
+    """Judge what lies on this machine: the disk, the identity, the invite."""
+    edit, start = f"sudoedit {seen.env_file}", "sudo systemctl start openinfra-agent"
+    if seen.encrypted is False and seen.allow_unencrypted:
+        said = f"{seen.data_dir} is not encrypted, which --allow-unencrypted permits."
+        yield "INFO", said, "setup_luks2.py --help"
+    elif seen.encrypted is False and seen.mounted:
+        said = f"{seen.data_dir} does not lie on an encrypted (dm-crypt) device."
+        yield "ERROR", said, "sudo setup_luks2.py /dev/<partition>"
+    elif seen.encrypted is False:
+        said = f"Nothing is mounted at {seen.data_dir}: its partition is locked or absent."
+        yield "ERROR", said, "journalctl -b -u systemd-cryptsetup@openinfra_data"
+    if seen.identity in ("absent", "unregistered"):
+        if seen.invite == "used":
+            yield "ERROR", "Invite already used, identity gone: ask for a fresh invite.", edit
+        elif seen.invite == "none":
+            yield "ERROR", "No identity and no invite: ask the operator for an invite.", edit
+        elif seen.invite == "unspent" and seen.refused is None:
+            yield "WARN", "The invite was not redeemed yet: the agent does that by itself.", start
+    if seen.refused is not None and seen.status is None:
+        said = f"{seen.refused['what']}; {seen.refused['todo']}"
+        yield "ERROR", f"The control plane ended the agent: {said}.", start
+
+
+def list_tunnel_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
+    """Judge the way to the control plane; on loopback there is no tunnel."""
+    show, restart = "sudo wg show openinfra", "sudo systemctl restart wg-quick@openinfra"
+    if seen.wg == "absent" and seen.unreachable:
+        yield "ERROR", "There is no WireGuard interface openinfra.", restart
+    elif seen.wg not in ("ok", "absent", "skipped"):
+        yield "INFO", f"The tunnel was not checked: {seen.wg}.", show
+    elif seen.wg == "ok" and seen.handshake_age_s is None:
+        said = "the operator has not added our public key, or its UDP 51820 is closed"
+        yield "ERROR", f"WireGuard never completed a handshake: {said}.", show
+    elif seen.wg == "ok" and (seen.handshake_age_s or 0) > HANDSHAKE_OLD_S:
+        yield "ERROR", f"The last WireGuard handshake is {seen.handshake_age_s} s old.", restart
+    if seen.unreachable:
+        command = "cp_server.py doctor" if seen.wg == "skipped" else show
+        yield "ERROR", f"{seen.control_plane} cannot be reached: {seen.unreachable}.", command
+
+
+def list_fleet_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
+    """Judge what the agent and the control plane say of this host."""
+    edit = f"sudoedit {seen.env_file} && sudo systemctl restart openinfra-agent"
+    status = seen.status or {}
+    if seen.status is not None and not is_online(status):
+        error = status.get("last_error")
+        said = f"{error['what']}; {error['todo']}" if error else f"it is {status.get('state')}"
+        said = f"The agent runs, and this host is not online: {said}."
+        yield "ERROR", said, "journalctl -u openinfra-agent -n 50"
+    if not seen.wallet and not status.get("onchain_payout"):
+        yield "WARN", "No payout wallet is set (SOLANA_PAYOUT_PUBKEY): nothing is paid out.", edit
+    if is_online(status) and not status.get("assignable"):
+        why = "; ".join(status.get("reasons") or ["the control plane gave no reason"])
+        heal = ""
+        if seen.wallet and re.search("wallet|namespace|payout", why, re.IGNORECASE):
+            heal = f" Either the operator approves namespace solana:{seen.wallet}, or you correct"
+            heal += " SOLANA_PAYOUT_PUBKEY and restart the agent."
+        yield "ERROR", f"This host gets no workloads: {why}.{heal}", edit
+
+
+# ------------------------------------------------------------------------------------------------
+# Doors: the files, the clock and the kernel; the only places that look at the machine. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+
+def read_boot_s() -> float:
+    """Seconds since boot, suspend included; no change of the wall clock moves it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def read_random_unit() -> float:
+    """A number from 0 to 1 for jitter."""
+    return secrets.randbelow(1 << 20) / (1 << 20)
+
+
+def read_small(path: Path, limit_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Read a regular file of bounded size, with the mode and owner of what was read."""
+    # O_NONBLOCK: a FIFO in this place must not hang the agent.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read(limit_bytes + 1), status
+
+
+def read_env(path: Path) -> EnvFile:
+    """Read and parse the env file."""
+    try:
+        raw, status = read_small(path, FILE_MAX_BYTES)
+    except PermissionError:
+        raise Error(f"{path} is for root only", "run this with sudo", USAGE) from None
+    except OSError as error:
+        raise Error(
+            f"cannot read {path}: {error.strerror}",
+            "run install_agent.py, or name the file with --env-file",
+            USAGE,
+        ) from None
+    if len(raw) > FILE_MAX_BYTES:
+        raise Error(f"{path} is too large", "is it the right file? see --env-file", USAGE)
+    return EnvFile(raw, parse_env(raw, str(path)), stat.S_IMODE(status.st_mode), status.st_uid)
+
+
+def check_env_mode(path: Path, env: EnvFile, token: Token | None) -> None:
+    """Refuse an env file that others can change, or read while it holds a secret."""
+    if env.mode & 0o022:
+        raise Error(f"{path} can be changed by others", f"run: chmod 0600 {path}", USAGE)
+    if env.mode & 0o077 and token is not None and token.text:
+        raise Error(
+            f"{path} with its invite can be read by others", f"run: chmod 0600 {path}", USAGE
+        )
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Read the env file and settle every option; refuse what cannot be right."""
+    env_file = Path(args.env_file or DEFAULTS["env_file"])
+    env = read_env(env_file)
+    config = decide_config(args, env)
+    check_env_mode(env_file, env, config.token)
+    return config
+
+
+def read_wg_pubkey(path: Path) -> str:
+    """Read this host's WireGuard public key; empty when there is no such file."""
+    try:
+        raw, _ = read_small(path, FILE_MAX_BYTES)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror}", "run install_agent.py again") from None
+    text = raw.decode("ascii", "replace").strip()
+    if not WG_KEY_RE.fullmatch(text):
+        raise Error(f"{path} is no WireGuard public key", "run: wg show openinfra public-key")
+    return text
+
+
+def check_data_dir(path: Path, owners: Sequence[int]) -> None:
+    """Refuse a data directory that is not there or not its owner's alone."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise Error(
+            f"no data directory {path}: {error.strerror}",
+            f"mount it, or: install -d -m 0700 {path}",
+        ) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise Error(f"{path} is not a directory", "correct DATA_DIR in agent.env")
+    if status.st_uid not in owners:
+        raise Error(f"{path} belongs to uid {status.st_uid}", f"run: chown {owners[0]} {path}")
+    mode = stat.S_IMODE(status.st_mode)
+    if mode != 0o700:
+        raise Error(f"{path} has mode {mode:04o}, not 0700", f"run: chmod 0700 {path}")
+
+
+def has_crypt(node: Path, depth: int = 0) -> bool:
+    """Tell whether every path from this block device down passes dm-crypt."""
+    try:
+        uuid = (node / "dm" / "uuid").read_text()
+    except OSError:
+        uuid = ""
+    # These three come from cryptsetup's tools as well and encrypt nothing.
+    plain = ("CRYPT-VERITY-", "CRYPT-INTEGRITY-", "CRYPT-SUBDEV-")
+    if uuid.startswith("CRYPT-") and not uuid.startswith(plain):
+        return True
+    try:
+        below = sorted((node / "slaves").iterdir())
+    except OSError:
+        below = []
+    # Real stacks are a few levels deep; the bound ends a loop that sysfs cannot have.
+    return bool(below) and depth < 16 and all(has_crypt(slave, depth + 1) for slave in below)
+
+
+def is_encrypted(path: Path, sysfs: Path = Path("/sys")) -> bool:
+    """Tell whether a directory lies on dm-crypt; no block device (tmpfs, overlay) means no."""
+    device = os.stat(path).st_dev
+    return has_crypt(sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}")
+
+
+def check_encrypted(path: Path, encrypted: bool, allowed: bool) -> None:
+    """Refuse to write an identity where a thief of the disk could read it."""
+    if not encrypted and not allowed:
+        raise Error(
+            f"{path} is not encrypted", "unlock and mount it, or use --allow-unencrypted", LATER
+        )
+
+
+def take_lock(data_dir: Path) -> int:
+    """Lock the data directory for the life of this process; the descriptor holds the lock."""
+    path = data_dir / LOCK_NAME
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise Error(f"cannot open {path}: {error.strerror}", "mend that and start again") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pid = parse_line(os.read(lock, 20).decode("ascii", "replace").strip()) or "unknown"
+        os.close(lock)
+        raise Error(
+            f"another agent (pid {pid}) runs on {data_dir}", "stop that one first", LATER
+        ) from None
+    # The pid is only for the message above; a full disk must not keep a host from running.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def check_identity_file(path: Path, status: os.stat_result) -> None:
+    """Refuse an identity that somebody else could have read, written or put there."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Error(
+            f"{path} is not a plain file", "put it back, or ask for a fresh invite", IDENTITY
+        )
+    if status.st_uid != os.geteuid():
+        raise Error(
+            f"{path} belongs to uid {status.st_uid}", f"run: chown {os.geteuid()} {path}", IDENTITY
+        )
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise Error(f"{path} can be read or changed by others", f"run: chmod 0600 {path}", IDENTITY)
+
+
+def read_identity(data_dir: Path) -> Identity | None:
+    """Read the identity; None when there is none; raise BrokenError when it is not readable."""
+    path = data_dir / IDENTITY_NAME
+    try:
+        check_identity_file(path, os.lstat(path))
+        # The file was not a symlink a moment ago, and the directory is ours alone.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            raw = file.read(IDENTITY_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        raise Error(f"{path} is for root only", "run this with sudo") from None
+    except OSError as error:
+        raise Error(
+            f"cannot read {path}: {error.strerror}", "check the disk: journalctl -k -p warning"
+        ) from None
+    return parse_identity(raw)
+
+
+def move_broken(data_dir: Path) -> Path:
+    """Move a broken identity aside, never over an earlier one; the lock keeps others away."""
+    path = data_dir / IDENTITY_NAME
+    number = 1
+    while os.path.lexists(aside := data_dir / f"{IDENTITY_NAME}.broken-{number}"):
+        number += 1
+    os.rename(path, aside)
+    directory = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return aside
+
+
+def save_identity(data_dir: Path, identity: Identity) -> None:
+    """Write identity.json; when this returns, a power cut cannot take it back."""
+    write_file(data_dir / IDENTITY_NAME, render_identity(identity), 0o600)
+
+
+def ensure_identity(data_dir: Path, token: Token | None) -> Identity:
+    """Read the identity, or make and save one for an unspent invite, before anything is sent."""
+    try:
+        identity = read_identity(data_dir)
+    except BrokenError as broken:
+        name = f"{data_dir}/{IDENTITY_NAME} is broken ({broken})"
+        try:
+            aside = move_broken(data_dir)
+        except OSError as error:
+            raise Error(
+                f"{name} and stays there: {error.strerror}",
+                "mend the disk, then ask for a fresh invite",
+                IDENTITY,
+            ) from None
+        raise Error(
+            f"{name} and is now {aside}", "restore it, or ask for a fresh invite", IDENTITY
+        ) from None
+    decide_start(identity, token)
+    if identity is None:
+        identity = Identity(secrets.token_hex(32), None, None, None, secrets.token_hex(32))
+        try:
+            save_identity(data_dir, identity)
+        except OSError as error:
+            raise Error(
+                f"cannot save the identity: {error.strerror}", f"free some space on {data_dir}"
+            ) from None
+    return identity
+
+
+def save_refused(data_dir: Path, reason: str, error: Error) -> None:
+    """Leave for `doctor` why the control plane ended this agent; best effort."""
+    data = {"reason": reason, "what": error.what, "todo": error.todo}
+    with contextlib.suppress(OSError):
+        write_file(data_dir / REFUSED_NAME, json.dumps(data).encode() + b"\n", 0o600)
+
+
+def read_refused(data_dir: Path) -> dict[str, str] | None:
+    """Read what save_refused left."""
+    try:
+        data = json.loads(read_small(data_dir / REFUSED_NAME, FILE_MAX_BYTES)[0])
+        return {key: parse_line(str(data[key])) for key in ("reason", "what", "todo")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def read_text(path: str) -> str:
+    """Read a file of /proc; empty when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def read_facts(data_dir: Path, encrypted: bool) -> pb.Facts:
+    """Look at the machine."""
+    machine = os.uname()
+    try:
+        disk = os.statvfs(data_dir)
+        disk_bytes = disk.f_blocks * disk.f_frsize
+    except OSError:
+        disk_bytes = 0
+    return pb.Facts(
+        hostname=parse_hostname(machine.nodename),
+        arch=parse_hostname(machine.machine),
+        kernel=parse_hostname(machine.release),
+        agent_version=VERSION,
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_bytes=parse_memory_bytes(read_text("/proc/meminfo")),
+        disk_bytes=disk_bytes,
+        disk_encrypted=encrypted,
+    )
+
+
+def ensure_scrubbed(env_file: Path, invite_id: str | None) -> None:
+    """Take the spent token out of the env file as it is now; it may have been edited meanwhile."""
+    path = Path(os.path.realpath(env_file))
+    try:
+        env = read_env(path)
+        token = parse_token(env.values.get("INVITE_TOKEN", ""))
+        if token is None or not token.text:
+            return
+        if token.id != invite_id:
+            log(
+                "WARN",
+                "the invite in the env file was not used: this host has an identity",
+                "remove it from the file; it is still worth a host",
+                invite_id=token.id,
+                file=path,
+            )
+            return
+        if env.uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"the file belongs to uid {env.uid}")
+        write_file(path, scrub_env(env.raw, token), env.mode)
+    except (Error, OSError) as error:
+        why = error.what if isinstance(error, Error) else error.strerror
+        log(
+            "WARN",
+            "cannot remove the spent invite from the env file",
+            "replace it by hand",
+            file=path,
+            error=why,
+        )
+
+
+def read_token_state(env_file: Path) -> str:
+    """Say what kind of token the env file holds now."""
+    try:
+        return parse_token_state(parse_token(read_env(env_file).values.get("INVITE_TOKEN", "")))
+    except Error:
+        return "unreadable"
+
+
+def open_control_socket(path: Path) -> socket.socket:
+    """Listen on the control socket, in place of a dead agent's; refuse a live one's."""
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+        raise Error(
+            f"path of the control socket is too long: {path}", "give another --socket", USAGE
+        )
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            path.parent.chmod(0o755)
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(PROBE_TIMEOUT_S)
+                if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+                    raise Error(
+                        f"another agent answers on {path}",
+                        "stop it, or give another --socket",
+                        LATER,
+                    )
+            path.unlink()
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(SOCKET_CLIENTS_MAX)
+    except BaseException as error:
+        listener.close()
+        if isinstance(error, OSError):
+            raise Error(
+                f"cannot open the control socket {path}: {error}",
+                "mend that, or give another --socket",
+            ) from None
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Ask the running agent for its status."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(SOCKET_TIMEOUT_S)
+            sock.connect(str(path))
+            sock.sendall(b'{"cmd":"status"}\n')
+            raw = b""
+            while len(raw) < SOCKET_ANSWER_MAX_BYTES and not raw.endswith(b"\n"):
+                part = sock.recv(SOCKET_ANSWER_MAX_BYTES)
+                if not part:
+                    break
+                raw += part
+        answer = json.loads(raw)
+    except PermissionError:
+        raise Error(f"{path} is for root only", "run this with sudo") from None
+    except (OSError, ValueError):
+        raise Error(
+            f"no agent answers on {path}",
+            "is the service running? systemctl status openinfra-agent",
+        ) from None
+    if not isinstance(answer, dict) or "state" not in answer:
+        raise Error(
+            f"what answers on {path} is another version", "systemctl restart openinfra-agent"
+        )
+    return answer
+
+
+def read_unreachable(control_plane: str) -> str:
+    """Try the control plane's port; empty when it can be reached, else why not."""
+    host, _, port = control_plane.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        return error.strerror or str(error) or type(error).__name__
+    return ""
+
+
+def read_tunnel() -> tuple[str, int | None]:
+    """Look at the WireGuard interface: ok, absent or why not; age of the newest handshake."""
+    if not Path("/sys/class/net", WG_INTERFACE).exists():
+        return "absent", None
+    try:
+        shown = run(["wg", "show", WG_INTERFACE, "latest-handshakes"], echo=False)
+    except Error as error:
+        return error.what, None
+    newest = parse_handshakes(shown)
+    return "ok", None if newest is None else max(0, int(time.time()) - newest)
+
+
+# ------------------------------------------------------------------------------------------------
+# Operations: one call, one refusal, one answer each, on the agent's memory. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+Reply = TypeVar("Reply")
+
+
+async def call(method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
+    """Make one RPC; raise RefusedError with the CP's reason, or gRPC's code without one."""
+    try:
+        reply = await method(request, timeout=RPC_DEADLINE_S)
+    except grpc.aio.AioRpcError as error:
+        name = error.code().name
+        for key, value in error.trailing_metadata() or ():
+            if key == "openinfra-reason" and str(value) in REFUSALS:
+                name = str(value)
+        raise RefusedError(name, parse_line(error.details() or "")) from None
+    if reply is None:  # grpc.aio gives None for bytes that are not the message
+        raise RefusedError("BAD_REPLY", "the reply could not be read")
+    return reply
+
+
+async def register(agent: Agent) -> pb.RegisterReply:
+    """Redeem the invite; the secret and the session are on disk already."""
+    identity, token = agent.identity, agent.config.token
+    request = pb.RegisterRequest(
+        invite_token=token.text if token else "",
+        host_secret=bytes.fromhex(identity.host_secret),
+        session=bytes.fromhex(identity.next_session or ""),
+        payout_pubkey=agent.config.wallet,
+        wg_pubkey=agent.wg_pubkey,
+        facts=read_facts(agent.config.data_dir, agent.disk_encrypted),
+    )
+    reply = await call(agent.stub.Register, request)
+    if not HOST_ID_RE.fullmatch(reply.host_id) or not INVITE_ID_RE.fullmatch(reply.invite_id):
+        raise RefusedError("BAD_REPLY", "host_id or invite_id is malformed")
+    note_connected(agent)
+    log(
+        "INFO",
+        "registered with control plane",
+        host_id=reply.host_id,
+        onchain_payout=reply.onchain_payout,
+    )
+    agent.identity = replace(
+        identity,
+        host_id=reply.host_id,
+        invite_id=reply.invite_id,
+        session=identity.next_session,
+        next_session=None,
+    )
+    return reply
+
+
+async def resume(agent: Agent) -> pb.ResumeReply:
+    """Open a session; one that was proposed before is proposed again, since its reply was lost."""
+    data_dir = agent.config.data_dir
+    if agent.identity.next_session is None:
+        proposed = replace(agent.identity, next_session=secrets.token_hex(32))
+        try:
+            save_identity(data_dir, proposed)
+        except OSError as error:
+            raise Error(
+                f"cannot save the next session: {error.strerror}", f"free some space on {data_dir}"
+            ) from None
+        agent.identity = proposed
+        agent.is_unsaved = False
+    identity = agent.identity
+    request = pb.ResumeRequest(
+        host_secret=bytes.fromhex(identity.host_secret),
+        session=bytes.fromhex(identity.next_session or ""),
+        previous_session=bytes.fromhex(identity.session or ""),
+        payout_pubkey=agent.config.wallet,
+        wg_pubkey=agent.wg_pubkey,
+    )
+    reply = await call(agent.stub.Resume, request)
+    if reply.host_id != identity.host_id:
+        other = parse_line(reply.host_id, 40)
+        raise Error(
+            f"control plane says that this is host {other}",
+            "nothing was changed; ask the operator",
+            IDENTITY,
+        )
+    note_connected(agent)
+    log("INFO", "resuming with persisted host_id (skipping Register)", host_id=reply.host_id)
+    agent.identity = replace(identity, session=identity.next_session, next_session=None)
+    return reply
+
+
+async def open_session(agent: Agent) -> None:
+    """Register or resume, keep what was agreed, and begin to count heartbeats."""
+    is_new = agent.identity.host_id is None
+    agent.state = "registering" if is_new else "resuming"
+    reply = await (register(agent) if is_new else resume(agent))
+    agent.is_unsaved = True
+    ensure_saved(agent)
+    agent.is_open = True
+    agent.seq = 1
+    agent.session_heartbeats = 0
+    agent.acknowledged_facts = None
+    agent.onchain_payout = reply.onchain_payout
+    nominal_s = reply.heartbeat_interval_s or INTERVAL_NOMINAL_S
+    agent.nominal_s = agent.interval_s = decide_interval_s(0, nominal_s)
+    note_standing(agent, reply.standing)
+    if not agent.is_running_logged:
+        agent.is_running_logged = True
+        log("INFO", f"agent running, sending heartbeats every {agent.nominal_s:g}s")
+
+
+async def beat(agent: Agent) -> None:
+    """Send one heartbeat; a repeated one keeps its number, facts go until they are acknowledged."""
+    request = pb.HeartbeatRequest(
+        session=bytes.fromhex(agent.identity.session or ""), seq=agent.seq, boot_id=agent.boot_id
+    )
+    facts = read_facts(agent.config.data_dir, agent.disk_encrypted)
+    if facts != agent.acknowledged_facts:
+        request.facts.CopyFrom(facts)
+    reply = await call(agent.stub.Heartbeat, request)
+    agent.seq += 1
+    agent.session_heartbeats += 1
+    agent.heartbeats += 1
+    agent.acknowledged_facts = facts
+    agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
+    agent.last_heartbeat_s = read_boot_s()
+    note_accepted(agent)
+    note_standing(agent, reply.standing)
+    ensure_saved(agent)
+    if not agent.is_unsaved and not agent.is_settled:
+        agent.is_settled = True
+        ensure_scrubbed(agent.config.env_file, agent.identity.invite_id)
+        with contextlib.suppress(OSError):
+            (agent.config.data_dir / REFUSED_NAME).unlink()
+
+
+def ensure_saved(agent: Agent) -> None:
+    """Save the identity that the CP accepted; a full disk must not take a good host offline."""
+    if not agent.is_unsaved:
+        return
+    try:
+        save_identity(agent.config.data_dir, agent.identity)
+    except OSError as error:
+        if not agent.is_save_warned:
+            log(
+                "WARN",
+                "cannot save the identity, trying again with every heartbeat",
+                "free some space or mend the disk before this machine restarts",
+                data_dir=agent.config.data_dir,
+                error=error.strerror,
+            )
+        agent.is_save_warned = True
+        return
+    if agent.is_save_warned:
+        log("INFO", "identity saved")
+    agent.is_unsaved = agent.is_save_warned = False
+
+
+def note_connected(agent: Agent) -> None:
+    """Log once that the control plane can be reached, at first and after each loss."""
+    if not agent.is_connected:
+        agent.is_connected = True
+        log("INFO", "connected to control plane", addr=agent.config.control_plane)
+
+
+def note_accepted(agent: Agent) -> None:
+    """Forget the trouble that an accepted heartbeat ended."""
+    note_connected(agent)
+    if agent.trouble and agent.trouble != UNREACHABLE.what:
+        log("INFO", "control plane accepts heartbeats again")
+    agent.state = "running"
+    agent.attempt = 0
+    agent.trouble = ""
+    agent.last_error = None
+
+
+def note_standing(agent: Agent, standing: pb.Standing) -> None:
+    """Keep the standing, and log a change of what keeps workloads away."""
+    agent.standing = standing
+    reason = "; ".join(parse_line(reason) for reason in standing.reasons[:16]) or "none given"
+    if standing.status == pb.HOST_STATUS_ONLINE and not standing.assignable:
+        if reason != agent.warned_reason:
+            log("WARN", "not assignable", reason=reason)
+        agent.warned_reason = reason
+    elif standing.assignable and agent.warned_reason:
+        log("INFO", "assignable")
+        agent.warned_reason = ""
+
+
+def note_trouble(agent: Agent, refused: RefusedError, refusal: Refusal) -> None:
+    """Log a trouble when it begins or changes, and every ten minutes while it lasts."""
+    agent.last_error = {"reason": refused.name, "what": refusal.what, "todo": refusal.todo}
+    now_s = read_boot_s()
+    if refusal.what == agent.trouble and now_s < agent.trouble_logged_s + LOG_AGAIN_S:
+        return
+    agent.trouble = refusal.what
+    agent.trouble_logged_s = now_s
+    log(
+        "ERROR" if refusal.action is MINUTE else "WARN",
+        refusal.what,
+        refusal.todo,
+        addr=agent.config.control_plane,
+        reason=refused.name,
+        detail=refused.detail,
+    )
+
+
+def settle_refusal(agent: Agent, refused: RefusedError) -> float:
+    """Do what a refusal asks for; give back the wait before the next call, or raise the end."""
+    refusal = decide_refusal(refused.name)
+    if refusal is UNREACHABLE:
+        agent.is_connected = False
+    else:
+        note_connected(agent)
+    if refusal.action is STOP:
+        token = agent.config.token
+        error = decide_error(refused, refusal, agent.identity, token.id if token else "")
+        save_refused(agent.config.data_dir, refused.name, error)
+        raise error
+    agent.state = "retrying"
+    agent.attempt += 1
+    note_trouble(agent, refused, refusal)
+    action = refusal.action
+    if action is RESUME:
+        agent.is_open = False
+        # "At once" is for a session that worked; else two sides could spin.
+        if agent.session_heartbeats == 0:
+            action = BACK_OFF
+        agent.session_heartbeats = 0
+    agent.is_wakeable = action is BACK_OFF and agent.heartbeats == 0
+    return decide_delay_s(action, agent.attempt, agent.heartbeats > 0, read_random_unit())
+
+
+def collect(problems: list[Finding], check: Callable[[], Reply], otherwise: Reply) -> Reply:
+    """Run a check of the daemon's for doctor: its Error becomes a finding."""
+    try:
+        return check()
+    except Error as error:
+        problems.append(Finding("ERROR", f"{error.what}.", error.todo))
+    return otherwise
+
+
+def read_identity_state(data_dir: Path) -> str:
+    """Say how far the identity got; raise Error for one that the agent would refuse."""
+    try:
+        identity = read_identity(data_dir)
+    except BrokenError as broken:
+        raise Error(
+            f"{data_dir}/{IDENTITY_NAME} is broken ({broken})", "ask for a fresh invite"
+        ) from None
+    if identity is None:
+        return "absent"
+    return "unregistered" if identity.host_id is None else "registered"
+
+
+def read_snapshot(args: argparse.Namespace) -> Snapshot:
+    """Look at everything that doctor judges; change nothing."""
+    problems: list[Finding] = []
+    config = collect(problems, lambda: read_config(args), None)
+    token = parse_token_state(config.token) if config else "unknown"
+    if config is None:
+        config = decide_config(args, EnvFile(b"", {}, 0o600, 0))
+    owners = (0, os.geteuid())
+    data_dir, identity = config.data_dir, "unknown"
+    encrypted: bool | None = None
+    before = len(problems)
+    collect(problems, lambda: check_data_dir(data_dir, owners), None)
+    if len(problems) == before:
+        encrypted = is_encrypted(data_dir)
+        identity = collect(problems, lambda: read_identity_state(data_dir), "unknown")
+    status = collect(problems, lambda: read_status(config.socket), None)
+    loopback = is_loopback(config.control_plane)
+    wg, handshake_age_s = ("skipped", None) if loopback else read_tunnel()
+    return Snapshot(
+        control_plane=config.control_plane,
+        env_file=str(config.env_file),
+        data_dir=str(data_dir),
+        wallet=config.wallet,
+        invite=token,
+        problems=tuple(problems),
+        identity=identity,
+        mounted=os.path.ismount(data_dir),
+        encrypted=encrypted,
+        allow_unencrypted=config.allow_unencrypted,
+        unreachable=read_unreachable(config.control_plane),
+        wg=wg,
+        handshake_age_s=handshake_age_s,
+        status=status,
+        refused=read_refused(data_dir),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Edges: the control socket, where root asks the daemon; one JSON line each way. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+
+async def read_request(agent: Agent, reader: asyncio.StreamReader) -> dict[str, object]:
+    """Wait for one request and make its answer."""
+    try:
+        line = await asyncio.wait_for(reader.readline(), SOCKET_TIMEOUT_S)
+        parse_request(line)
+    except asyncio.TimeoutError:
+        return {"error": f"no request within {SOCKET_TIMEOUT_S:g} s"}
+    except ValueError:
+        return {"error": f"request is longer than {SOCKET_LINE_MAX_BYTES} bytes"}
+    except BrokenError as broken:
+        return {"error": str(broken)}
+    token = read_token_state(agent.config.env_file)
+    return render_answer(agent, token, os.getpid(), read_boot_s())
+
+
+async def answer_client(
+    agent: Agent, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Serve one client of the control socket; nothing that it does reaches the main loop."""
+    agent.clients += 1
+    try:
+        if agent.clients > SOCKET_CLIENTS_MAX:
+            answer: dict[str, object] = {"error": "too many clients at once, try again"}
+        else:
+            answer = await read_request(agent, reader)
+        writer.write(json.dumps(answer).encode() + b"\n")
+        await asyncio.wait_for(writer.drain(), SOCKET_TIMEOUT_S)
+    except (OSError, asyncio.TimeoutError, asyncio.CancelledError):
+        # Cancelled only when the daemon ends; asyncio would log it as an error of ours.
+        pass
+    finally:
+        agent.clients -= 1
+        writer.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# Loops: what runs as long as the daemon does. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+
+async def wait(agent: Agent, delay_s: float) -> None:
+    """Wait by a clock that counts suspend; a connection that comes up may end it early."""
+    loop = asyncio.get_running_loop()
+    started_s = read_boot_s()
+    agent.ready.clear()
+    while True:
+        agent.moved_s = loop.time()
+        gone_s = read_boot_s() - started_s
+        if gone_s >= delay_s:
+            return
+        piece_s = min(delay_s - gone_s, WAIT_PIECE_S)
+        if not agent.is_wakeable:
+            await asyncio.sleep(piece_s)
+        elif gone_s < WAKE_AFTER_S:
+            await asyncio.sleep(min(piece_s, WAKE_AFTER_S))
+        else:
+            try:
+                await asyncio.wait_for(agent.ready.wait(), piece_s)
+                return
+            except asyncio.TimeoutError:
+                pass
+
+
+async def live(agent: Agent) -> NoReturn:
+    """Open a session, send heartbeats, and begin again where a refusal says so."""
+    while True:
+        agent.moved_s = asyncio.get_running_loop().time()
+        agent.is_wakeable = False
+        try:
+            if not agent.is_open:
+                await open_session(agent)
+            await beat(agent)
+            delay_s = agent.interval_s
+        except RefusedError as refused:
+            delay_s = settle_refusal(agent, refused)
+        await wait(agent, delay_s)
+
+
+async def watch_channel(agent: Agent) -> NoReturn:
+    """See the connection come up. One watch for the life of the channel: an abandoned one leaks."""
+    while True:
+        state = agent.channel.get_state()
+        if state is grpc.ChannelConnectivity.READY:
+            note_connected(agent)
+            agent.ready.set()
+        await agent.channel.wait_for_state_change(state)
+
+
+async def feed_watchdog(agent: Agent) -> None:
+    """Feed systemd's watchdog while the main loop moves, not merely while asyncio does."""
+    period_us = os.environ.get("WATCHDOG_USEC", "")
+    if not period_us.isdigit() or os.environ.get("WATCHDOG_PID", "") not in ("", str(os.getpid())):
+        return
+    loop = asyncio.get_running_loop()
+    while True:
+        if loop.time() - agent.moved_s < STUCK_AFTER_S:
+            sd_notify("WATCHDOG=1")
+        await asyncio.sleep(max(0.05, int(period_us) / 2_000_000))
+
+
+# ------------------------------------------------------------------------------------------------
+# Wiring and command line: the subcommands, and the one place that prints errors. Not pure.
+# ------------------------------------------------------------------------------------------------
+
+
+def ensure_stop(stop: asyncio.Event, signum: int) -> None:
+    """Begin to stop; the next signal kills at once."""
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(each)
+        signal.signal(each, signal.SIG_DFL)
+    log("INFO", "agent stopping", signal=signal.Signals(signum).name)
+    sd_notify("STOPPING=1")
+    stop.set()
+
+
+async def serve(
+    config: Config, identity: Identity, wg_pubkey: str, encrypted: bool, listener: socket.socket
+) -> None:
+    """Run the daemon until a signal or an error ends it."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, ensure_stop, stop, signum)
+    channel = grpc.aio.insecure_channel(f"dns:///{config.control_plane}", CHANNEL_OPTIONS)
+    agent = Agent(
+        config=config,
+        identity=identity,
+        wg_pubkey=wg_pubkey,
+        disk_encrypted=encrypted,
+        boot_id=read_text("/proc/sys/kernel/random/boot_id").strip(),
+        started_s=read_boot_s(),
+        stub=cast("openinfra_pb2_grpc.AgentApiAsyncStub", openinfra_pb2_grpc.AgentApiStub(channel)),
+        channel=channel,
+        ready=asyncio.Event(),
+        moved_s=loop.time(),
+    )
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: answer_client(agent, reader, writer),
+        sock=listener,
+        limit=SOCKET_LINE_MAX_BYTES,
+    )
+    sd_notify("READY=1")
+    parts = [live(agent), watch_channel(agent), stop.wait(), feed_watchdog(agent)]
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1)
+        server.close()
+        config.socket.unlink(missing_ok=True)
+        await channel.close()
+    for task in done:
+        task.result()
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """Check everything, then be the daemon."""
+    config = read_config(args)
+    log(
+        "INFO",
+        "agent starting",
+        control_plane=config.control_plane,
+        version=VERSION,
+        data_dir=config.data_dir,
+        grpc=grpc.__version__,
+    )
+    wg_pubkey = read_wg_pubkey(config.wg_pubkey_file)
+    check_data_dir(config.data_dir, (os.geteuid(),))
+    encrypted = is_encrypted(config.data_dir)
+    check_encrypted(config.data_dir, encrypted, config.allow_unencrypted)
+    lock = take_lock(config.data_dir)
+    try:
+        identity = ensure_identity(config.data_dir, config.token)
+        listener = open_control_socket(config.socket)
+        asyncio.run(serve(config, identity, wg_pubkey, encrypted, listener))
+    finally:
+        os.close(lock)
+    return 0
+
+
+def command_status(args: argparse.Namespace) -> int:
+    """Print what the running agent says."""
+    answer = read_status(Path(args.socket or DEFAULTS["socket"]))
+    print(json.dumps(answer) if args.json else render_status(answer))
+    return 0 if is_online(answer) else 1
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """Print what is wrong."""
+    findings = decide_findings(read_snapshot(args))
+    is_well = all(finding.level == "INFO" for finding in findings)
+    if args.json:
+        rows = [vars(finding) for finding in findings]
+        print(json.dumps({"ok": is_well, "findings": rows}))
+        return 0 if is_well else 1
+    for finding in findings:
+        print(f"{finding.level:<5} {parse_line(finding.sentence, 900)}\n      {finding.command}")
+    if is_well:
+        print("nothing is wrong")
+    return 0 if is_well else 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers in our own style and never repeats a token."""
+
+    def error(self, message: str) -> NoReturn:
+        said = re.sub(r"oi1_\S*", "oi1_...", parse_line(message))
+        raise Error(said, f"see: {self.prog} --help", USAGE)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser from OPTIONS."""
+    common = Parser(add_help=False, allow_abbrev=False)
+    keys = []
+    for option in OPTIONS:
+        default = f"default: {option.default}" if option.default else ""
+        if option.flag:
+            env = f"env: {option.env}; " if option.env else ""
+            text = f"{option.help} ({env}{default})"
+            common.add_argument(option.flag, dest=option.name, metavar="VALUE", help=text)
+        if option.env:
+            keys.append(f"  {option.env:<22} {option.help} {default}".rstrip())
+    common.add_argument(
+        "--allow-unencrypted",
+        action="store_true",
+        help="run on a disk without encryption, for tests: no workload with secrets comes here",
+    )
+    parser = Parser(prog="agent.py", description="The OpenInfra agent.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    epilog = "keys of the env file:\n" + "\n".join(keys)
+    for name, function in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            parents=[common],
+            help=function.__doc__,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name != "run":
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+COMMANDS = {"run": command_run, "status": command_status, "doctor": command_doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; print one line for a person when that fails."""
+    # grpc logs a traceback for a reply that it cannot read; ours says that in one line.
+    logging.getLogger("grpc").addHandler(logging.NullHandler())
+    logging.getLogger("grpc").propagate = False
+    try:
+        args = make_parser().parse_args(argv)
+        return COMMANDS[args.command](args)
+    except Error as error:
+        log("ERROR", error.what, error.todo, **error.pairs)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The rules of the code base that ruff cannot check: budgets, and no shell."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Lines of a file. Raised only by a change that says why.
+BUDGETS = {
+    "agent.py": 2000,
+    "cp_server.py": 5000,
+    "install_agent.py": 900,
+    "setup_luks2.py": 600,
+    "systemd/setup_cp.py": 800,
+}
+MAX_FUNCTION_LINES = 70
+SHELLS = {
+    "asyncio.create_subprocess_shell",
+    "os.popen",
+    "os.system",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+}
+# Not written by hand.
+GENERATED = {"proto/openinfra_pb2.py", "proto/openinfra_pb2_grpc.py"}
+
+
+def list_sources() -> list[str]:
+    """Give back the path of every Python file of ours, from the root."""
+    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
+    visible = {str(path) for path in found if not any(part[0] == "." for part in path.parts)}
+    return sorted(visible - GENERATED | {"tests/run"})
+
+
+def find_long_functions(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield f"line {node.lineno}: {node.name} has {lines} lines"
+
+
+def find_shells(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in SHELLS:
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                if f"{node.module}.{name.name}" in SHELLS:
+                    yield f"line {node.lineno}: {node.module}.{name.name}"
+        elif isinstance(node, ast.keyword) and node.arg == "shell":
+            value = ast.unparse(node.value)
+            if value != "False":
+                yield f"line {node.value.lineno}: shell={value}"
+
+
+@pytest.mark.parametrize("name", list_sources())
+def test_functions_are_short_and_use_no_shell(name: str) -> None:
+    source = (ROOT / name).read_text()
+    assert [*find_long_functions(source), *find_shells(source)] == []
+
+
+def test_files_are_within_their_budgets() -> None:
+    lengths = {
+        name: len((ROOT / name).read_text().splitlines())
+        for name in BUDGETS
+        if (ROOT / name).exists()
+    }
+    assert {name: length for name, length in lengths.items() if length > BUDGETS[name]} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("subprocess.run(x, shell=True)", ["line 1: shell=True"]),
+        ("subprocess.run(x, shell=flag)", ["line 1: shell=flag"]),
+        ("subprocess.run(x, shell=False)", []),
+        ("import os\nos.system('x')", ["line 2: os.system"]),
+        ("from os import system", ["line 1: os.system"]),
+        ("run = subprocess.getoutput", ["line 1: subprocess.getoutput"]),
+        ("'shell=True, os.system'", []),
+    ],
+)
+def test_a_shell_is_found(source: str, found: list[str]) -> None:
+    assert list(find_shells(source)) == found
+
+
+@pytest.mark.parametrize(("lines", "found"), [(70, []), (71, ["line 1: f has 71 lines"])])
+@pytest.mark.parametrize("start", ["def", "async def"])
+def test_a_long_function_is_found(start: str, lines: int, found: list[str]) -> None:
+    source = f"{start} f():\n" + "    pass\n" * (lines - 1)
+    assert list(find_long_functions(source)) == found
