@@ -7,7 +7,7 @@
 
 What it does to this machine
   It starts no program, except `wg show` in `doctor`. It listens on no port: the control socket
-  is a unix socket. It speaks to one address, CONTROL_PLANE, through the WireGuard tunnel.
+  is a unix socket.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -20,6 +20,8 @@ Files (mode)
     agent.lock                       0600  held while the agent runs
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
+Ports
+  10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
 
 Needs: Python 3.10, grpcio 1.51, protobuf 4.21 or newer (Debian 12's own packages do).
 Exit codes: 0 ended well; 1 error; 2 usage or configuration; 75 try later (data directory locked or
@@ -1009,7 +1011,7 @@ def check_data_dir(path: Path, owners: Sequence[int]) -> None:
         raise Error(f"{path} has mode {mode:04o}, not 0700", f"run: chmod 0700 {path}")
 
 
-def has_crypt(node: Path, depth: int = 0) -> bool:
+def has_crypt(node: Path) -> bool:
     """Tell whether every path from this block device down passes dm-crypt."""
     try:
         uuid = (node / "dm" / "uuid").read_text()
@@ -1023,8 +1025,7 @@ def has_crypt(node: Path, depth: int = 0) -> bool:
         below = sorted((node / "slaves").iterdir())
     except OSError:
         below = []
-    # Real stacks are a few levels deep; the bound ends a loop that sysfs cannot have.
-    return bool(below) and depth < 16 and all(has_crypt(slave, depth + 1) for slave in below)
+    return bool(below) and all(has_crypt(slave) for slave in below)
 
 
 def is_encrypted(path: Path, sysfs: Path = Path("/sys")) -> bool:

@@ -11,16 +11,18 @@ What it does
   doctor    says what is wrong here; --invariants tests what must hold after every fault
   pilot     all of it on this one machine, for a newcomer: own PostgreSQL, CP, one agent
 
-Files it reads (secrets 0600; under systemd from $CREDENTIALS_DIRECTORY)
-  /etc/openinfra/cp.env             settings, KEY=value; every key is also a flag (see --help)
-  /etc/openinfra/cp/dsn             PostgreSQL connection string of the CP's own role
-  /etc/openinfra/cp/owner-dsn       the same of the schema's owner; only `migrate` reads it
-  /etc/openinfra/cp/jwt-keys.json   keys that sign operators' tokens; `token --new-key` writes it
-Ports: gRPC on 10.77.0.1:9092 (inside the tunnel), HTTP on 127.0.0.1:8080 (behind Caddy).
-Everything else it keeps is in the database. It runs as an ordinary user, without capabilities.
-
-The pilot alone does more: as root it may install packages with apt-get (it says so first); it makes
-a virtualenv under ~/.cache/openinfra and keeps its data in one directory (see `pilot --help`).
+Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
+  /etc/openinfra/cp.env                    read: settings, KEY=value; each key is also a flag
+  /etc/openinfra/cp/dsn              0600  read: PostgreSQL connection string of the CP's own role
+  /etc/openinfra/cp/owner-dsn        0600  `migrate` reads it: the same of the schema's owner
+  /etc/openinfra/cp/jwt-keys.json    0600  keys of operators' tokens; `token --new-key` writes it
+  /var/lib/openinfra-pilot/          0711  pilot: all it has; ~/.local/share/… for a user, or --dir
+  ~/.cache/openinfra/cp-<hash>/      0755  pilot: its Python packages; beside it a .lock file
+Ports
+  10.77.0.1:9092/tcp     gRPC for the agents, inside the tunnel (pilot: 127.0.0.1)
+  127.0.0.1:8080/tcp     HTTP for the operator, behind Caddy, and metrics for this machine
+Everything else it keeps is in the database. It runs as an ordinary user, without capabilities;
+only the pilot, as root, may install packages with apt-get (it says so first).
 
 Commands it runs: none, except in the pilot: apt-get, pip, setpriv, initdb, postgres, agent.py.
 Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
@@ -42,6 +44,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
+import fcntl
 import functools
 import getpass
 import glob
@@ -69,7 +72,15 @@ import urllib.parse
 import urllib.request
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,6 +169,36 @@ def sd_notify(state: str) -> None:
         sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
+def read_cache_directory() -> Path:
+    """Where OpenInfra keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openinfra"
+
+
+def ensure_pinned_virtualenv(requirements: Path, name: str) -> Path:
+    """Give back the Python of a virtualenv with exactly these hash-pinned packages; make it once.
+
+    One that was not finished has no stamp and is made anew; a lock keeps a second maker waiting.
+    """
+    pins = requirements.read_bytes()
+    key = hashlib.sha256(pins + sys.version.encode() + sys.executable.encode()).hexdigest()[:16]
+    directory = read_cache_directory() / f"{name}-{key}"
+    python = directory / "bin" / "python"
+    stamp = directory / "complete"
+    if stamp.exists():
+        return python
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            run([sys.executable, "-m", "venv", str(directory)], timeout_s=120)
+            install = [str(python), "-m", "pip", "install", "--quiet", "--require-hashes"]
+            install += ["--only-binary=:all:", "-r", str(requirements)]
+            run(install, timeout_s=900)
+            stamp.touch()
+    return python
+
+
 # ---------------------------------------------------------------------------------------------
 # Runtime: finds the third-party packages; for the pilot it may install them. Changes the machine.
 # ---------------------------------------------------------------------------------------------
@@ -206,24 +247,6 @@ def has_ensurepip() -> bool:
     return True
 
 
-def ensure_virtualenv() -> Path:
-    """Make the pilot's virtualenv from the hash-pinned list once; give back its interpreter."""
-    if not REQUIREMENTS.exists():
-        raise Error(f"{REQUIREMENTS} is missing", "copy the whole repository, then run this again")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openinfra"
-    pins = REQUIREMENTS.read_bytes() + sys.version.encode()
-    final = cache / f"cp-{hashlib.sha256(pins).hexdigest()[:16]}"
-    if not (final / "complete").exists():
-        print(f"Making a private virtualenv in {final}.", file=sys.stderr)
-        cache.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        run([sys.executable, "-m", "venv", str(final)], timeout_s=300)
-        pip = [str(final / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        run([*pip, "--require-hashes", "-r", str(REQUIREMENTS)], timeout_s=1800)
-        write_file(final / "complete", b"", 0o644)
-    return final / "bin" / "python"
-
-
 def find_runtime(missing: ImportError) -> None:
     """Start this program again where its packages are, or end with what to type."""
     try:
@@ -232,8 +255,12 @@ def find_runtime(missing: ImportError) -> None:
                 f"cp_server.py lacks a Python package: {missing}",
                 f"make a virtualenv and in it: pip install --require-hashes -r {REQUIREMENTS}",
             )
+        if not REQUIREMENTS.exists():
+            what = f"{REQUIREMENTS} is missing"
+            raise Error(what, "copy the whole repository, then run this again")
         ensure_packages(want_venv=True)
-        python = ensure_virtualenv()
+        print("Looking for the private virtualenv, or making it once.", file=sys.stderr)
+        python = ensure_pinned_virtualenv(REQUIREMENTS, "cp")
         os.environ["OPENINFRA_RUNTIME"] = "1"  # once: a broken virtualenv must not loop
         os.execv(python, [str(python), *sys.argv])
     except Error as error:
@@ -3335,7 +3362,7 @@ class PilotPlan:
 
     root: Path
     postgres_bin: Path
-    postgres_user: str | None  # None: the user who started the pilot
+    postgres_user: str  # initdb refuses root; empty: the user who started the pilot
     grpc_port: int
     http_port: int
     heartbeat_s: float
@@ -3359,11 +3386,10 @@ class PilotPlan:
     def dsn(self, role: str, database: str = "openinfra") -> str:
         return f"host={self.run_dir} port=5432 dbname={database} user={role}"
 
-    def as_postgres(self, argv: Sequence[str | Path]) -> list[str]:
-        """The command as the user who may run PostgreSQL (initdb refuses root)."""
-        user = self.postgres_user
+    def bound(self, argv: Sequence[str | Path], end: str = "TERM", user: str = "") -> list[str]:
+        """The command as `user`, with a signal that reaches it when the pilot is killed."""
         switch = [f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
-        return ["setpriv", *switch, "--", *map(str, argv)] if user else list(map(str, argv))
+        return ["setpriv", *switch, f"--pdeathsig={end}", "--", *map(str, argv)]
 
     def postgres_argv(self) -> list[str]:
         options = {
@@ -3374,10 +3400,11 @@ class PilotPlan:
             "shared_buffers": "32MB",
         }
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-        return self.as_postgres([self.postgres_bin / "postgres", "-D", self.cluster, *flags])
+        argv: list[str | Path] = [self.postgres_bin / "postgres", "-D", self.cluster, *flags]
+        return self.bound(argv, "INT", self.postgres_user)
 
     def cp_argv(self) -> list[str]:
-        return [
+        argv = [
             sys.executable,
             str(Path(__file__).resolve()),
             "serve",
@@ -3389,27 +3416,24 @@ class PilotPlan:
             "--peer-check=off",
             f"--heartbeat-s={self.heartbeat_s:g}",
         ]
+        return self.bound(argv)
 
     def agent_argv(self, command: str) -> list[str]:
-        return [
-            sys.executable,
-            str(Path(__file__).resolve().parent / "agent.py"),
-            command,
-            *(
-                [f"--env-file={self.agent_dir / 'agent.env'}", "--allow-unencrypted"]
-                if command == "run"
-                else []
-            ),
-            f"--socket={self.run_dir / 'agent.sock'}",
-        ]
+        script = Path(__file__).resolve().parent / "agent.py"
+        return [sys.executable, str(script), command, f"--socket={self.run_dir / 'agent.sock'}"]
+
+    def agent_run_argv(self) -> list[str]:
+        environment = f"--env-file={self.agent_dir / 'agent.env'}"
+        return self.bound([*self.agent_argv("run"), environment, "--allow-unencrypted"])
 
 
 class Pilot:
     """Runs PostgreSQL, the control plane and one agent as children, and ends them in order."""
 
-    def __init__(self, plan: PilotPlan) -> None:
-        self.plan = plan
+    def __init__(self, root: Path, heartbeat_s: float) -> None:
         self.began = time.monotonic()
+        self.cp_ready_s = 0.0
+        self.plan = plan_pilot(root, heartbeat_s)
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.token = ""
 
@@ -3420,12 +3444,11 @@ class Pilot:
     def log_path(self, name: str) -> Path:
         return self.plan.root / "log" / f"{name}.log"
 
-    def start(self, name: str, argv: Sequence[str], death_signal: str = "TERM") -> None:
-        """Start a child that ends with the pilot, even when that is killed."""
-        path = self.log_path(name)
-        with open(path, "ab") as output:
+    def start(self, name: str, argv: Sequence[str]) -> None:
+        """Start a child, away from the terminal's Ctrl-C, its output in the log directory."""
+        with open(self.log_path(name), "ab") as output:
             self.children[name] = subprocess.Popen(
-                ["setpriv", f"--pdeathsig={death_signal}", "--", *argv],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -3479,9 +3502,9 @@ class Pilot:
             shutil.rmtree(fresh, ignore_errors=True)
             flags = "-U postgres --auth=trust --encoding=UTF8 --locale=C.UTF-8 --no-instructions"
             argv: list[str | Path] = [plan.postgres_bin / "initdb", "-D", fresh, *flags.split()]
-            run(plan.as_postgres(argv), timeout_s=120, echo=False)
+            run(plan.bound(argv, "KILL", plan.postgres_user), timeout_s=120, echo=False)
             os.rename(fresh, plan.cluster)
-        self.start("postgres", plan.postgres_argv(), "INT")
+        self.start("postgres", plan.postgres_argv())
         superuser = plan.dsn("postgres", "postgres")
         self.wait_for("PostgreSQL", lambda: can_connect(superuser))
         with psycopg.connect(superuser, autocommit=True) as connection:
@@ -3500,8 +3523,10 @@ class Pilot:
         key = read_jwt_keys(key_file)[-1] if key_file.exists() else add_jwt_key(key_file, [])
         self.token = mint_jwt(key, "pilot", "admin", JWT_MAX_S)
         write_file(plan.cp_dir / "admin.jwt", self.token.encode() + b"\n", 0o600)
+        began = time.monotonic()
         self.start("control-plane", plan.cp_argv())
         self.wait_for("the control plane", lambda: self.get("/readyz"))
+        self.cp_ready_s = time.monotonic() - began
         self.say(f"control plane is ready: {self.url('')}")
 
     def start_agent(self) -> None:
@@ -3520,10 +3545,11 @@ class Pilot:
             text = "".join(f"{key}={value}\n" for key, value in lines.items())
             write_file(environment, text.encode(), 0o600)
             self.say(f"invite minted: {invite['id']}")
-        self.start("agent", plan.agent_argv("run"))
+        self.start("agent", plan.agent_run_argv())
 
     def wait_online(self) -> Row:
-        """The pilot's host as soon as the control plane shows it online."""
+        """The pilot's host, online by a heartbeat to this run's control plane."""
+        self.wait_for("the first heartbeat", lambda: count_heartbeats(self, 1))
         found = self.wait_for("the host", self._online)
         self.say(f"host {found['host_id']} is online, assignable: {found['assignable']}")
         return found
@@ -3584,7 +3610,7 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
         raise Error("PostgreSQL was not found on this machine", todo)
     if len(str(root / "run" / ".s.PGSQL.5432")) > 100:
         raise Error(f"the path {root} is too long for a socket", "choose a shorter --dir")
-    user = "postgres" if os.geteuid() == 0 else None
+    user = "postgres" if os.geteuid() == 0 else ""
     root.mkdir(parents=True, exist_ok=True)
     os.chmod(root, 0o711)  # noqa: S103 - PostgreSQL's user passes through
     for name in ("log", "cp", "agent", "agent/data"):
@@ -3605,6 +3631,19 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
     return PilotPlan(root, postgres_bin, user, chosen["grpc"], chosen["http"], heartbeat_s)
 
 
+@contextlib.contextmanager
+def hold_pilot(root: Path) -> Iterator[None]:
+    """Keep a second pilot out of the directory; raises Error 75."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "pilot.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another pilot runs in {root}"
+            raise Error(what, "stop that one, or choose another --dir", 75) from None
+        yield
+
+
 def default_pilot_dir() -> Path:
     """Where the pilot keeps its data: for root a place that PostgreSQL's user can reach."""
     if os.geteuid() == 0:
@@ -3614,7 +3653,7 @@ def default_pilot_dir() -> Path:
 
 def run_pilot(root: Path, heartbeat_s: float) -> None:
     """Bring everything up and keep it up until Ctrl-C or SIGTERM."""
-    pilot = Pilot(plan_pilot(root, heartbeat_s))
+    pilot = Pilot(root, heartbeat_s)
     try:
         bring_up(pilot)
         here = Path(__file__).resolve()
@@ -3648,7 +3687,7 @@ def bring_up(pilot: Pilot) -> Row:
 
 def check_pilot(root: Path, heartbeat_s: float) -> Row:
     """Bring everything up, restart the agent once, take everything down; give back the figures."""
-    pilot = Pilot(plan_pilot(root, heartbeat_s))
+    pilot = Pilot(root, heartbeat_s)
     try:
         host = bring_up(pilot)
         online_s = time.monotonic() - pilot.began
@@ -3672,6 +3711,7 @@ def check_pilot(root: Path, heartbeat_s: float) -> Row:
         pilot.stop_all()
     return {
         "online_s": round(online_s, 2),
+        "cp_ready_s": round(pilot.cp_ready_s, 2),
         "heartbeats": seen,
         "resumed": resumed,
         "resume_s": round(resumed_s, 2),
@@ -3913,10 +3953,12 @@ def command_pilot(args: argparse.Namespace, _settings: Settings) -> int:
     heartbeat_s = float(args.heartbeat_s or (1 if args.check else HEARTBEAT_S))
     if not args.check:
         root = Path(args.dir).resolve() if args.dir else default_pilot_dir()
-        run_pilot(root, heartbeat_s)
+        with hold_pilot(root):
+            run_pilot(root, heartbeat_s)
         return 0
     root = Path(args.dir or tempfile.mkdtemp(prefix="openinfra-pilot-")).resolve()
-    figures = check_pilot(root, heartbeat_s)
+    with hold_pilot(root):
+        figures = check_pilot(root, heartbeat_s)
     if not args.dir:
         shutil.rmtree(root)
     print(json.dumps(figures))

@@ -147,13 +147,19 @@ def test_bad_env_file_names_the_line_and_never_the_value(raw: bytes, said: str) 
     assert "hunter2" not in str(caught.value)
 
 
-@given(st.binary(max_size=200))
-def test_env_parser_never_breaks(raw: bytes) -> None:
+PIECES = [b"DATA_DIR", b"INVITE_TOKEN", b"X", b"=", b"\n", b"'", b'"', b"#", b"a/b", b" ", b"\xff"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+def test_env_parser_gives_known_keys_or_an_error(raw: bytes) -> None:
     try:
         values = agent.parse_env(raw, "f")
-    except agent.Error:
+    except agent.Error as error:
+        assert error.exit_code == 2
+        assert "a/b" not in error.what
         return
-    assert set(values) <= {option.env for option in agent.OPTIONS if option.env}
+    assert set(values) <= {"DATA_DIR", "INVITE_TOKEN"}
+    assert all(value.isascii() and not set(value) & set("'\"\n") for value in values.values())
 
 
 KEEP = st.lists(st.one_of(st.just(b""), st.binary(max_size=20).map(lambda raw: b"#" + raw)))

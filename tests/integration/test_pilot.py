@@ -1,0 +1,188 @@
+"""The pilot: all of it on one machine, checked, stopped, killed, and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, Process, wait_for
+
+SCRIPT = str(ROOT / "cp_server.py")
+
+
+@pytest.fixture
+def root_dir() -> Iterator[Path]:
+    """A directory that PostgreSQL's user can reach, and that is gone afterwards."""
+    directory = Path("/tmp") / f"oi-pilot-{os.getpid()}"
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def read_cmdline(entry: Path) -> str:
+    """The words of a process; empty when it is gone."""
+    try:
+        return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def processes_in(directory: Path) -> list[str]:
+    """The command lines that name a directory, zombies left out."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        words = read_cmdline(entry)
+        if str(directory) in words and entry.name != str(os.getpid()):
+            found.append(words)
+    return found
+
+
+Start = Callable[[], Process]
+
+
+@pytest.fixture
+def start(root_dir: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts the pilot in its directory; none outlives the test."""
+    made: list[Process] = []
+
+    def begin() -> Process:
+        argv = [sys.executable, SCRIPT, "pilot", f"--dir={root_dir}", "--heartbeat-s=1"]
+        made.append(Process(argv, tmp_path / f"pilot{len(made)}.log", {}))
+        return made[-1]
+
+    yield begin
+    for pilot in made:
+        pilot.stop(signal.SIGKILL)
+    wait_for("the end of all", lambda: not processes_in(root_dir) or None, 20)
+
+
+def start_pilot(start: Start) -> Process:
+    """Start the pilot and wait until it says that it runs."""
+    pilot = start()
+    pilot.wait_log("Ctrl-C stops all of it", 30)
+    return pilot
+
+
+def run_printed(log: str, what: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as the pilot's screen shows it."""
+    found = re.search(rf"^  {what} {{2,}}(\S(?:\\\n|.)*)$", log, re.MULTILINE)
+    assert found, log
+    return subprocess.run(
+        ["bash", "-c", found[1]], capture_output=True, text=True, timeout=20, check=False
+    )
+
+
+def test_the_check_goes_online_in_time_and_leaves_nothing() -> None:
+    before = set(Path("/tmp").glob("openinfra-pilot-*"))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "pilot", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["resumed"] is True
+    assert figures["heartbeats"] >= 3
+    assert figures["online_s"] <= 5
+    assert figures["cp_ready_s"] <= 3
+    assert set(Path("/tmp").glob("openinfra-pilot-*")) == before
+    assert processes_in(Path("/tmp/openinfra-pilot-")) == []
+
+
+def test_stopped_and_killed_the_same_command_goes_on(start: Start, root_dir: Path) -> None:
+    pilot = start_pilot(start)
+    first = re.search(r"host (\S+) is online", pilot.log)
+    assert first
+    host_id = first[1]
+    status = run_printed(pilot.log, "what the agent says")
+    assert status.returncode == 0, status.stderr
+    assert host_id in status.stdout
+    hosts = run_printed(pilot.log, "the hosts")
+    assert [host["host_id"] for host in json.loads(hosts.stdout)["hosts"]] == [host_id]
+    invite = run_printed(pilot.log, "another invite")
+    assert re.fullmatch(r"oi1_\S+\n", invite.stdout), invite.stderr
+    assert pilot.stop(signal.SIGINT) == 0
+    assert processes_in(root_dir) == []
+
+    pilot = start_pilot(start)
+    assert f"host {host_id} is online" in pilot.log
+    assert "invite minted" not in pilot.log
+    pilot.stop(signal.SIGKILL)  # the children must not outlive it
+    wait_for("the end of all", lambda: not processes_in(root_dir) or None, 20)
+
+    pilot = start_pilot(start)
+    assert f"host {host_id} is online" in pilot.log
+    assert pilot.stop(signal.SIGTERM) == 0
+    agent_log = (root_dir / "log" / "agent.log").read_text()
+    assert agent_log.count("INFO resuming with persisted host_id") == 2
+    assert agent_log.count("INFO registered with control plane") == 1
+
+
+def test_killed_while_it_makes_its_cluster_it_begins_again(start: Start, root_dir: Path) -> None:
+    pilot = start()
+    wait_for("initdb", lambda: (root_dir / "postgres.new").exists() or None, 20)
+    pilot.stop(signal.SIGKILL)
+    wait_for("the end of initdb", lambda: not processes_in(root_dir) or None, 20)
+    pilot = start_pilot(start)
+    assert pilot.stop(signal.SIGINT) == 0
+
+
+def test_two_pilots_in_one_directory_are_refused(start: Start, root_dir: Path) -> None:
+    pilot = start_pilot(start)
+    second = subprocess.run(
+        [sys.executable, SCRIPT, "pilot", f"--dir={root_dir}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert second.returncode == 75, second.stderr
+    assert re.search(r"^ERROR another pilot runs in ", second.stderr, re.MULTILINE)
+    assert pilot.child.poll() is None
+    assert pilot.stop(signal.SIGINT) == 0
+
+
+def test_a_child_that_dies_ends_the_pilot_with_its_last_words(start: Start, root_dir: Path) -> None:
+    pilot = start_pilot(start)
+    environment = f"--env-file={root_dir}/agent/agent.env"
+    entries = Path("/proc").glob("[0-9]*")
+    (agent,) = [int(entry.name) for entry in entries if environment in read_cmdline(entry)]
+    os.kill(agent, signal.SIGKILL)
+    assert pilot.child.wait(20) == 1
+    assert "ERROR agent ended with -9" in pilot.log
+    assert processes_in(root_dir) == []
+
+
+def test_without_rights_and_without_postgresql_it_prints_the_one_line() -> None:
+    tree = Path("/tmp") / f"oi-bare-{os.getpid()}"
+    shutil.copytree(ROOT / "proto", tree / "proto")
+    shutil.copytree(ROOT / "systemd", tree / "systemd")
+    shutil.copy(SCRIPT, tree)
+    tree.chmod(0o755)
+    hide = "mount -t tmpfs none /usr/lib/postgresql && mount -t tmpfs none /usr/local/bin && "
+    run = f"setpriv --reuid=65534 --regid=65534 --clear-groups {tree}/cp_server.py pilot"
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", hide + run],
+            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(tree)
+    assert done.returncode == 1, done.stdout + done.stderr
+    line = "type: sudo apt-get install -y --no-install-recommends postgresql"
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,155 @@
+"""Every command that README.md prints is run here as it stands there, in its order.
+
+The two commands at its top are run by `tests/run --fresh` on a bare machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, Postgres, free_port, wait_for
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"<!-- (command|file): (\S+) -->\n```sh\n(.*?)```\n", README, re.DOTALL)
+
+
+def block(name: str) -> str:
+    """The text of one marked block."""
+    (found,) = [text for _, this, text in BLOCKS if this == name]
+    return str(found)
+
+
+def test_every_block_of_commands_is_marked() -> None:
+    assert README.count("```sh") == len(BLOCKS)
+    names = [name for _, name, _ in BLOCKS]
+    assert names == [
+        "run",
+        "test",
+        "operator",
+        "operator-daily",
+        "operator-http",
+        "agent.env",
+        "provider",
+        "provider-look",
+    ]
+
+
+class Shell:
+    """A directory with the scripts in it, where blocks are run with other ports and places."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.changes = {
+            ":9092": f":{free_port()}",
+            ":8080": f":{free_port()}",
+            "/var/lib/openinfra": str(directory / "data"),
+        }
+        for name in ("cp_server.py", "agent.py", "proto"):
+            (directory / name).symlink_to(ROOT / name)
+
+    def text(self, name: str) -> str:
+        """A block with this test's ports and directories."""
+        text = block(name)
+        for old, new in self.changes.items():
+            text = text.replace(old, new)
+        return text
+
+    def run(self, name: str, **environment: str) -> str:
+        """Run a block; gives back what it prints."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", self.text(name)],
+            cwd=self.directory,
+            env={**os.environ, "PATH": path, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """Run a block that leaves a process behind; the shell stays its parent until it ends."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with open(self.directory / f"{name}.log", "ab") as output:
+            script = f"trap 'kill $!' TERM\n{self.text(name)}\nwait $!"
+            return subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", "--", "bash", "-euc", script],
+                cwd=self.directory,
+                env={**os.environ, "PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def log(self, name: str) -> str:
+        """What a started block printed."""
+        return (self.directory / f"{name}.log").read_text()
+
+
+@pytest.fixture
+def shell(tmp_path: Path, postgres: Postgres) -> Shell:
+    """A shell with the two connection strings that the README asks for."""
+    postgres.execute("postgres", "CREATE DATABASE readme")
+    shell = Shell(tmp_path)
+    for name, role in (("owner-dsn", "postgres"), ("dsn", "openinfra")):
+        (tmp_path / name).write_text(postgres.dsn("readme", role))
+        (tmp_path / name).chmod(0o600)
+    return shell
+
+
+def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) -> None:
+    serving = shell.start("operator")
+    running = None
+    try:
+        wait_for("ready", lambda: "INFO control plane ready" in shell.log("operator") or None)
+        token = shell.run("operator-daily").splitlines()[0]
+        assert re.fullmatch(r"oi1_\S+", token)
+        jwt = (shell.directory / "admin.jwt").read_text().strip()
+        printed = shell.run("operator-http", ADMIN_JWT=jwt)
+        assert re.match(r"oi1_\S+\n", printed)
+
+        data = shell.directory / "data"
+        data.mkdir(mode=0o700)
+        environment = shell.text("agent.env").replace("oi1_…", token)
+        (shell.directory / "agent.env").write_text(environment)
+        (shell.directory / "agent.env").chmod(0o600)
+        running = shell.start("provider")
+        wait_for("online", lambda: "INFO agent running" in shell.log("provider") or None)
+        wait_for("scrub", lambda: token not in (shell.directory / "agent.env").read_text() or None)
+        looked = shell.run("provider-look")
+        assert "online" in looked
+        assert "nothing is wrong" in looked
+        printed = shell.run("operator-http", ADMIN_JWT=jwt)
+        assert '"status": "online"' in printed
+        assert '"assignable": true' in printed
+        assert "invariants hold" in shell.run("operator-daily")
+    finally:
+        for child in (running, serving):
+            if child is not None:
+                child.terminate()
+                child.wait(20)
+
+
+def test_the_commands_in_the_text_exist() -> None:
+    for command in re.findall(r"`(\./\S+\.py [^`]+|tests/run[^`]*)`", README):
+        words = shlex.split(command)
+        program = str(ROOT / words[0])
+        done = subprocess.run(
+            [sys.executable, program, *words[1:2], "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, command
+        for flag in words[2:]:
+            assert flag in done.stdout, command
