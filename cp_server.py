@@ -68,6 +68,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import urllib.request
 import uuid
@@ -212,7 +213,7 @@ def find_postgres() -> Path | None:
     found = {}
     on_path = shutil.which("postgres")
     for name in [*glob.glob("/usr/lib/postgresql/*/bin/postgres"), *([on_path] if on_path else [])]:
-        binary = Path(name)
+        binary = Path(name).resolve()
         match = re.search(r"\) (\d+)", run([str(binary), "--version"], echo=False))
         if match and int(match[1]) >= POSTGRES_MIN and (binary.parent / "initdb").exists():
             found[int(match[1])] = binary.parent
@@ -607,7 +608,8 @@ def check_payout_pubkey(text: str, field: str) -> str:
 def check_wg_pubkey(text: str, field: str) -> str:
     """A WireGuard public key: base64 of 32 bytes, as `wg pubkey` prints it; raises Refusal."""
     try:
-        good = len(text) == 44 and len(base64.b64decode(text, validate=True)) == 32
+        raw = base64.b64decode(text, validate=True)
+        good = len(raw) == 32 and base64.b64encode(raw).decode() == text
     except ValueError:
         good = False
     if not good:
@@ -637,8 +639,12 @@ def check_wg_ip(text: str, field: str) -> str:
 
 
 def check_text(text: str, field: str) -> str:
-    """One line of printable Unicode (no control characters, no lone surrogates); raises Refusal."""
-    if not text.isprintable():
+    """One line of Unicode without control, formatting or broken characters; raises Refusal.
+
+    Joiners stay, since names and emoji are written with them; what turns text around does not.
+    """
+    bad = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
+    if any(unicodedata.category(char) in bad and char not in "\u200c\u200d" for char in text):
         raise Refusal(
             "BAD_REQUEST",
             f"{field} holds a control character or a broken one",
@@ -657,7 +663,7 @@ def parse_peer(peer: str) -> str:
     """The address in gRPC's peer string (`ipv4:10.77.0.42:53422`, `ipv6:%5B::1%5D:53422`)."""
     text = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
     try:
-        address = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return "0.0.0.0"  # noqa: S104 - no host has it
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
@@ -670,10 +676,11 @@ def b64url(data: bytes) -> str:
 
 
 def parse_b64url(text: str) -> bytes:
-    """The bytes of an unpadded base64url text; raises ValueError (RFC 7515, strict)."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", text):
+    """The bytes of an unpadded base64url text in its one spelling; raises ValueError (RFC 7515)."""
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if b64url(raw) != text:
         raise ValueError("not base64url")
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    return raw
 
 
 def render_jwt(key: JwtKey, claims: Mapping[str, Any]) -> str:
@@ -706,6 +713,8 @@ def parse_jwt(text: str, keys: Sequence[JwtKey], now: float) -> Claims:
         raise ValueError("issuer or audience")
     if not (isinstance(sub, str) and isinstance(jti, str) and isinstance(scope, str)):
         raise ValueError("claims")
+    if not all(0 < len(name) <= 100 and name.isprintable() for name in (sub, jti)):
+        raise ValueError("names")
     iat, exp = claims.get("iat"), claims.get("exp")
     if type(iat) is not int or type(exp) is not int:
         raise ValueError("times")
@@ -1657,7 +1666,8 @@ WITH beat AS (
   FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
     AND h.status NOT IN ('quarantined', 'revoked')
 )
-SELECT good.session_sha256, good.old_status, good.status AS new_status, {HOST_COLUMNS}
+SELECT good.session_sha256, good.old_status, good.status AS new_status, now() AS accepted_at,
+  {HOST_COLUMNS}
 FROM {HOST_TABLES} JOIN good ON good.host_no = h.host_no
 """
 
@@ -2065,10 +2075,14 @@ async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host 
         await _rekey_host(tx, reg, invite, claimant)
     if invite["host_id"] is None:
         await tx.execute(SQL_INVITE_CONSUME, invite_id=token.public_id, host_id=host_id)
-    if claimant is not None and claimant.status == "quarantined":
+    host = (await tx.rows(SQL_HOST_GET, Host, host_id=host_id))[0]
+    if host.status == "quarantined":
         return quarantined()
-    await _open_session(tx, host_no, reg.session_sha256, "register")
-    return (await tx.rows(SQL_HOST_GET, Host, host_id=host_id))[0]
+    if invite["host_id"] is None:  # a fresh invite ends whatever session there was
+        await _open_session(tx, host_no, reg.session_sha256, "register")
+        return host
+    refused = await _claim_session(tx, host, reg.session_sha256, b"", reg.wg_ip)
+    return refused or host
 
 
 async def _insert_host(
@@ -2104,7 +2118,8 @@ async def _rekey_host(tx: Transaction, reg: Registration, invite: Row, host: Cla
         wg_pubkey=reg.wg_pubkey,
     )
     current = (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
-    await _set_wallet(tx, current, reg.payout_pubkey, invite)
+    first = invite["host_id"] is None or current.payout_pubkey is None
+    await _set_wallet(tx, current, reg.payout_pubkey, invite if first else None)
     if invite["host_id"] is None:
         actor = Actor(f"invite:{reg.token.public_id}")
         await audit(tx, actor, "host.rekey", str(host.host_id), wg_ip=reg.wg_ip)
@@ -2136,6 +2151,27 @@ async def _set_wallet(tx: Transaction, host: Host, asked: str | None, invite: Ro
     actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
     detail = {"before": current, "after": wallet, "refused": refused}
     await audit(tx, actor, "host.wallet", subject, **detail)
+
+
+async def _claim_session(
+    tx: Transaction, host: Host, asked: bytes, previous: bytes, peer: str | None
+) -> Refusal | None:
+    """Open a session for a host that has one; too many takeovers quarantine it, which is kept."""
+    live = await tx.the(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
+    live_sha256 = bytes(live["session_sha256"]) if live["session_sha256"] else None
+    decision = decide_resume(live_sha256, asked, previous, live["takeovers"])
+    actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
+    if decision == "quarantine":
+        await tx.execute(SQL_HOST_QUARANTINE, host_no=host.host_no)
+        await tx.execute(SQL_SESSION_END, host_no=host.host_no)
+        await audit(tx, actor, "host.quarantine", subject, peer=peer)
+        log("WARN", "host quarantined", host_id=subject)
+        return quarantined()
+    how = "takeover" if decision == "takeover" else "resume"
+    await _open_session(tx, host.host_no, asked, how)
+    if decision == "takeover":
+        await audit(tx, actor, "host.takeover", subject, peer=peer)
+    return None
 
 
 async def _open_session(tx: Transaction, host_no: int, session: bytes, opened_by: str) -> None:
@@ -2180,24 +2216,14 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
         raise Refusal("WRONG_ADDRESS", what, "set the address in /etc/wireguard/openinfra.conf")
     if host.status == "quarantined":
         raise quarantined()
-    live = await tx.the(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
-    live_sha256 = bytes(live["session_sha256"]) if live["session_sha256"] else None
     asked, previous = res.session_sha256, res.previous_sha256
-    decision = decide_resume(live_sha256, asked, previous, live["takeovers"])
-    actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
-    if decision == "quarantine":
-        await tx.execute(SQL_HOST_QUARANTINE, host_no=host.host_no)
-        await tx.execute(SQL_SESSION_END, host_no=host.host_no)
-        await audit(tx, actor, "host.quarantine", subject, peer=res.wg_ip)
-        log("WARN", "host quarantined", host_id=subject)
-        return quarantined()
-    if decision == "takeover":
-        await audit(tx, actor, "host.takeover", subject, peer=res.wg_ip)
-    how = "takeover" if decision == "takeover" else "resume"
-    await _open_session(tx, host.host_no, asked, how)
+    refused = await _claim_session(tx, host, asked, previous, res.wg_ip)
+    if refused:
+        return refused
     first = host.payout_pubkey is None  # then the invite may say that it is approved
     invite = await tx.one(SQL_INVITE_GET, invite_id=host.invite_id) if first else None
     await _set_wallet(tx, host, res.payout_pubkey, invite)
+    actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
     if res.wg_pubkey and await tx.execute(
         SQL_HOST_KEY, host_no=host.host_no, wg_pubkey=res.wg_pubkey
     ):
@@ -2224,7 +2250,8 @@ async def record_heartbeats(
         )
         for row in rows:
             session, old = bytes(row.pop("session_sha256")), row.pop("old_status")
-            row["status"] = row.pop("new_status")
+            row["status"], row["last_heartbeat_at"] = row.pop("new_status"), row.pop("accepted_at")
+            row["status_at"] = row["status_at" if row["status"] == old else "last_heartbeat_at"]
             answers[session] = decide_standing(Host(**row))
             if session in facts:
                 values = dataclasses.asdict(facts[session])
@@ -2442,8 +2469,9 @@ class ControlPlane:
             future = asyncio.get_running_loop().create_future()
             self._waiting[beat.session_sha256] = (beat, future)
         else:  # a retry overtook the first try: one commit answers both
-            future = known[1]
-            self._waiting[beat.session_sha256] = (beat, future)
+            earlier, future = known
+            merged = dataclasses.replace(beat, facts=beat.facts or earlier.facts)
+            self._waiting[beat.session_sha256] = (merged, future)
         self._wake.set()
         answer = await asyncio.shield(future)
         if isinstance(answer, Refusal):
@@ -2496,11 +2524,11 @@ class ControlPlane:
 
     async def sweep_forever(self) -> None:
         """Mark silent hosts offline, again and again; a fault is logged and tried again."""
-        gap_s = max(3 * SWEEP_S, 15.0)
+        period_s = min(SWEEP_S, self.settings.heartbeat_s)
         while True:
-            await asyncio.sleep(min(SWEEP_S, self.settings.heartbeat_s))
+            await asyncio.sleep(period_s)
             try:
-                gone = await sweep(self.db, gap_s)
+                gone = await sweep(self.db, gap_s=2 * period_s)
             except Refusal:
                 continue  # the store has logged it; the gap moves serving_since
             self.metrics.add("openinfra_hosts_marked_offline_total", len(gone))
@@ -2534,10 +2562,9 @@ def read_secret_file(path: Path, what: str) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         raise Error(f"{path} ({what}) is missing", "see the README: operator") from None
-    except PermissionError:
-        raise Error(
-            f"{path} ({what}) cannot be read by this user", "chown it, or use sudo"
-        ) from None
+    except OSError as error:
+        what = f"{path} ({what}) cannot be read: {error.strerror}"
+        raise Error(what, "name a file that this user may read") from None
     if mode & 0o077:
         todo = f"type: chmod 600 {path}"
         raise Error(f"{path} ({what}) can be read by others, mode {mode:04o}", todo, 3)
@@ -3055,7 +3082,7 @@ def match_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """The route of a request and the values in its path; raises Refusal NOT_FOUND or 405."""
     allowed = []
     for route in ROUTES:
-        form = re.sub(r"{(\w+)}", r"(?P<\1>[^/]{1,100})", route.path)
+        form = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]{1,100})", re.escape(route.path))
         match = re.fullmatch(form, path)
         if match and route.method == method:
             return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
@@ -3762,7 +3789,9 @@ def parse_env(text: str, path: str) -> dict[str, str]:
         key, equals, value = line.strip().partition("=")
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        if not equals or key not in known:
+        if not equals:
+            raise Error(f"{path}:{number}: line is not KEY=value", "correct that line", 2)
+        if key not in known:
             what = f"{path}:{number}: unknown key {key[:40]!r}"
             raise Error(what, f"known keys are: {', '.join(sorted(known))}", 2)
         if key in found:

@@ -14,8 +14,7 @@ import pytest
 from tests.harness import Agent, ControlPlane, Netns, Postgres, make_netns
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
+def make_postgres() -> Iterator[Postgres]:
     """A PostgreSQL cluster; its directory is one that PostgreSQL's user can reach."""
     root = Path(tempfile.mkdtemp(prefix="oi-pg-", dir="/tmp"))
     root.chmod(0o711)
@@ -25,6 +24,18 @@ def postgres() -> Iterator[Postgres]:
     finally:
         cluster.stop(signal.SIGQUIT)
         shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The cluster of almost all tests."""
+    yield from make_postgres()
+
+
+@pytest.fixture(scope="session")
+def spare_postgres() -> Iterator[Postgres]:
+    """A cluster that tests stop; each of them leaves it running."""
+    yield from make_postgres()
 
 
 @pytest.fixture

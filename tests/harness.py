@@ -6,6 +6,7 @@ Everything is a process of its own in a temporary directory, and is ended by its
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import json
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -311,6 +313,21 @@ class ControlPlane:
         return found
 
 
+@contextlib.contextmanager
+def serving(
+    postgres: Postgres, directory: Path, *flags: str, **more: Any
+) -> Iterator[ControlPlane]:
+    """A started control plane for many tests; at the end its invariants hold, its log is clean."""
+    cp = ControlPlane(postgres, directory, *flags, **more)
+    cp.start()
+    try:
+        yield cp
+        cp.check_invariants()
+    finally:
+        cp.stop(signal.SIGKILL)
+    assert "Traceback" not in cp.log, cp.log
+
+
 def _decode(raw: bytes) -> Any:
     try:
         return json.loads(raw)
@@ -331,6 +348,11 @@ def facts(**changes: Any) -> pb.Facts:
         "disk_encrypted": True,
     }
     return pb.Facts(**{**values, **changes})
+
+
+def new_wg_key() -> str:
+    """A WireGuard public key that nobody has."""
+    return base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 class Refused(Exception):
@@ -402,6 +424,122 @@ class Client:
         values = {"session": self.session, "seq": self.seq, "boot_id": BOOT_ID, **changes}
         reply: pb.HeartbeatReply = self._call(self.stub.Heartbeat, pb.HeartbeatRequest(**values))
         return reply
+
+
+class RemoteError(grpc.RpcError):
+    """What `grpc.RpcError` says, of a call that `rpc_tool.py` made."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__(answer["message"])
+        self._answer = answer
+
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status."""
+        return grpc.StatusCode[self._answer["code"]]
+
+    def details(self) -> str:
+        """The message for a person."""
+        return str(self._answer["message"])
+
+    def trailing_metadata(self) -> Any:
+        """The reason for the program."""
+        return (("openinfra-reason", self._answer["reason"]),)
+
+
+class RpcTool:
+    """A process inside a namespace that makes gRPC calls; safe for threads."""
+
+    def __init__(self, netns: Netns) -> None:
+        self.child = subprocess.Popen(
+            [
+                *netns.argv(["setpriv", "--pdeathsig=KILL", "--", sys.executable, "-W", "error"]),
+                str(ROOT / "tests" / "rpc_tool.py"),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._calls = 0
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stdout
+        for line in self.child.stdout:
+            answer = json.loads(line)
+            with self._changed:
+                self._answers[answer["id"]] = answer
+                self._changed.notify_all()
+
+    def call(self, target: str, method: str, request: bytes) -> bytes:
+        """The reply's bytes; raises RemoteError."""
+        assert self.child.stdin
+        with self._changed:
+            self._calls += 1
+            number = self._calls
+            order = {"id": number, "target": target, "method": method, "request": request.hex()}
+            print(json.dumps(order), file=self.child.stdin, flush=True)
+            assert self._changed.wait_for(lambda: number in self._answers, 15)
+            answer = self._answers.pop(number)
+        if "reply" not in answer:
+            raise RemoteError(answer)
+        return bytes.fromhex(answer["reply"])
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.child.stdin
+        assert self.child.stdout
+        self.child.stdin.close()
+        assert self.child.wait(15) == 0
+        self._reader.join()
+        self.child.stdout.close()
+
+
+class RemoteStub:
+    """The stub of AgentApi, through an RpcTool."""
+
+    def __init__(self, tool: RpcTool, target: str) -> None:
+        self._tool = tool
+        self._target = target
+
+    def Register(self, request: pb.RegisterRequest, **_: float) -> pb.RegisterReply:
+        raw = self._tool.call(self._target, "Register", request.SerializeToString())
+        return pb.RegisterReply.FromString(raw)
+
+    def Resume(self, request: pb.ResumeRequest, **_: float) -> pb.ResumeReply:
+        raw = self._tool.call(self._target, "Resume", request.SerializeToString())
+        return pb.ResumeReply.FromString(raw)
+
+    def Heartbeat(self, request: pb.HeartbeatRequest, **_: float) -> pb.HeartbeatReply:
+        raw = self._tool.call(self._target, "Heartbeat", request.SerializeToString())
+        return pb.HeartbeatReply.FromString(raw)
+
+
+class RemoteClient(Client):
+    """A Client whose calls come from an address inside a namespace."""
+
+    def __init__(self, cp: ControlPlane, tool: RpcTool, address: str, wg_key: str = "") -> None:
+        super().__init__(cp)
+        self.tool = tool
+        self.address = address
+        self.wg_key = wg_key or new_wg_key()
+        self.stub: Any = RemoteStub(tool, f"{address}:{cp.grpc_port}")
+
+    def register(self, token: str, **changes: Any) -> pb.RegisterReply:
+        """Register with this identity and its WireGuard key; raises Refused."""
+        return super().register(token, **{"wg_pubkey": self.wg_key, **changes})
+
+    def resume(self, **changes: Any) -> pb.ResumeReply:
+        """Resume with its WireGuard key; raises Refused."""
+        return super().resume(**{"wg_pubkey": self.wg_key, **changes})
+
+    def at(self, cp: ControlPlane, address: str) -> RemoteClient:
+        """The same identity at another address: a copied disk."""
+        copy = RemoteClient(cp, self.tool, address, self.wg_key)
+        copy.host_secret, copy.session, copy.seq = self.host_secret, self.session, self.seq
+        return copy
 
 
 class Agent:

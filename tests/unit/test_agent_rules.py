@@ -147,19 +147,23 @@ def test_bad_env_file_names_the_line_and_never_the_value(raw: bytes, said: str) 
     assert "hunter2" not in str(caught.value)
 
 
-PIECES = [b"DATA_DIR", b"INVITE_TOKEN", b"X", b"=", b"\n", b"'", b'"', b"#", b"a/b", b" ", b"\xff"]
+LINES = st.tuples(
+    st.sampled_from([b"DATA_DIR", b"INVITE_TOKEN", b"X", b"#", b""]),
+    st.sampled_from([b"=", b" = ", b"", b"\n"]),
+    st.sampled_from([b"a/b", b"'a/b'", b'"a/b', b"a/b'", b" ", b"a/b\xff", b""]),
+).map(b"".join)
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+@given(st.lists(LINES, max_size=4).map(b"\n".join))
 def test_env_parser_gives_known_keys_or_an_error(raw: bytes) -> None:
+    values, said = {}, ""
     try:
         values = agent.parse_env(raw, "f")
     except agent.Error as error:
-        assert error.exit_code == 2
-        assert "a/b" not in error.what
-        return
+        said = error.what
+    assert "a/b" not in said
     assert set(values) <= {"DATA_DIR", "INVITE_TOKEN"}
-    assert all(value.isascii() and not set(value) & set("'\"\n") for value in values.values())
+    assert set(values.values()) <= {"a/b", ""}
 
 
 KEEP = st.lists(st.one_of(st.just(b""), st.binary(max_size=20).map(lambda raw: b"#" + raw)))
