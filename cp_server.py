@@ -307,6 +307,10 @@ HTTP_BODY_BYTES = 65_536
 HTTP_WORKERS = 8
 HTTP_QUEUE = 64
 HTTP_DEADLINE_S = 10.0
+HTTP_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
 JWT_ISSUER = "openinfra-cp"
 JWT_AUDIENCE = "openinfra-admin-api"
 JWT_MAX_S = 12 * 3600
@@ -753,7 +757,7 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
                 "BAD_REQUEST",
                 f"unknown field {json.dumps(name[:40])}",
                 f"known fields are: {', '.join(known) or 'none'}",
-                name[:40],
+                name[:40].encode("ascii", "replace").decode(),
             )
     return {f.name: parse_field(f, given[f.name]) if f.name in given else f.default for f in fields}
 
@@ -3085,7 +3089,8 @@ def match_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
         form = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]{1,100})", re.escape(route.path))
         match = re.fullmatch(form, path)
         if match and route.method == method:
-            return route, {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+            values = {k: urllib.parse.unquote(v) for k, v in match.groupdict().items()}
+            return route, {name: check_text(value, name) for name, value in values.items()}
         if match:
             allowed.append(route.method)
     if allowed:
@@ -3152,12 +3157,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_any
 
     def _answer(self) -> tuple[int, dict[str, Any] | str]:
-        cp, path = self.server.cp, urllib.parse.urlsplit(self.path)
-        if self.command == "GET" and path.path == "/metrics":
+        cp = self.server.cp
+        path, _, query = self.path.partition("?")
+        if self.command == "GET" and path == "/metrics":
             return 200, self.server.call(cp.render_metrics())
-        route, in_path = match_route(self.command, path.path)
+        route, in_path = match_route(self.command, path)
         actor = self._check_token(route.scope) if route.scope else Actor("anonymous")
-        values = parse_query(route.query, path.query)
+        values = parse_query(route.query, query)
         raw = self._read_body()
         if route.body is None:
             if raw not in (b"", b"{}"):
@@ -3269,8 +3275,11 @@ class HttpServer(http.server.HTTPServer):
             raise Refusal("TRY_LATER", "the database is too slow", "try again") from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to a worker, or drop it when too many wait."""
+        """Hand a connection to a worker, or send it away when too many wait."""
         if not self._room.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(HTTP_BUSY)
             self.shutdown_request(request)
             return
         self._workers.submit(self._work, request, client_address)

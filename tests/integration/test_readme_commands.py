@@ -17,7 +17,7 @@ import pytest
 from tests.harness import ROOT, Postgres, free_port, wait_for
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"<!-- (command|file): (\S+) -->\n```sh\n(.*?)```\n", README, re.DOTALL)
+BLOCKS = re.findall(r"<!-- (command|file|shell): (\S+) -->\n```sh\n(.*?)```\n", README, re.DOTALL)
 
 
 def block(name: str) -> str:
