@@ -54,6 +54,7 @@ import http.server
 import io
 import ipaddress
 import json
+import logging
 import os
 import random
 import re
@@ -1162,11 +1163,12 @@ def render_metrics(samples: Iterable[tuple[str, str, str, Mapping[str, str], flo
 
 
 def render_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns for a terminal; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    """Rows as aligned columns for a terminal, safe for it; the first row is the head."""
+    safe = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in safe) for i in range(len(safe[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in safe
     )
 
 
@@ -1825,6 +1827,7 @@ class Database:
     """A small pool of connections; `transaction()` is the only door."""
 
     def __init__(self, dsn: str, size: int = 4) -> None:
+        self._dsn = dsn
         limits = "-c statement_timeout=8s -c lock_timeout=4s -c timezone=UTC"
         self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
             dsn,
@@ -1844,13 +1847,12 @@ class Database:
 
     async def open(self) -> None:
         """Connect; raises Error 75 when PostgreSQL is not there, 1 when it is too old."""
-        await self._pool.open()
-        try:
-            await self._pool.wait(timeout=5)
-            async with self._pool.connection() as connection:
-                check_server_version(connection.info.server_version)
+        try:  # once without the pool, which hides the reason
+            async with await psycopg.AsyncConnection.connect(self._dsn, connect_timeout=5) as first:
+                check_server_version(first.info.server_version)
+            await self._pool.open(wait=True, timeout=5)
         except (psycopg.OperationalError, PoolTimeout) as error:
-            said = str(error).strip().replace("\n", " ")
+            said = " ".join(str(error).split())
             await self._pool.close()
             raise Error(
                 f"cannot reach PostgreSQL: {said}",
@@ -2702,7 +2704,7 @@ class AgentEdge:
 
 
 def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
-    """The gRPC server, bound but not started; raises Error when the port is taken."""
+    """The gRPC server, bound but not started."""
     server = grpc.aio.server(
         options=(
             ("grpc.so_reuseport", 0),  # a second server must fail, not share
@@ -2713,12 +2715,7 @@ def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
         )
     )
     server.add_generic_rpc_handlers((AgentEdge(cp).handler(),))
-    address, port = cp.settings.grpc_listen
-    probe_port(address, port, "grpc-listen")
-    try:
-        server.add_insecure_port(f"{address}:{port}")
-    except RuntimeError:
-        raise Error(f"cannot listen on {address}:{port}", "is it taken? see: ss -ltnp") from None
+    server.add_insecure_port(render_address(cp.settings.grpc_listen))
     return server
 
 
@@ -3261,9 +3258,7 @@ class HttpServer(http.server.HTTPServer):
         self._loop = loop
         self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
         self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
-        address, port = cp.settings.http_listen
-        probe_port(address, port, "http-listen")
-        super().__init__((address, port), HttpHandler)
+        super().__init__(cp.settings.http_listen, HttpHandler)
 
     def call(self, work: Any) -> Any:
         """Run a coroutine on the loop and wait for its result."""
@@ -3319,6 +3314,8 @@ async def serve(settings: Settings) -> None:
         async with db.transaction() as tx:
             check_schema_version(await read_schema_version(tx))
             await tx.execute(SQL_SERVE_START)
+        probe_port(*settings.grpc_listen, "grpc-listen")
+        probe_port(*settings.http_listen, "http-listen")
         cp = ControlPlane(settings, db)
         loop = asyncio.get_running_loop()
         web = HttpServer(cp, loop)
@@ -4067,6 +4064,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the only place that prints an Error and decides the exit code."""
     args = make_parser().parse_args(argv)
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())  # the store says it once
+    logging.getLogger("psycopg").propagate = False
     try:
         return int(args.work(args, read_settings(args)))
     except Error as error:
