@@ -3984,7 +3984,8 @@ async def no_rows(_db: Database) -> list[tuple[str, str, str]]:
 
 def command_pilot(args: argparse.Namespace, _settings: Settings) -> int:
     """Everything on one machine."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
+        signal.signal(number, signal.default_int_handler)
     heartbeat_s = float(args.heartbeat_s or (1 if args.check else HEARTBEAT_S))
     if not args.check:
         root = Path(args.dir).resolve() if args.dir else default_pilot_dir()
