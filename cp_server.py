@@ -44,6 +44,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
+import errno
 import fcntl
 import functools
 import getpass
@@ -290,6 +291,7 @@ except ImportError as error:
 # Constants: names, limits and times of the control plane. Pure.
 # ---------------------------------------------------------------------------------------------
 
+USAGE = 2  # exit code
 TUNNEL = ipaddress.IPv4Network("10.77.0.0/16")
 HUB = ipaddress.IPv4Address("10.77.0.1")
 INVITE_TTL_HOURS = 24
@@ -1672,8 +1674,8 @@ WITH beat AS (
   FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
     AND h.status NOT IN ('quarantined', 'revoked')
 )
-SELECT good.session_sha256, good.old_status, good.status AS new_status, now() AS accepted_at,
-  {HOST_COLUMNS}
+SELECT good.session_sha256, host(good.peer) AS peer, good.old_status,
+  good.status AS new_status, now() AS accepted_at, {HOST_COLUMNS}
 FROM {HOST_TABLES} JOIN good ON good.host_no = h.host_no
 """
 
@@ -1787,6 +1789,7 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
 
 T = TypeVar("T")
 Row = dict[str, Any]
+BeatKey = tuple[bytes, str]  # session's hash and peer: a copy elsewhere gets its own answer
 
 
 class Transaction:
@@ -1874,9 +1877,9 @@ class Database:
             log("WARN", "database gave no answer", error=type(error).__name__, said=str(error))
             what = "the control plane's database gives no answer"
             raise Refusal("TRY_LATER", what, "try again in a moment") from None
-        except psycopg.errors.InsufficientPrivilege as error:
+        except (psycopg.ProgrammingError, psycopg.InternalError) as error:
             raise Error(
-                f"the database role lacks a right: {error.diag.message_primary}",
+                f"the database is not as it should be: {error.diag.message_primary}",
                 "run: cp_server.py migrate",
             ) from None
 
@@ -1945,6 +1948,9 @@ async def migrate(dsn: str, role: str) -> list[str]:
             f"this role may not make the schema: {error.diag.message_primary}",
             "let the owner-dsn file name the owner of the database (or a superuser)",
         ) from None
+    except psycopg.Error as error:
+        what = f"cannot make the schema: {error.diag.message_primary or error}"
+        raise Error(what, "nothing was changed; give OpenInfra a database of its own") from None
 
 
 async def _migrate(tx: Transaction, role: str) -> list[str]:
@@ -2074,21 +2080,21 @@ async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host 
     else:
         check_invite(invite, reg)
     claimant = decide_redemption(by["by_secret"], by["by_key"], by["by_address"])
+    if invite["host_id"] is not None:  # the same request again, as after a lost answer
+        secret, session, peer_check = reg.host_secret_sha256, reg.session_sha256, bool(reg.wg_ip)
+        again = Resumption(secret, session, b"", reg.payout_pubkey, reg.wg_ip, reg.wg_pubkey)
+        return await _resume(tx, again, peer_check)
     if claimant is None:
         host_no, host_id = await _insert_host(tx, reg, invite, interval_ms)
     else:
         host_no, host_id = claimant.host_no, claimant.host_id
         await _rekey_host(tx, reg, invite, claimant)
-    if invite["host_id"] is None:
-        await tx.execute(SQL_INVITE_CONSUME, invite_id=token.public_id, host_id=host_id)
-    host = (await tx.rows(SQL_HOST_GET, Host, host_id=host_id))[0]
+    await tx.execute(SQL_INVITE_CONSUME, invite_id=token.public_id, host_id=host_id)
+    host = await _get_host(tx, host_id)
     if host.status == "quarantined":
         return quarantined()
-    if invite["host_id"] is None:  # a fresh invite ends whatever session there was
-        await _open_session(tx, host_no, reg.session_sha256, "register")
-        return host
-    refused = await _claim_session(tx, host, reg.session_sha256, b"", reg.wg_ip)
-    return refused or host
+    await _open_session(tx, host_no, reg.session_sha256, "register")
+    return host
 
 
 async def _insert_host(
@@ -2124,11 +2130,9 @@ async def _rekey_host(tx: Transaction, reg: Registration, invite: Row, host: Cla
         wg_pubkey=reg.wg_pubkey,
     )
     current = (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
-    first = invite["host_id"] is None or current.payout_pubkey is None
-    await _set_wallet(tx, current, reg.payout_pubkey, invite if first else None)
-    if invite["host_id"] is None:
-        actor = Actor(f"invite:{reg.token.public_id}")
-        await audit(tx, actor, "host.rekey", str(host.host_id), wg_ip=reg.wg_ip)
+    await _set_wallet(tx, current, reg.payout_pubkey, invite)
+    actor = Actor(f"invite:{reg.token.public_id}")
+    await audit(tx, actor, "host.rekey", str(host.host_id), wg_ip=reg.wg_ip)
 
 
 async def _name_wallet(tx: Transaction, invite: Row | None, wallet: str | None) -> None:
@@ -2144,9 +2148,9 @@ async def _set_wallet(tx: Transaction, host: Host, asked: str | None, invite: Ro
     """Give a host the wallet that it asks for, as far as it still may."""
     current, invited = host.payout_pubkey, host.invite_payout_pubkey
     wallet, refused = decide_wallet(current, asked, invited, host.ever_assigned)
+    await _name_wallet(tx, invite, wallet)
     if (wallet, refused) == (current, host.requested_payout_pubkey):
         return
-    await _name_wallet(tx, invite, wallet)
     await tx.execute(
         SQL_HOST_WALLET,
         host_no=host.host_no,
@@ -2239,9 +2243,9 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
 
 async def record_heartbeats(
     db: Database, beats: Sequence[Beat], peer_check: bool
-) -> dict[bytes, Standing | Refusal]:
-    """Commit a batch of heartbeats, one a session; give back an answer for each."""
-    answers: dict[bytes, Standing | Refusal] = {}
+) -> dict[BeatKey, Standing | Refusal]:
+    """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
+    answers: dict[BeatKey, Standing | Refusal] = {}
     facts = {beat.session_sha256: beat.facts for beat in beats if beat.facts}
     async with db.transaction() as tx:
         rows = await tx.dicts(
@@ -2258,15 +2262,17 @@ async def record_heartbeats(
             session, old = bytes(row.pop("session_sha256")), row.pop("old_status")
             row["status"], row["last_heartbeat_at"] = row.pop("new_status"), row.pop("accepted_at")
             row["status_at"] = row["status_at" if row["status"] == old else "last_heartbeat_at"]
-            answers[session] = decide_standing(Host(**row))
+            key = (session, row.pop("peer"))
+            answers[key] = decide_standing(Host(**row))
             if session in facts:
                 values = dataclasses.asdict(facts[session])
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
             if row["status"] != old:
                 log("INFO", f"host {row['status']}", host_id=row["host_id"], was=old)
         for beat in beats:
-            if beat.session_sha256 not in answers:
-                answers[beat.session_sha256] = await _why_refused(tx, beat)
+            key = (beat.session_sha256, beat.peer)
+            if key not in answers:
+                answers[key] = await _why_refused(tx, beat)
     return answers
 
 
@@ -2450,7 +2456,7 @@ class ControlPlane:
         self.metrics.set("openinfra_info", 1, version=VERSION)
         self.metrics.set("openinfra_start_time_seconds", time.time())
         self._keys: tuple[tuple[int, int], list[JwtKey]] = ((0, 0), [])
-        self._waiting: dict[bytes, tuple[Beat, asyncio.Future[Standing | Refusal]]] = {}
+        self._waiting: dict[BeatKey, tuple[Beat, asyncio.Future[Standing | Refusal]]] = {}
         self._wake = asyncio.Event()
 
     def jwt_keys(self) -> list[JwtKey]:
@@ -2469,15 +2475,16 @@ class ControlPlane:
         """Wait until a heartbeat is committed; raises Refusal."""
         if len(self._waiting) >= 20 * BATCH_MAX:
             raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
-        known = self._waiting.get(beat.session_sha256)
+        key = (beat.session_sha256, beat.peer)
+        known = self._waiting.get(key)
         if known is None:
             future: asyncio.Future[Standing | Refusal]
             future = asyncio.get_running_loop().create_future()
-            self._waiting[beat.session_sha256] = (beat, future)
+            self._waiting[key] = (beat, future)
         else:  # a retry overtook the first try: one commit answers both
             earlier, future = known
             merged = dataclasses.replace(beat, facts=beat.facts or earlier.facts)
-            self._waiting[beat.session_sha256] = (merged, future)
+            self._waiting[key] = (merged, future)
         self._wake.set()
         answer = await asyncio.shield(future)
         if isinstance(answer, Refusal):
@@ -2496,33 +2503,33 @@ class ControlPlane:
             if len(self._waiting) < BATCH_MAX and not self.stopping:
                 await asyncio.sleep(BATCH_S)
             batch = dict(list(self._waiting.items())[:BATCH_MAX])
-            for session in batch:
-                del self._waiting[session]
+            for key in batch:
+                del self._waiting[key]
             if not self._waiting and not self.stopping:
                 self._wake.clear()
             if batch:
                 await self._flush(batch)
 
     async def _flush(
-        self, batch: Mapping[bytes, tuple[Beat, asyncio.Future[Standing | Refusal]]]
+        self, batch: Mapping[BeatKey, tuple[Beat, asyncio.Future[Standing | Refusal]]]
     ) -> None:
         began = time.monotonic()
-        answers: Mapping[bytes, Standing | Refusal] = {}
+        answers: Mapping[BeatKey, Standing | Refusal] = {}
         fault: Refusal | None = None
         try:
             beats = [beat for beat, _ in batch.values()]
             answers = await record_heartbeats(self.db, beats, self.settings.peer_check)
         except Refusal as refusal:
             fault = refusal
-        except Exception as error:
+        except Exception as error:  # whatever it is: the next batch gets its chance
             log("ERROR", "heartbeat batch failed", error=type(error).__name__, said=str(error))
             fault = Refusal("TRY_LATER", "the heartbeat was not committed", "the agent tries again")
         took = time.monotonic() - began
         self.busy = decide_busy(len(self._waiting), took)
         self.metrics.add("openinfra_heartbeat_batches_total")
         self.metrics.add("openinfra_heartbeat_commit_seconds_total", took)
-        for session, (_, future) in batch.items():
-            answer = fault or answers[session]
+        for key, (_, future) in batch.items():
+            answer = fault or answers[key]
             result = answer.code.lower() if isinstance(answer, Refusal) else "accepted"
             self.metrics.add("openinfra_heartbeats_total", result=result)
             if not future.done():
@@ -2537,6 +2544,9 @@ class ControlPlane:
                 gone = await sweep(self.db, gap_s=2 * period_s)
             except Refusal:
                 continue  # the store has logged it; the gap moves serving_since
+            except Exception as error:  # the loop must not end before the process does
+                log("ERROR", "sweep failed", error=type(error).__name__, said=str(error))
+                continue
             self.metrics.add("openinfra_hosts_marked_offline_total", len(gone))
             for host_id in gone[:20]:
                 log("INFO", "host offline", host_id=host_id)
@@ -2561,13 +2571,13 @@ def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_secret_file(path: Path, what: str) -> bytes:
-    """A file that only its owner may read; raises Error that says what to do."""
+def read_secret_file(path: Path, what: str, make: str) -> bytes:
+    """A file that only its owner may read; raises Error; `make` says how to get one."""
     try:
         mode = path.stat().st_mode & 0o777
         content = path.read_bytes()
     except FileNotFoundError:
-        raise Error(f"{path} ({what}) is missing", "see the README: operator") from None
+        raise Error(f"{path} ({what}) is missing", make) from None
     except OSError as error:
         what = f"{path} ({what}) cannot be read: {error.strerror}"
         raise Error(what, "name a file that this user may read") from None
@@ -2577,23 +2587,25 @@ def read_secret_file(path: Path, what: str) -> bytes:
     return content
 
 
+DSN_EXAMPLE = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
+
+
 def read_dsn(path: Path) -> str:
     """The connection string in a file; raises Error."""
-    dsn = read_secret_file(path, "PostgreSQL connection string").decode(errors="replace").strip()
-    if not dsn or "\n" in dsn:
-        todo = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
-        raise Error(f"{path} does not hold one line with a connection string", todo)
+    raw = read_secret_file(path, "PostgreSQL connection string", DSN_EXAMPLE)
+    dsn = raw.decode(errors="replace").strip()
     try:
+        if not dsn or "\n" in dsn:
+            raise ValueError("not one line")
         psycopg.conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        todo = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
-        raise Error(f"{path} holds no PostgreSQL connection string", todo) from None
+    except (psycopg.ProgrammingError, ValueError):
+        raise Error(f"{path} holds no PostgreSQL connection string", DSN_EXAMPLE) from None
     return dsn
 
 
 def read_jwt_keys(path: Path) -> list[JwtKey]:
     """The signing keys, newest last; raises Error."""
-    raw = read_secret_file(path, "JWT signing keys")
+    raw = read_secret_file(path, "JWT signing keys", "make one: cp_server.py token --new-key")
     try:
         keys = [
             JwtKey(key["kid"], key["alg"], parse_b64url(key["secret"]))
@@ -2611,7 +2623,11 @@ def add_jwt_key(path: Path, keys: Sequence[JwtKey]) -> JwtKey:
     """Append a new signing key to the file (made 0600 when it is missing)."""
     key = JwtKey(new_public_id(), "HS256", secrets.token_bytes(32))
     rows = [{"kid": k.kid, "alg": k.alg, "secret": b64url(k.secret)} for k in [*keys, key]]
-    write_file(path, json.dumps({"keys": rows}, indent=1).encode() + b"\n", 0o600)
+    try:
+        write_file(path, json.dumps({"keys": rows}, indent=1).encode() + b"\n", 0o600)
+    except OSError as error:
+        what = f"cannot write {path}: {error.strerror}"
+        raise Error(what, "make its directory, or name another --jwt-keys-file") from None
     return key
 
 
@@ -2660,8 +2676,9 @@ class AgentEdge:
             refusal = Refusal("BAD_REQUEST", what, "use the agent that this control plane offers")
         except Refusal as refused:
             refusal = refused
-        except asyncio.CancelledError:
-            raise
+        except Error as error:  # a database without its schema or rights
+            log("ERROR", error.what, error.todo, method=name)
+            refusal = Refusal("TRY_LATER", error.what, error.todo)
         except Exception:
             log("ERROR", "call failed", method=name, traceback=traceback.format_exc())
             refusal = Refusal(
@@ -2728,6 +2745,8 @@ def probe_port(address: str, port: int, flag: str) -> None:
             sock.bind((address.strip("[]"), port))
         except OSError as error:
             todo = f"free it (ss -ltnp shows who has it), or choose another with --{flag}"
+            if error.errno != errno.EADDRINUSE:
+                todo = f"name an address of this machine (ip address) with --{flag}"
             raise Error(f"cannot listen on {address}:{port}: {error.strerror}", todo) from None
 
 
@@ -3142,6 +3161,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 headers["WWW-Authenticate"] = 'Bearer realm="openinfra"'
             if refusal.code == "METHOD_NOT_ALLOWED":
                 headers["Allow"] = refusal.todo.removeprefix("use ").replace(" or ", ", ")
+        except Error as error:  # a database without its schema or rights
+            log("ERROR", error.what, error.todo, path=self.path)
+            status, body = 503, render_problem(Refusal("TRY_LATER", error.what, error.todo))
         except TimeoutError:
             status, body = 408, render_problem(Refusal("TRY_LATER", "too slow", "send it at once"))
         except Exception as error:
@@ -3258,6 +3280,7 @@ class HttpServer(http.server.HTTPServer):
         self._loop = loop
         self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
         self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
+        self._open: set[socket.socket] = set()
         super().__init__(cp.settings.http_listen, HttpHandler)
 
     def call(self, work: Any) -> Any:
@@ -3280,6 +3303,7 @@ class HttpServer(http.server.HTTPServer):
         self._workers.submit(self._work, request, client_address)
 
     def _work(self, request: socket.socket, client_address: Any) -> None:
+        self._open.add(request)
         try:
             self.finish_request(request, client_address)
             request.shutdown(socket.SHUT_WR)
@@ -3290,13 +3314,17 @@ class HttpServer(http.server.HTTPServer):
         except OSError:
             pass  # the client went away
         finally:
+            self._open.discard(request)
             self.close_request(request)
             self._room.release()
 
     def close(self) -> None:
-        """Stop taking connections, let the running requests end."""
+        """Stop taking connections; what was read whole is answered, what drips is cut off."""
         self.shutdown()
         self.server_close()
+        for request in list(self._open):
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RD)
         self._workers.shutdown(wait=True, cancel_futures=True)
 
 
@@ -3845,11 +3873,13 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 
 def parse_address(text: str, name: str) -> tuple[str, int]:
-    """`10.77.0.1:9092` as address and port; raises Error 2."""
-    host, _, port = text.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65_536:
-        raise Error(f"{name} {text!r} is no address:port", "write for example 127.0.0.1:8080", 2)
-    return host, int(port)
+    """`10.77.0.1:9092`, `[::1]:9092` or `localhost:9092` in two parts; raises Error 2."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[0-9A-Za-z.-]+):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[2]) < 65_536:
+        raise Error(
+            f"{name} {text!r} is no address:port", "write for example 127.0.0.1:8080", USAGE
+        )
+    return match[1], int(match[2])
 
 
 def mint_jwt(key: JwtKey, sub: str, scope: str, ttl_s: int) -> str:
@@ -4071,7 +4101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.work(args, read_settings(args)))
     except Error as error:
         log("ERROR", error.what, error.todo, **error.pairs)
-        return error.exit_code
+        is_usage = isinstance(error, Refusal) and error.code == "BAD_REQUEST"
+        return USAGE if is_usage else error.exit_code
     except KeyboardInterrupt:
         return 130
 

@@ -22,11 +22,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import psycopg
+import pytest
 from psycopg.rows import dict_row
 
 import cp_server
@@ -426,6 +428,59 @@ class Client:
         return reply
 
 
+def check_refused(reason: str, call: Callable[..., Any], *args: Any, **more: Any) -> Refused:
+    """The refusal of a call, which must have this reason, its status and a sentence."""
+    with pytest.raises(Refused) as refused:
+        call(*args, **more)
+    found = refused.value
+    assert (found.reason, found.status) == (reason, cp_server.REFUSALS[reason][0]), found
+    assert pb.Reason.Value(found.reason)
+    assert "; " in found.message  # what is wrong, and what to do
+    return found
+
+
+# Every row that a request could change, table by table.
+STATE = {
+    "invites": "invite_no",
+    "hosts": "host_no",
+    "sessions": "session_sha256",
+    "liveness": "host_no",
+    "namespaces": "namespace_no",
+    "audit_log": "audit_id",
+}
+
+
+def read_state(cp: ControlPlane) -> dict[str, list[dict[str, Any]]]:
+    """Every row that a request could change."""
+    return {
+        table: cp.query(f"SELECT to_jsonb(t) AS row FROM {table} t ORDER BY {order}")  # noqa: S608
+        for table, order in STATE.items()
+    }
+
+
+@contextlib.contextmanager
+def unchanged(cp: ControlPlane) -> Iterator[None]:
+    """Fails when the block changes anything in the database."""
+    before = read_state(cp)
+    yield
+    assert read_state(cp) == before
+
+
+def race(*calls: Callable[[], object]) -> list[object]:
+    """What each of several calls at one time gave, or its refusal's reason."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], object]) -> object:
+        barrier.wait()
+        try:
+            return call()
+        except Refused as refused:
+            return refused.reason
+
+    with ThreadPoolExecutor(len(calls)) as workers:
+        return list(workers.map(run, calls))
+
+
 class RemoteError(grpc.RpcError):
     """What `grpc.RpcError` says, of a call that `rpc_tool.py` made."""
 
@@ -525,6 +580,7 @@ class RemoteClient(Client):
         self.tool = tool
         self.address = address
         self.wg_key = wg_key or new_wg_key()
+        self.host_id = ""  # for the test to keep
         self.stub: Any = RemoteStub(tool, f"{address}:{cp.grpc_port}")
 
     def register(self, token: str, **changes: Any) -> pb.RegisterReply:

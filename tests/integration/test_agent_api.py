@@ -11,7 +11,6 @@ import contextlib
 import secrets
 import signal
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,21 +32,16 @@ from tests.harness import (
     ControlPlane,
     Postgres,
     Refused,
+    check_refused,
     facts,
     new_wg_key,
+    race,
     serving,
+    unchanged,
     wait_for,
 )
 
 MESSAGE_BYTES = 65_536  # the largest message that the control plane takes
-STATE = {
-    "invites": "invite_no",
-    "hosts": "host_no",
-    "sessions": "session_sha256",
-    "liveness": "host_no",
-    "namespaces": "namespace_no",
-    "audit_log": "audit_id",
-}
 
 
 @pytest.fixture(scope="module")
@@ -76,33 +70,6 @@ def host(cp: ControlPlane, client: Client) -> Client:
     client.register(cp.mint(payout_pubkey=WALLET))
     client.heartbeat(facts=facts())
     return client
-
-
-def check_refused(reason: str, call: Callable[..., Any], *args: Any, **more: Any) -> Refused:
-    """The refusal of a call, which must have this reason, its status and a sentence."""
-    with pytest.raises(Refused) as refused:
-        call(*args, **more)
-    found = refused.value
-    assert (found.reason, found.status) == (reason, cp_server.REFUSALS[reason][0]), found
-    assert pb.Reason.Value(found.reason)
-    assert "; " in found.message  # what is wrong, and what to do
-    return found
-
-
-def read_state(cp: ControlPlane) -> dict[str, list[dict[str, Any]]]:
-    """Every row that a request could change."""
-    return {
-        table: cp.query(f"SELECT to_jsonb(t) AS row FROM {table} t ORDER BY {order}")  # noqa: S608
-        for table, order in STATE.items()
-    }
-
-
-@contextlib.contextmanager
-def unchanged(cp: ControlPlane) -> Iterator[None]:
-    """Fails when the block changes anything in the database."""
-    before = read_state(cp)
-    yield
-    assert read_state(cp) == before
 
 
 def count_hosts(cp: ControlPlane) -> int:
@@ -142,21 +109,6 @@ def list_audit(cp: ControlPlane, subject: str) -> list[str]:
     """What was done to a subject, in order."""
     rows = cp.query("SELECT action FROM audit_log WHERE subject = %s ORDER BY audit_id", subject)
     return [row["action"] for row in rows]
-
-
-def race(*calls: Callable[[], object]) -> list[object]:
-    """What each of several calls at one time gave, or its refusal's reason."""
-    barrier = threading.Barrier(len(calls))
-
-    def run(call: Callable[[], object]) -> object:
-        barrier.wait()
-        try:
-            return call()
-        except Refused as refused:
-            return refused.reason
-
-    with ThreadPoolExecutor(len(calls)) as workers:
-        return list(workers.map(run, calls))
 
 
 # Invites
@@ -709,20 +661,18 @@ def test_three_hundred_heartbeats_at_once_each_get_their_own_answer(
 ) -> None:
     """Every third host is paused and every third one unapproved, so that answers can be told."""
     clients = [make_client() for _ in range(50)]
-    expected = {}
-    with ThreadPoolExecutor(20) as workers:
-        tokens = list(workers.map(lambda _: cp.mint(payout_pubkey=WALLET), clients))
-    for number, (client, token) in enumerate(zip(clients, tokens, strict=True)):
-        wallet = new_wallet() if number % 3 == 1 else WALLET
-        client.register(token, payout_pubkey=wallet)
-        client.heartbeat(paused=number % 3 == 2)
-        expected[number] = ("", wallet, "paused")[number % 3]
-    calls = [
-        partial(clients[number].heartbeat, paused=number % 3 == 2)
-        for number in range(50)
-        for _ in range(6)
-    ]
-    for number, reply in zip((n for n in range(50) for _ in range(6)), race(*calls), strict=True):
+    wallets = [new_wallet() if number % 3 == 1 else WALLET for number in range(50)]
+    expected = [("", wallets[number], "paused")[number % 3] for number in range(50)]
+
+    def join(number: int) -> None:
+        clients[number].register(cp.mint(payout_pubkey=WALLET), payout_pubkey=wallets[number])
+        clients[number].heartbeat(paused=number % 3 == 2)
+
+    with ThreadPoolExecutor(8) as workers:
+        list(workers.map(join, range(50)))
+    numbers = [number for number in range(50) for _ in range(6)]
+    calls = [partial(clients[number].heartbeat, paused=number % 3 == 2) for number in numbers]
+    for number, reply in zip(numbers, race(*calls), strict=True):
         assert isinstance(reply, pb.HeartbeatReply), reply
         assert expected[number] in " ".join(reply.standing.reasons)
         assert reply.standing.assignable is (number % 3 == 0)
@@ -930,7 +880,8 @@ def test_an_unknown_method(cp: ControlPlane, host: Client) -> None:
 
 def dump(cp: ControlPlane) -> str:
     """The whole database as text."""
-    argv = [str(cp.postgres.binaries / "pg_dump"), "--dbname", cp.postgres.dsn(cp.database)]
+    binaries = (cp.postgres.binaries / "postgres").resolve().parent
+    argv = [str(binaries / "pg_dump"), "--dbname", cp.postgres.dsn(cp.database)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
