@@ -3367,6 +3367,9 @@ async def serve(settings: Settings) -> None:
             {asyncio.create_task(stop.wait()), flusher, sweeper}, return_when="FIRST_COMPLETED"
         )
         await stop_serving(cp, server, web, flusher, sweeper)
+        for task in (flusher, sweeper):  # a loop that ended by itself is a bug to be seen
+            if not task.cancelled():
+                task.result()
     finally:
         await db.close()
 

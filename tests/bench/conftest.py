@@ -29,7 +29,7 @@ class Figure:
     at_most: float
 
     def __str__(self) -> str:
-        return f"figure {self.name}: {self.value:g} {self.unit} (at most {self.at_most:g})"
+        return f"figure {self.name}: {self.value:.3g} {self.unit} (at most {self.at_most:g})"
 
 
 Record = Callable[[str, float, str, float], None]
@@ -71,7 +71,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "| figure | measured | at most |",
             "|---|---|---|",
         ]
-        lines += [f"| {f.name} | {f.value:g} {f.unit} | {f.at_most:g} {f.unit} |" for f in FIGURES]
+        lines += [f"| {f.name} | {f.value:.3g} {f.unit} | {f.at_most:g} {f.unit} |" for f in FIGURES]
         readme = ROOT / "README.md"
         begin, end = "<!-- table: figures -->\n", "\n<!-- end: figures -->"
         before, _, rest = readme.read_text().partition(begin)

