@@ -71,7 +71,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "| figure | measured | at most |",
             "|---|---|---|",
         ]
-        lines += [f"| {f.name} | {f.value:.3g} {f.unit} | {f.at_most:g} {f.unit} |" for f in FIGURES]
+        lines += [
+            f"| {f.name} | {f.value:.3g} {f.unit} | {f.at_most:g} {f.unit} |" for f in FIGURES
+        ]
         readme = ROOT / "README.md"
         begin, end = "<!-- table: figures -->\n", "\n<!-- end: figures -->"
         before, _, rest = readme.read_text().partition(begin)
