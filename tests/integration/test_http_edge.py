@@ -566,9 +566,11 @@ def test_connections_that_say_nothing_do_not_delay_the_end(cp: ControlPlane) -> 
 # The database itself: what the control plane's own role cannot do ---------------------------------
 
 REWRITES: dict[type[psycopg.Error], dict[str, str]] = {
-    errors.CheckViolation: {
+    psycopg.Error: {  # by whatever means
         "a longer invite": """UPDATE invites SET expires_at = created_at + interval '72 h 1 s'
           WHERE note = 'waiting'""",
+    },
+    errors.CheckViolation: {
         "an invite of 73 hours": """INSERT INTO invites (invite_id, secret_sha256, note, wg_ip_held,
           approve_first_wallet, created_by, expires_at) VALUES ('aaaaaaaaaaaaaaaa', sha256('x'), '',
           false, false, 'x', now() + interval '73 h')""",

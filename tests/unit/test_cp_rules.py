@@ -1642,6 +1642,20 @@ def test_an_env_file_that_cannot_be_read_is_a_usage_error(
     assert error.value.exit_code == 2
 
 
+@pytest.mark.xfail(reason="read_settings looks for cp.env outside its try", raises=PermissionError)
+def test_an_env_file_behind_a_closed_directory_is_a_usage_error(tmp_path: Path) -> None:
+    closed = tmp_path / "etc"
+    closed.mkdir(mode=0)
+    user = os.geteuid()
+    os.seteuid(user or 65_534)  # root may enter any directory
+    try:
+        with pytest.raises(Error, match="cannot read") as error:
+            read_settings(f"--env-file={closed}/cp.env")
+    finally:
+        os.seteuid(user)
+    assert error.value.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("text", "address"),
     [
