@@ -1531,6 +1531,11 @@ def settle_refusal(agent: Agent, refused: RefusedError) -> float:
     else:
         note_connected(agent)
     if refusal.action is STOP:
+        if refused.name == "SESSION_SUPERSEDED" and not agent.is_open:
+            # That session is over for good: the next start has to propose another one.
+            fresh = None if agent.identity.host_id else secrets.token_hex(32)
+            with contextlib.suppress(OSError):
+                save_identity(agent.config.data_dir, replace(agent.identity, next_session=fresh))
         token = agent.config.token
         error = decide_error(refused, refusal, agent.identity, token.id if token else "")
         save_refused(agent.config.data_dir, refused.name, error)
@@ -1725,8 +1730,9 @@ def ensure_stop(stop: asyncio.Event, signum: int) -> None:
         loop.remove_signal_handler(each)
         signal.signal(each, signal.SIG_DFL)
     log("INFO", "agent stopping", signal=signal.Signals(signum).name)
-    sd_notify("STOPPING=1")
     stop.set()
+    with contextlib.suppress(OSError):
+        sd_notify("STOPPING=1")
 
 
 async def serve(

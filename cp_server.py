@@ -579,7 +579,7 @@ def render_token(prefix: str, public_id: str, secret: bytes) -> str:
 
 def parse_token(prefix: str, text: str) -> Token:
     """The id and secret of a token; raises Refusal BAD_REQUEST that never repeats the text."""
-    form = rf"{prefix}_([a-z2-7]{{16}})_([A-Za-z0-9_-]{{43}})_([0-9a-f]{{8}})"
+    form = rf"{prefix}_([a-z2-7]{{16}})_([A-Za-z0-9_-]{{42}}[AEIMQUYcgkosw048])_([0-9a-f]{{8}})"
     match = re.fullmatch(form, text)
     if not match or zlib.crc32(text[:-9].encode()) != int(match[3], 16):
         raise Refusal(
@@ -2246,7 +2246,7 @@ async def record_heartbeats(
 ) -> dict[BeatKey, Standing | Refusal]:
     """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
     answers: dict[BeatKey, Standing | Refusal] = {}
-    facts = {beat.session_sha256: beat.facts for beat in beats if beat.facts}
+    facts = {(beat.session_sha256, beat.peer): beat.facts for beat in beats if beat.facts}
     async with db.transaction() as tx:
         rows = await tx.dicts(
             SQL_HEARTBEATS,
@@ -2264,8 +2264,8 @@ async def record_heartbeats(
             row["status_at"] = row["status_at" if row["status"] == old else "last_heartbeat_at"]
             key = (session, row.pop("peer"))
             answers[key] = decide_standing(Host(**row))
-            if session in facts:
-                values = dataclasses.asdict(facts[session])
+            if key in facts:
+                values = dataclasses.asdict(facts[key])
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
             if row["status"] != old:
                 log("INFO", f"host {row['status']}", host_id=row["host_id"], was=old)
@@ -3183,7 +3183,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         route, in_path = match_route(self.command, path)
         actor = self._check_token(route.scope) if route.scope else Actor("anonymous")
         values = parse_query(route.query, query)
-        raw = self._read_body()
+        raw = self._read_body() if route.scope else b""
         if route.body is None:
             if raw not in (b"", b"{}"):
                 raise Refusal("BAD_REQUEST", "this request takes no body", "send none")
@@ -3368,7 +3368,7 @@ async def serve(settings: Settings) -> None:
         )
         await stop_serving(cp, server, web, flusher, sweeper)
         for task in (flusher, sweeper):  # a loop that ended by itself is a bug to be seen
-            if not task.cancelled():
+            if task.done() and not task.cancelled():
                 task.result()
     finally:
         await db.close()
@@ -3403,7 +3403,11 @@ async def stop_serving(
     sweeper.cancel()
     await server.stop(STOP_S)
     await asyncio.get_running_loop().run_in_executor(None, web.close)
-    await asyncio.wait_for(asyncio.gather(flusher, sweeper, return_exceptions=True), STOP_S)
+    _, late = await asyncio.wait({flusher, sweeper}, timeout=STOP_S)
+    for task in late:
+        task.cancel()
+    if late:
+        log("WARN", "the database gave no answer before the end", "agents repeat their heartbeats")
     log("INFO", "control plane stopped")
 
 
@@ -3433,7 +3437,7 @@ class PilotPlan:
 
     @property
     def cluster(self) -> Path:
-        return self.root / "postgres"
+        return self.root / "pg" / "postgres"
 
     @property
     def run_dir(self) -> Path:
@@ -3484,7 +3488,7 @@ class PilotPlan:
 
     def agent_argv(self, command: str) -> list[str]:
         script = Path(__file__).resolve().parent / "agent.py"
-        return [sys.executable, str(script), command, f"--socket={self.run_dir / 'agent.sock'}"]
+        return [sys.executable, str(script), command, f"--socket={self.agent_dir / 'agent.sock'}"]
 
     def agent_run_argv(self) -> list[str]:
         environment = f"--env-file={self.agent_dir / 'agent.env'}"
@@ -3676,10 +3680,12 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
         raise Error(f"the path {root} is too long for a socket", "choose a shorter --dir")
     user = "postgres" if os.geteuid() == 0 else ""
     root.mkdir(parents=True, exist_ok=True)
+    if os.lstat(root).st_uid != os.geteuid():  # its owner could put links where root writes
+        raise Error(f"{root} belongs to another user", "choose another --dir", 3)
     os.chmod(root, 0o711)  # noqa: S103 - PostgreSQL's user passes through
     for name in ("log", "cp", "agent", "agent/data"):
         (root / name).mkdir(mode=0o700, exist_ok=True)
-    for name in ("run", "."):
+    for name in ("pg", "run"):
         path = root / name
         path.mkdir(mode=0o700, exist_ok=True)
         if user:

@@ -130,7 +130,7 @@ def test_stopped_and_killed_the_same_command_goes_on(start: Start, root_dir: Pat
 
 def test_killed_while_it_makes_its_cluster_it_begins_again(start: Start, root_dir: Path) -> None:
     pilot = start()
-    wait_for("initdb", lambda: (root_dir / "postgres.new").exists() or None, 20)
+    wait_for("initdb", lambda: (root_dir / "pg" / "postgres.new").exists() or None, 20)
     pilot.stop(signal.SIGKILL)
     wait_for("the end of initdb", lambda: not processes_in(root_dir) or None, 20)
     pilot = start_pilot(start)
