@@ -24,7 +24,8 @@ Ports
 Everything else it keeps is in the database. It runs as an ordinary user, without capabilities;
 only the pilot, as root, may install packages with apt-get (it says so first).
 
-Commands it runs: none, except in the pilot: apt-get, pip, setpriv, initdb, postgres, agent.py.
+Commands it runs: none, except in the pilot: apt-get, python3 -m venv, pip, setpriv, initdb,
+  postgres, agent.py.
 Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
 
 Exit codes: 0; 1 error; 2 usage; 3 refused to protect data; 75 try later (database not there).
@@ -2148,8 +2149,10 @@ async def _set_wallet(tx: Transaction, host: Host, asked: str | None, invite: Ro
     """Give a host the wallet that it asks for, as far as it still may."""
     current, invited = host.payout_pubkey, host.invite_payout_pubkey
     wallet, refused = decide_wallet(current, asked, invited, host.ever_assigned)
-    await _name_wallet(tx, invite, wallet)
-    if (wallet, refused) == (current, host.requested_payout_pubkey):
+    is_same = (wallet, refused) == (current, host.requested_payout_pubkey)
+    if invite is not None or not is_same:  # an invite may approve the wallet that stays
+        await _name_wallet(tx, invite, wallet)
+    if is_same:
         return
     await tx.execute(
         SQL_HOST_WALLET,
@@ -3670,7 +3673,7 @@ def free_port(wanted: int) -> int:
 
 
 def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
-    """Make the pilot's directory and choose user and ports; a later run keeps its ports."""
+    """Lay out the pilot's directory, choose user and ports; a later run keeps its ports."""
     ensure_packages(want_venv=False)
     postgres_bin = find_postgres()
     if postgres_bin is None:
@@ -3679,9 +3682,6 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
     if len(str(root / "run" / ".s.PGSQL.5432")) > 100:
         raise Error(f"the path {root} is too long for a socket", "choose a shorter --dir")
     user = "postgres" if os.geteuid() == 0 else ""
-    root.mkdir(parents=True, exist_ok=True)
-    if os.lstat(root).st_uid != os.geteuid():  # its owner could put links where root writes
-        raise Error(f"{root} belongs to another user", "choose another --dir", 3)
     os.chmod(root, 0o711)  # noqa: S103 - PostgreSQL's user passes through
     for name in ("log", "cp", "agent", "agent/data"):
         (root / name).mkdir(mode=0o700, exist_ok=True)
@@ -3703,8 +3703,10 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
 
 @contextlib.contextmanager
 def hold_pilot(root: Path) -> Iterator[None]:
-    """Keep a second pilot out of the directory; raises Error 75."""
+    """Make the directory, ours alone, and keep a second pilot out; raises Error 3 or 75."""
     root.mkdir(parents=True, exist_ok=True)
+    if os.lstat(root).st_uid != os.geteuid():  # its owner could put links where root writes
+        raise Error(f"{root} belongs to another user", "choose another --dir", 3)
     with open(root / "pilot.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

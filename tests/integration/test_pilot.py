@@ -186,3 +186,20 @@ def test_without_rights_and_without_postgresql_it_prints_the_one_line() -> None:
     line = "type: sudo apt-get install -y --no-install-recommends postgresql"
     assert line in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_directory_of_another_user_is_refused_before_anything_is_written(
+    root_dir: Path, tmp_path: Path
+) -> None:
+    """Its owner could put a link where root writes; the lock file is the first such place."""
+    bait = tmp_path / "bait"
+    bait.write_text("precious")
+    root_dir.mkdir()
+    (root_dir / "pilot.lock").symlink_to(bait)
+    os.chown(root_dir, 65_534, 65_534)
+    argv = [sys.executable, SCRIPT, "pilot", f"--dir={root_dir}"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "belongs to another user" in done.stderr
+    assert bait.read_text() == "precious"
+    assert [path.name for path in root_dir.iterdir()] == ["pilot.lock"]
