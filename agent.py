@@ -231,6 +231,16 @@ def sd_notify(state: str) -> None:
         sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
+def failpoint(_name: str) -> None:
+    """A step at which tests let this program fail; only their copy of it has more here."""
+
+
+def check_failpoints() -> None:
+    """Raises Error when failpoints are asked for: this is no copy that the tests made."""
+    if os.environ.get("OPENINFRA_FAILPOINT"):
+        raise Error("OPENINFRA_FAILPOINT is set, and this is no test build", "unset it", 2)
+
+
 # ------------------------------------------------------------------------------------------------
 # Types: what the parts hand to each other; secrets stay out of every repr. Pure.
 # ------------------------------------------------------------------------------------------------
@@ -1352,7 +1362,9 @@ async def register(agent: Agent) -> pb.RegisterReply:
         wg_pubkey=agent.wg_pubkey,
         facts=read_facts(agent.config.data_dir, agent.disk_encrypted),
     )
+    failpoint("Register.before_send")
     reply = await call(agent.stub.Register, request)
+    failpoint("Register.after_reply")
     if not HOST_ID_RE.fullmatch(reply.host_id) or not INVITE_ID_RE.fullmatch(reply.invite_id):
         raise RefusedError("BAD_REPLY", "host_id or invite_id is malformed")
     note_connected(agent)
@@ -1393,7 +1405,9 @@ async def resume(agent: Agent) -> pb.ResumeReply:
         payout_pubkey=agent.config.wallet,
         wg_pubkey=agent.wg_pubkey,
     )
+    failpoint("Resume.before_send")
     reply = await call(agent.stub.Resume, request)
+    failpoint("Resume.after_reply")
     if reply.host_id != identity.host_id:
         other = parse_line(reply.host_id, 40)
         raise Error(
@@ -1414,6 +1428,7 @@ async def open_session(agent: Agent) -> None:
     reply = await (register(agent) if is_new else resume(agent))
     agent.is_unsaved = True
     ensure_saved(agent)
+    failpoint("session.after_save")
     agent.is_open = True
     agent.seq = 1
     agent.session_heartbeats = 0
@@ -1435,7 +1450,9 @@ async def beat(agent: Agent) -> None:
     facts = read_facts(agent.config.data_dir, agent.disk_encrypted)
     if facts != agent.acknowledged_facts:
         request.facts.CopyFrom(facts)
+    failpoint("Heartbeat.before_send")
     reply = await call(agent.stub.Heartbeat, request)
+    failpoint("Heartbeat.after_reply")
     agent.seq += 1
     agent.session_heartbeats += 1
     agent.heartbeats += 1
@@ -1447,9 +1464,11 @@ async def beat(agent: Agent) -> None:
     ensure_saved(agent)
     if not agent.is_unsaved and not agent.is_settled:
         agent.is_settled = True
+        failpoint("scrub.before")
         ensure_scrubbed(agent.config.env_file, agent.identity.invite_id)
         with contextlib.suppress(OSError):
             (agent.config.data_dir / REFUSED_NAME).unlink()
+        failpoint("scrub.after")
 
 
 def ensure_saved(agent: Agent) -> None:
@@ -1794,7 +1813,9 @@ def command_run(args: argparse.Namespace) -> int:
     check_encrypted(config.data_dir, encrypted, config.allow_unencrypted)
     lock = take_lock(config.data_dir)
     try:
+        failpoint("start.before_identity")
         identity = ensure_identity(config.data_dir, config.token)
+        failpoint("start.after_identity")
         listener = open_control_socket(config.socket)
         asyncio.run(serve(config, identity, wg_pubkey, encrypted, listener))
     finally:
@@ -1876,6 +1897,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("grpc").addHandler(logging.NullHandler())
     logging.getLogger("grpc").propagate = False
     try:
+        check_failpoints()
         args = make_parser().parse_args(argv)
         return COMMANDS[args.command](args)
     except Error as error:

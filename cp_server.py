@@ -173,6 +173,16 @@ def sd_notify(state: str) -> None:
         sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
+def failpoint(_name: str) -> None:
+    """A step at which tests let this program fail; only their copy of it has more here."""
+
+
+def check_failpoints() -> None:
+    """Raises Error when failpoints are asked for: this is no copy that the tests made."""
+    if os.environ.get("OPENINFRA_FAILPOINT"):
+        raise Error("OPENINFRA_FAILPOINT is set, and this is no test build", "unset it", 2)
+
+
 def read_cache_directory() -> Path:
     """Where OpenInfra keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openinfra"
@@ -2041,6 +2051,7 @@ async def register(db: Database, registration: Registration, interval_ms: int) -
     try:
         async with db.transaction() as tx:
             outcome = await _redeem(tx, registration, interval_ms)
+            failpoint("Register.before_commit")
     except psycopg.errors.UniqueViolation:
         what = "another registration with the same key or address came at the same time"
         raise Refusal("TRY_LATER", what, "try again in a moment") from None
@@ -2206,6 +2217,7 @@ async def resume(db: Database, res: Resumption, peer_check: bool) -> Host:
     try:
         async with db.transaction() as tx:
             outcome = await _resume(tx, res, peer_check)
+            failpoint("Resume.before_commit")
     except psycopg.errors.UniqueViolation:
         what = "another host has this WireGuard key"
         todo = "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again"
@@ -2276,6 +2288,7 @@ async def record_heartbeats(
             key = (beat.session_sha256, beat.peer)
             if key not in answers:
                 answers[key] = await _why_refused(tx, beat)
+        failpoint("Heartbeat.before_commit")
     return answers
 
 
@@ -2672,6 +2685,7 @@ class AgentEdge:
             if self.cp.stopping:
                 raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
             reply = await operation(kind.FromString(raw), parse_peer(context.peer()))
+            failpoint(f"{name}.after_commit")
             self.cp.metrics.add("openinfra_rpcs_total", method=name, result="ok")
             return reply.SerializeToString()
         except DecodeError:
@@ -3193,6 +3207,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         else:
             values |= parse_fields(route.body, parse_body(raw))
         status, body = self.server.call(route.handler(cp, Request(actor, in_path, values)))
+        failpoint("http.after_commit")
         return status, body
 
     def _check_token(self, scope: str) -> Actor:
@@ -4109,6 +4124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("psycopg").addHandler(logging.NullHandler())  # the store says it once
     logging.getLogger("psycopg").propagate = False
     try:
+        check_failpoints()
         return int(args.work(args, read_settings(args)))
     except Error as error:
         log("ERROR", error.what, error.todo, **error.pairs)

@@ -197,7 +197,9 @@ class ControlPlane:
         *flags: str,
         netns: Netns | None = None,
         python: str = sys.executable,
+        scripts: Path = ROOT,
     ) -> None:
+        self.scripts = scripts  # ROOT, or what tests/failpoints.py built
         self.postgres = postgres
         self.database = postgres.new_database()
         self.directory = directory
@@ -222,10 +224,10 @@ class ControlPlane:
         """A command line of cp_server.py on this database."""
         files = ["--env-file", os.devnull, "--dsn-file", str(self.dsn_file)]
         files += ["--jwt-keys-file", str(self.keys_file)]
-        script = [self.python, "-W", "error", str(ROOT / "cp_server.py")]
+        script = [self.python, "-W", "error", str(self.scripts / "cp_server.py")]
         return [*script, command, *files, *more]
 
-    def start(self, *flags: str) -> None:
+    def start(self, *flags: str, **environment: str) -> None:
         """Start serving, wait until it is ready."""
         listen = "0.0.0.0" if self.netns else "127.0.0.1"
         argv = self.argv(
@@ -238,7 +240,7 @@ class ControlPlane:
         )
         argv = self.netns.argv(argv) if self.netns else argv
         before = self.log.count("INFO control plane ready")
-        self.process = Process(argv, self.directory / "cp.log", {})
+        self.process = Process(argv, self.directory / "cp.log", environment)
         try:
             wait_for(
                 "control plane", lambda: self.log.count("INFO control plane ready") > before, 15
@@ -611,7 +613,9 @@ class Agent:
         wallet: str = WALLET,
         netns: Netns | None = None,
         wg_key: str = "",
+        scripts: Path = ROOT,
     ) -> None:
+        self.scripts = scripts  # ROOT, or what tests/failpoints.py built
         self.directory = directory
         self.python = python
         self.netns = netns
@@ -635,13 +639,13 @@ class Agent:
         """A command line of agent.py."""
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
         flags += [f"--wg-pubkey-file={self.key_file}"]
-        argv = [self.python, "-W", "error", str(ROOT / "agent.py"), command, *flags, *more]
+        argv = [self.python, "-W", "error", str(self.scripts / "agent.py"), command, *flags, *more]
         return self.netns.argv(argv) if self.netns else argv
 
-    def start(self, *more: str) -> Process:
+    def start(self, *more: str, **environment: str) -> Process:
         """Start it."""
         argv = self.argv("run", "--allow-unencrypted", *more)
-        self.started = Process(argv, self.directory / "agent.log", {})
+        self.started = Process(argv, self.directory / "agent.log", environment)
         return self.started
 
     @property
