@@ -52,6 +52,7 @@ import getpass
 import glob
 import hashlib
 import hmac
+import http
 import http.server
 import io
 import ipaddress
@@ -65,6 +66,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
@@ -315,7 +317,13 @@ TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
 BATCH_MAX = 500
 SWEEP_S = 5.0
-STOP_S = 5.0  # in-flight calls have this long after SIGTERM
+BATCH_DEADLINE_S = 10.0  # for a database that is there and says nothing
+WAITING_MAX = 20 * BATCH_MAX  # heartbeats of all hosts that may wait for their batch
+WAITING_PEER_MAX = 16  # and of one address: a host has one, a retry and a copy's
+SESSIONS_MAX = 30  # a host may open within TAKEOVER_WINDOW_S: a crash loop goes on, a flood not
+CHANGES_MAX = 50  # of its wallet and its key that a host may make in a day
+STOP_S = 4.0  # in-flight calls have this long after SIGTERM, and the last batch as long again
+STOP_ALL_S = 9.0  # then the process ends, whatever still hangs
 GRPC_MESSAGE_BYTES = 65_536
 HTTP_BODY_BYTES = 65_536
 HTTP_WORKERS = 8
@@ -948,12 +956,16 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
 
 
 def decide_redemption(
-    by_secret: Claimant | None, by_key: Claimant | None, by_address: Claimant | None
+    by_secret: Claimant | None,
+    by_key: Claimant | None,
+    by_address: Claimant | None,
+    kept: frozenset[str] = frozenset(),
 ) -> Claimant | None:
     """The host that a valid invite gives its secret to, or None for a new host; raises Refusal.
 
     `by_address` counts hosts that are not revoked. The key alone proves nothing, since it is only
     said; the address is proved by the tunnel; so a lost identity is healed by both together.
+    `kept` says what another open invite is for: `key`, `address`.
     """
     if by_key is not None and by_key.status == "revoked":
         raise Refusal(
@@ -976,19 +988,34 @@ def decide_redemption(
             "another host has this address in the tunnel",
             "ask the operator for another address, or to revoke the host that has it",
         )
+    if by_key is None and "key" in kept:
+        raise key_kept()
+    if by_address is None and "address" in kept:
+        raise Refusal(
+            "ADDRESS_TAKEN",
+            "this address in the tunnel is kept for another open invite",
+            "redeem that invite, or ask the operator to revoke it",
+        )
     return host
 
 
-def decide_resume(live: bytes | None, asked: bytes, previous: bytes, takeovers: int) -> str:
-    """What a Resume is: `retry`, `continue`, `takeover` or `quarantine`.
+def decide_resume(
+    live: bytes | None, asked: bytes, previous: bytes, ended: bool, takeovers: int, opened: int
+) -> str:
+    """What a Resume is: `retry`, `superseded`, `flood`, `continue`, `takeover` or `quarantine`.
 
-    `live` is the hash of the session that is live now, `takeovers` those of the last 10 minutes.
+    `live` is the hash of the session that is live now; `ended` says that `asked` was live once;
+    `takeovers` and `opened` count this host's sessions of the last 10 minutes.
     """
     if live == asked:
         return "retry"
-    if live is None or live == previous:
-        return "continue"
-    return "takeover" if takeovers < TAKEOVERS_MAX else "quarantine"
+    if ended:
+        return "superseded"
+    if live is not None and live != previous and takeovers >= TAKEOVERS_MAX:
+        return "quarantine"
+    if opened >= SESSIONS_MAX:
+        return "flood"
+    return "continue" if live is None or live == previous else "takeover"
 
 
 def decide_wallet(
@@ -999,6 +1026,15 @@ def decide_wallet(
     if ever_assigned and current is not None and wanted != current:
         return current, wanted
     return wanted, None
+
+
+def key_kept() -> Refusal:
+    """The refusal of a key that another open invite was minted for."""
+    return Refusal(
+        "KEY_TAKEN",
+        "another open invite is kept for this WireGuard key",
+        "redeem that invite, or ask the operator to revoke it",
+    )
 
 
 def superseded() -> Refusal:
@@ -1387,6 +1423,39 @@ GRANT INSERT, UPDATE ON namespaces, invites, hosts, sessions, liveness TO @ROLE@
 GRANT INSERT ON audit_log TO @ROLE@;
 """,
     ),
+    (
+        2,
+        "rights by column; what is final stays final; keys that open invites keep",
+        """
+REVOKE INSERT, UPDATE ON ALL TABLES IN SCHEMA public FROM @ROLE@;
+GRANT UPDATE (serving_since, alive_at) ON cp_state TO @ROLE@;
+GRANT INSERT (namespace, approved_at, approved_by), UPDATE (approved_at, approved_by)
+  ON namespaces TO @ROLE@;
+GRANT INSERT (invite_id, secret_sha256, note, payout_pubkey, wg_ip, wg_ip_held, wg_pubkey,
+  approve_first_wallet, created_by, expires_at),
+  UPDATE (wg_ip_held, revoked_at, consumed_at, host_id) ON invites TO @ROLE@;
+GRANT INSERT (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey, namespace,
+  hostname, arch, kernel, agent_version, cpu_count, memory_bytes, disk_bytes, disk_encrypted),
+  UPDATE (invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey, requested_payout_pubkey,
+  namespace, ever_assigned, status, status_at, released_at, revoked_at, hostname, arch, kernel,
+  agent_version, cpu_count, memory_bytes, disk_bytes, disk_encrypted) ON hosts TO @ROLE@;
+GRANT INSERT (session_sha256, host_no, opened_by), UPDATE (ended_at) ON sessions TO @ROLE@;
+GRANT INSERT (host_no, interval_ms), UPDATE (last_heartbeat_at, interval_ms, seq, boot_id)
+  ON liveness TO @ROLE@;
+GRANT INSERT (actor, action, subject, detail) ON audit_log TO @ROLE@;
+
+DROP TRIGGER invites_final ON invites;
+CREATE TRIGGER invites_final BEFORE UPDATE ON invites FOR EACH ROW
+  WHEN (OLD.host_id IS NOT NULL OR OLD.revoked_at IS NOT NULL)
+  EXECUTE FUNCTION refuse_change('a redeemed or revoked invite stays as it is');
+CREATE TRIGGER sessions_final BEFORE UPDATE ON sessions FOR EACH ROW
+  WHEN (OLD.ended_at IS NOT NULL)
+  EXECUTE FUNCTION refuse_change('a session that ended stays ended');
+ALTER TABLE invites ADD CHECK (wg_ip <> inet '10.77.0.1');
+CREATE INDEX invites_wg_pubkey_kept ON invites (wg_pubkey)
+  WHERE consumed_at IS NULL AND revoked_at IS NULL;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -1534,6 +1603,14 @@ FROM hosts WHERE host_secret_sha256 = %(host_secret_sha256)s OR wg_pubkey = %(wg
 ORDER BY host_no FOR UPDATE
 """
 
+SQL_INVITE_KEPT = """
+-- what open invites other than this one keep: their key, their address
+SELECT coalesce(wg_pubkey = %(wg_pubkey)s, false) AS key,
+  coalesce(wg_ip_held AND wg_ip = %(wg_ip)s, false) AS address
+FROM invites WHERE consumed_at IS NULL AND revoked_at IS NULL AND expires_at > now()
+  AND invite_id <> %(invite_id)s AND (wg_pubkey = %(wg_pubkey)s OR wg_ip_held AND wg_ip = %(wg_ip)s)
+"""
+
 SQL_HOST_INSERT = """
 -- a new host
 INSERT INTO hosts (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey,
@@ -1643,14 +1720,23 @@ SELECT host_no, ended_at IS NULL AS live FROM sessions WHERE session_sha256 = %(
 """
 
 SQL_SESSION_LIVE = """
--- a host's live session, and its takeovers of late
+-- a host's live session; has the asked one ended; its sessions and takeovers of late
 SELECT
   (SELECT session_sha256 FROM sessions
    WHERE host_no = %(host_no)s AND ended_at IS NULL) AS session_sha256,
-  (SELECT count(*) FROM sessions s JOIN hosts h USING (host_no)
-   WHERE s.host_no = %(host_no)s AND s.opened_by = 'takeover'
-     AND s.started_at > now() - make_interval(secs => %(window_s)s)
-     AND s.started_at > coalesce(h.released_at, '-infinity')) AS takeovers
+  EXISTS (SELECT 1 FROM sessions WHERE host_no = %(host_no)s AND session_sha256 = %(asked)s
+     AND ended_at IS NOT NULL) AS ended,
+  count(*) FILTER (WHERE s.opened_by = 'takeover'
+    AND s.started_at > coalesce(h.released_at, '-infinity')) AS takeovers,
+  count(*) AS opened
+FROM sessions s JOIN hosts h USING (host_no)
+WHERE s.host_no = %(host_no)s AND s.started_at > now() - make_interval(secs => %(window_s)s)
+"""
+
+SQL_HOST_CHANGES = """
+-- how often a host changed its wallet or key in the last day
+SELECT count(*) AS changes FROM audit_log WHERE subject = %(host_id)s
+  AND action IN ('host.wallet', 'host.wg_key') AND at > now() - interval '1 day'
 """
 
 SQL_SESSION_END = """
@@ -1691,10 +1777,10 @@ FROM {HOST_TABLES} JOIN good ON good.host_no = h.host_no
 """
 
 SQL_HEARTBEAT_WHY = """
--- why a session's heartbeat was not accepted
-SELECT s.ended_at, h.status, host(h.wg_ip) AS wg_ip, EXISTS (
+-- why the heartbeats of these sessions were not accepted
+SELECT s.session_sha256, s.ended_at, h.status, host(h.wg_ip) AS wg_ip, EXISTS (
   SELECT 1 FROM sessions n WHERE n.host_no = s.host_no AND n.ended_at IS NULL) AS superseded
-FROM sessions s JOIN hosts h USING (host_no) WHERE s.session_sha256 = %(session_sha256)s
+FROM sessions s JOIN hosts h USING (host_no) WHERE s.session_sha256 = ANY(%(sessions)s)
 """
 
 SQL_SERVE_START = """
@@ -1784,12 +1870,17 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "role_cannot_rewrite",
-        "the control plane's own role cannot change the audit log or delete anything",
+        "the control plane's own role cannot change what is final, nor delete anything",
         """SELECT table_name || '.' || privilege AS subject FROM information_schema.tables,
-             unnest(ARRAY['UPDATE', 'DELETE', 'TRUNCATE']) AS privilege
+             unnest(ARRAY['DELETE', 'TRUNCATE', 'UPDATE']) AS privilege
            WHERE table_schema = 'public' AND table_type = 'BASE TABLE'
-             AND (privilege <> 'UPDATE' OR table_name IN ('audit_log', 'schema_migrations'))
-             AND has_table_privilege(current_user, 'public.' || table_name, privilege)""",
+             AND has_table_privilege(current_user, 'public.' || table_name, privilege)
+           UNION ALL SELECT table_name || '.' || column_name FROM information_schema.columns
+           WHERE table_schema = 'public' AND (table_name IN ('audit_log', 'schema_migrations')
+             OR column_name IN ('created_at', 'created_by', 'expires_at', 'secret_sha256',
+               'session_sha256', 'started_at', 'host_no', 'opened_by'))
+             AND has_column_privilege(current_user, 'public.' || table_name, column_name,
+               'UPDATE')""",
     ),
 )
 
@@ -1838,16 +1929,22 @@ class Transaction:
 
 
 class Database:
-    """A small pool of connections; `transaction()` is the only door."""
+    """A small pool of connections; `transaction()` is the only door.
 
-    def __init__(self, dsn: str, size: int = 4) -> None:
+    A caller waits `wait_s` for a connection. When that was too short, callers of the next `rest_s`
+    are sent away at once, so that a database that is away does not hold every worker.
+    """
+
+    def __init__(self, dsn: str, size: int = 4, wait_s: float = 5, rest_s: float = 0) -> None:
         self._dsn = dsn
+        self._rest_s = rest_s
+        self._away_until = 0.0
         limits = "-c statement_timeout=8s -c lock_timeout=4s -c timezone=UTC"
         self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
             dsn,
             min_size=1,
             max_size=size,
-            timeout=5,
+            timeout=wait_s,
             max_waiting=1_000,
             reconnect_timeout=1,
             open=False,
@@ -1856,6 +1953,8 @@ class Database:
                 "options": f"{limits} -c idle_in_transaction_session_timeout=10s",
                 "application_name": "openinfra-cp",
                 "connect_timeout": 5,
+                "tcp_user_timeout": 10_000,  # a server whose machine went away without a word
+                "keepalives_idle": 20,
             },
         )
 
@@ -1881,13 +1980,17 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         """One transaction: committed at the end of the block, rolled back when it raises."""
+        what, todo = "the control plane's database gives no answer", "try again in a moment"
+        if time.monotonic() < self._away_until:
+            raise Refusal("TRY_LATER", what, todo)
         try:
             async with self._pool.connection() as connection:
                 yield Transaction(connection)
         except (psycopg.OperationalError, PoolTimeout) as error:
+            if isinstance(error, PoolTimeout):
+                self._away_until = time.monotonic() + self._rest_s
             log("WARN", "database gave no answer", error=type(error).__name__, said=str(error))
-            what = "the control plane's database gives no answer"
-            raise Refusal("TRY_LATER", what, "try again in a moment") from None
+            raise Refusal("TRY_LATER", what, todo) from None
         except (psycopg.ProgrammingError, psycopg.InternalError) as error:
             raise Error(
                 f"the database is not as it should be: {error.diag.message_primary}",
@@ -2042,7 +2145,13 @@ def check_invite(invite: Row, registration: Registration) -> None:
     if invite["state"] == "expired":
         when = f"{invite['expires_at']:%Y-%m-%d %H:%M} UTC"
         raise Refusal("INVITE_EXPIRED", f"this invite expired at {when}", todo)
+    check_invite_key(invite, registration)
+
+
+def check_invite_key(invite: Row, registration: Registration) -> None:
+    """Raises Refusal when an invite was minted for another WireGuard key."""
     if invite["wg_pubkey"] not in (None, registration.wg_pubkey):
+        todo = "ask the operator for a fresh invite"
         raise Refusal("INVITE_FOR_OTHER_KEY", "this invite is for another WireGuard key", todo)
 
 
@@ -2066,6 +2175,8 @@ async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host 
     known = bytes(invite["secret_sha256"]) if invite else bytes(32)
     if not hmac.compare_digest(known, sha256(token.secret)) or invite is None:
         raise Refusal("UNKNOWN_INVITE", "unknown invite", "ask the operator for a fresh invite")
+    if invite["host_id"] is None:
+        check_invite(invite, reg)
     claims = await tx.dicts(
         SQL_CLAIMANTS,
         host_secret_sha256=reg.host_secret_sha256,
@@ -2089,9 +2200,12 @@ async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host 
                 detail=detail,
             )
             return Refusal("INVITE_USED", "invite already used", "ask the operator for a fresh one")
-    else:
-        check_invite(invite, reg)
-    claimant = decide_redemption(by["by_secret"], by["by_key"], by["by_address"])
+        check_invite_key(invite, reg)
+    kept = await tx.dicts(
+        SQL_INVITE_KEPT, invite_id=token.public_id, wg_ip=reg.wg_ip, wg_pubkey=reg.wg_pubkey
+    )
+    kinds = frozenset(kind for row in kept for kind in row if row[kind])
+    claimant = decide_redemption(by["by_secret"], by["by_key"], by["by_address"], kinds)
     if invite["host_id"] is not None:  # the same request again, as after a lost answer
         secret, session, peer_check = reg.host_secret_sha256, reg.session_sha256, bool(reg.wg_ip)
         again = Resumption(secret, session, b"", reg.payout_pubkey, reg.wg_ip, reg.wg_pubkey)
@@ -2181,10 +2295,19 @@ async def _claim_session(
     tx: Transaction, host: Host, asked: bytes, previous: bytes, peer: str | None
 ) -> Refusal | None:
     """Open a session for a host that has one; too many takeovers quarantine it, which is kept."""
-    live = await tx.the(SQL_SESSION_LIVE, host_no=host.host_no, window_s=TAKEOVER_WINDOW_S)
+    live = await tx.the(
+        SQL_SESSION_LIVE, host_no=host.host_no, asked=asked, window_s=TAKEOVER_WINDOW_S
+    )
     live_sha256 = bytes(live["session_sha256"]) if live["session_sha256"] else None
-    decision = decide_resume(live_sha256, asked, previous, live["takeovers"])
+    decision = decide_resume(
+        live_sha256, asked, previous, live["ended"], live["takeovers"], live["opened"]
+    )
     actor, subject = Actor(f"host:{host.host_id}"), str(host.host_id)
+    if decision == "superseded":
+        raise superseded()
+    if decision == "flood":
+        what = f"this host opened {live['opened']} sessions in {TAKEOVER_WINDOW_S // 60} minutes"
+        raise Refusal("TRY_LATER", what, "look why the agent starts again and again")
     if decision == "quarantine":
         await tx.execute(SQL_HOST_QUARANTINE, host_no=host.host_no)
         await tx.execute(SQL_SESSION_END, host_no=host.host_no)
@@ -2245,6 +2368,7 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
     refused = await _claim_session(tx, host, asked, previous, res.wg_ip)
     if refused:
         return refused
+    await _check_changes(tx, host, res)
     first = host.payout_pubkey is None  # then the invite may say that it is approved
     invite = await tx.one(SQL_INVITE_GET, invite_id=host.invite_id) if first else None
     await _set_wallet(tx, host, res.payout_pubkey, invite)
@@ -2256,11 +2380,29 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
     return (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
 
 
+async def _check_changes(tx: Transaction, host: Host, res: Resumption) -> None:
+    """Raises Refusal when a host may not change to this key, or changes too often."""
+    new_key = res.wg_pubkey not in (None, host.wg_pubkey)
+    if new_key:
+        kept = await tx.dicts(
+            SQL_INVITE_KEPT, invite_id=host.invite_id, wg_ip=None, wg_pubkey=res.wg_pubkey
+        )
+        if kept:
+            raise key_kept()
+    known = (None, host.payout_pubkey, host.requested_payout_pubkey)
+    if new_key or res.payout_pubkey not in known:
+        count = await tx.the(SQL_HOST_CHANGES, host_id=str(host.host_id))
+        if count["changes"] >= CHANGES_MAX:
+            what = f"this host changed its wallet or key {count['changes']} times in a day"
+            raise Refusal("TRY_LATER", what, "set them for good, and try again tomorrow")
+
+
 async def record_heartbeats(
     db: Database, beats: Sequence[Beat], peer_check: bool
 ) -> dict[BeatKey, Standing | Refusal]:
     """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
     answers: dict[BeatKey, Standing | Refusal] = {}
+    flipped: list[tuple[str, uuid.UUID, str]] = []
     facts = {(beat.session_sha256, beat.peer): beat.facts for beat in beats if beat.facts}
     async with db.transaction() as tx:
         rows = await tx.dicts(
@@ -2283,17 +2425,23 @@ async def record_heartbeats(
                 values = dataclasses.asdict(facts[key])
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
             if row["status"] != old:
-                log("INFO", f"host {row['status']}", host_id=row["host_id"], was=old)
-        for beat in beats:
-            key = (beat.session_sha256, beat.peer)
-            if key not in answers:
-                answers[key] = await _why_refused(tx, beat)
+                flipped.append((row["status"], row["host_id"], old))
+        refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
+        if refused:
+            sessions = [beat.session_sha256 for beat in refused]
+            found = await tx.dicts(SQL_HEARTBEAT_WHY, sessions=sessions)
+            why = {bytes(row["session_sha256"]): row for row in found}
+            for beat in refused:
+                key = (beat.session_sha256, beat.peer)
+                answers[key] = decide_heartbeat_refusal(why.get(beat.session_sha256), beat.peer)
         failpoint("Heartbeat.before_commit")
+    for status, host_id, old in flipped:
+        log("INFO", f"host {status}", host_id=host_id, was=old)
     return answers
 
 
-async def _why_refused(tx: Transaction, beat: Beat) -> Refusal:
-    row = await tx.one(SQL_HEARTBEAT_WHY, session_sha256=beat.session_sha256)
+def decide_heartbeat_refusal(row: Row | None, peer: str) -> Refusal:
+    """Why a session's heartbeat was not accepted; None: there is no such session."""
     if row is None:
         return Refusal("UNKNOWN_SESSION", "no such session", "the agent resumes by itself")
     if row["status"] == "revoked":
@@ -2304,7 +2452,7 @@ async def _why_refused(tx: Transaction, beat: Beat) -> Refusal:
         return superseded()
     if row["ended_at"] is not None:
         return Refusal("UNKNOWN_SESSION", "this session is over", "the agent resumes by itself")
-    what = f"this host's address in the tunnel is {row['wg_ip']}, the call came from {beat.peer}"
+    what = f"this host's address in the tunnel is {row['wg_ip']}, the call came from {peer}"
     return Refusal("WRONG_ADDRESS", what, "set the address in /etc/wireguard/openinfra.conf")
 
 
@@ -2444,6 +2592,7 @@ class Metrics:
 
 METRICS = (
     ("openinfra_info", "gauge", "Always 1; the label says the version."),
+    ("openinfra_database_up", "gauge", "1 when the database answered just now, else 0."),
     ("openinfra_hosts", "gauge", "Hosts by status."),
     ("openinfra_heartbeats_total", "counter", "Heartbeats, by result."),
     ("openinfra_heartbeat_batches_total", "counter", "Database transactions with heartbeats."),
@@ -2459,11 +2608,19 @@ METRICS = (
 
 
 class ControlPlane:
-    """One serving process: what its edges and loops share."""
+    """One serving process: what its edges and loops share.
 
-    def __init__(self, settings: Settings, db: Database) -> None:
+    Three small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
+    the sweep, `db` for joining agents, `admin_db` for the operator.
+    """
+
+    def __init__(
+        self, settings: Settings, db: Database, beat_db: Database, admin_db: Database
+    ) -> None:
         self.settings = settings
         self.db = db
+        self.beat_db = beat_db
+        self.admin_db = admin_db
         self.stopping = False
         self.busy = 0.0
         self.metrics = Metrics()
@@ -2472,16 +2629,29 @@ class ControlPlane:
         self.metrics.set("openinfra_info", 1, version=VERSION)
         self.metrics.set("openinfra_start_time_seconds", time.time())
         self._keys: tuple[tuple[int, int], list[JwtKey]] = ((0, 0), [])
+        self._keys_fault = ""
         self._waiting: dict[BeatKey, tuple[Beat, asyncio.Future[Standing | Refusal]]] = {}
+        self._waiting_of: dict[str, int] = {}  # by peer
         self._wake = asyncio.Event()
 
     def jwt_keys(self) -> list[JwtKey]:
-        """The signing keys; the file is read again when it changed."""
-        stat = self.settings.jwt_keys_file.stat()
-        seen = (stat.st_mtime_ns, stat.st_ino)
-        if self._keys[0] != seen:
-            self._keys = (seen, read_jwt_keys(self.settings.jwt_keys_file))
-        return self._keys[1]
+        """The signing keys; the file is read again when it changed; raises Refusal, and logs it."""
+        path = self.settings.jwt_keys_file
+        try:
+            stat = path.stat()
+            seen = (stat.st_mtime_ns, stat.st_ino)
+            if self._keys[0] != seen:
+                self._keys = (seen, read_jwt_keys(path))
+                self._keys_fault = ""
+            return self._keys[1]
+        except (OSError, Error) as error:
+            fault = str(error)
+            if fault != self._keys_fault:  # once, not at each request
+                todo = "mend it, or make a new one: cp_server.py token --new-key"
+                log("ERROR", "signing keys cannot be read", todo, said=fault)
+            self._keys, self._keys_fault = ((0, 0), []), fault
+        what = "the control plane cannot read its signing keys"
+        raise Refusal("TRY_LATER", what, "the operator sees why in its log")
 
     def next_interval_ms(self) -> int:
         """Milliseconds that a host is to wait for its next heartbeat."""
@@ -2489,11 +2659,14 @@ class ControlPlane:
 
     async def heartbeat(self, beat: Beat) -> Standing:
         """Wait until a heartbeat is committed; raises Refusal."""
-        if len(self._waiting) >= 20 * BATCH_MAX:
-            raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
         key = (beat.session_sha256, beat.peer)
         known = self._waiting.get(key)
+        of_peer = self._waiting_of.get(beat.peer, 0)
+        is_full = self.settings.peer_check and of_peer >= WAITING_PEER_MAX
+        if known is None and (is_full or len(self._waiting) >= WAITING_MAX):
+            raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
         if known is None:
+            self._waiting_of[beat.peer] = of_peer + 1
             future: asyncio.Future[Standing | Refusal]
             future = asyncio.get_running_loop().create_future()
             self._waiting[key] = (beat, future)
@@ -2521,6 +2694,9 @@ class ControlPlane:
             batch = dict(list(self._waiting.items())[:BATCH_MAX])
             for key in batch:
                 del self._waiting[key]
+                self._waiting_of[key[1]] -= 1
+                if not self._waiting_of[key[1]]:
+                    del self._waiting_of[key[1]]
             if not self._waiting and not self.stopping:
                 self._wake.clear()
             if batch:
@@ -2534,7 +2710,8 @@ class ControlPlane:
         fault: Refusal | None = None
         try:
             beats = [beat for beat, _ in batch.values()]
-            answers = await record_heartbeats(self.db, beats, self.settings.peer_check)
+            work = record_heartbeats(self.beat_db, beats, self.settings.peer_check)
+            answers = await asyncio.wait_for(work, BATCH_DEADLINE_S)
         except Refusal as refusal:
             fault = refusal
         except Exception as error:  # whatever it is: the next batch gets its chance
@@ -2557,7 +2734,9 @@ class ControlPlane:
         while True:
             await asyncio.sleep(period_s)
             try:
-                gone = await sweep(self.db, gap_s=2 * period_s)
+                gone = await asyncio.wait_for(
+                    sweep(self.beat_db, gap_s=2 * period_s), BATCH_DEADLINE_S
+                )
             except Refusal:
                 continue  # the store has logged it; the gap moves serving_since
             except Exception as error:  # the loop must not end before the process does
@@ -2570,12 +2749,16 @@ class ControlPlane:
                 log("WARN", "many hosts went offline at once", hosts=len(gone))
 
     async def render_metrics(self) -> str:
-        """The counters, with what the database and the kernel say now."""
-        async with self.db.transaction() as tx:
-            rows = await tx.dicts(SQL_COUNTS)
-        counts = {row["status"]: row["hosts"] for row in rows}
-        for status in HOST_STATUSES:
-            self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
+        """The counters, with what the kernel says now, and the database if it answers."""
+        try:
+            async with self.admin_db.transaction() as tx:
+                rows = await tx.dicts(SQL_COUNTS)
+            counts = {row["status"]: row["hosts"] for row in rows}
+            for status in HOST_STATUSES:
+                self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
+            self.metrics.set("openinfra_database_up", 1)
+        except Error:  # the store has logged it; the last counts stay
+            self.metrics.set("openinfra_database_up", 0)
         self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
         self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
         self.metrics.set("openinfra_resident_memory_bytes", read_resident_bytes())
@@ -2703,7 +2886,9 @@ class AgentEdge:
             )
         self.cp.metrics.add("openinfra_rpcs_total", method=name, result=refusal.code.lower())
         status, _ = REFUSALS[refusal.code]
-        return await context.abort(status, str(refusal), (("openinfra-reason", refusal.code),))
+        known = refusal.code in pb.Reason.keys()  # noqa: SIM118 - no dict
+        reason = (("openinfra-reason", refusal.code),) if known else ()
+        return await context.abort(status, str(refusal), reason)
 
     async def _register(self, request: pb.RegisterRequest, peer: str) -> Message:
         settings = self.cp.settings
@@ -2820,51 +3005,53 @@ def one_more(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def http_mint_invite(cp: ControlPlane, request: Request) -> Answer:
-    token, invite = await mint_invite(cp.db, request.actor, InviteOrder(**request.values))
+    token, invite = await mint_invite(cp.admin_db, request.actor, InviteOrder(**request.values))
     return 201, {"token": token, **render_invite(invite)}
 
 
 async def http_list_invites(cp: ControlPlane, request: Request) -> Answer:
-    rows = await list_invites(cp.db, one_more(request.values))
+    rows = await list_invites(cp.admin_db, one_more(request.values))
     shown = [render_invite(row) for row in rows]
     return page("invites", rows, shown, "invite_no", request.values["limit"])
 
 
 async def http_revoke_invite(cp: ControlPlane, request: Request) -> Answer:
-    return 200, render_invite(await revoke_invite(cp.db, request.actor, request.path["invite_id"]))
+    return 200, render_invite(
+        await revoke_invite(cp.admin_db, request.actor, request.path["invite_id"])
+    )
 
 
 async def http_list_hosts(cp: ControlPlane, request: Request) -> Answer:
-    rows = await list_hosts(cp.db, one_more(request.values))
+    rows = await list_hosts(cp.admin_db, one_more(request.values))
     shown = [render_host(row) for row in rows]
     return page("hosts", rows, shown, "host_no", request.values["limit"])
 
 
 async def http_get_host(cp: ControlPlane, request: Request) -> Answer:
-    return 200, render_host(await get_host(cp.db, request.host_id()))
+    return 200, render_host(await get_host(cp.admin_db, request.host_id()))
 
 
 async def http_revoke_host(cp: ControlPlane, request: Request) -> Answer:
-    return 200, render_host(await revoke_host(cp.db, request.actor, request.host_id()))
+    return 200, render_host(await revoke_host(cp.admin_db, request.actor, request.host_id()))
 
 
 async def http_release_host(cp: ControlPlane, request: Request) -> Answer:
-    return 200, render_host(await release_host(cp.db, request.actor, request.host_id()))
+    return 200, render_host(await release_host(cp.admin_db, request.actor, request.host_id()))
 
 
 async def http_list_namespaces(cp: ControlPlane, request: Request) -> Answer:
-    rows = await list_namespaces(cp.db, one_more(request.values))
+    rows = await list_namespaces(cp.admin_db, one_more(request.values))
     shown = [render_row(row, "namespace_no") for row in rows]
     return page("namespaces", rows, shown, "namespace_no", request.values["limit"])
 
 
 async def http_approve_namespace(cp: ControlPlane, request: Request) -> Answer:
-    row = await approve_namespace(cp.db, request.actor, request.path["namespace"])
+    row = await approve_namespace(cp.admin_db, request.actor, request.path["namespace"])
     return 200, render_row(row, "namespace_no")
 
 
 async def http_list_audit(cp: ControlPlane, request: Request) -> Answer:
-    rows = await list_audit(cp.db, one_more(request.values))
+    rows = await list_audit(cp.admin_db, one_more(request.values))
     shown = [render_row(row) for row in rows]
     return page("entries", rows, shown, "audit_id", request.values["limit"])
 
@@ -2876,7 +3063,7 @@ async def http_health(_cp: ControlPlane, _request: Request) -> Answer:
 async def http_ready(cp: ControlPlane, _request: Request) -> Answer:
     if cp.stopping:
         raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
-    async with cp.db.transaction() as tx:
+    async with cp.admin_db.transaction() as tx:
         check_schema_version(await read_schema_version(tx))
     return 200, {"ok": True, "version": VERSION}
 
@@ -3181,6 +3368,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         except Error as error:  # a database without its schema or rights
             log("ERROR", error.what, error.todo, path=self.path)
             status, body = 503, render_problem(Refusal("TRY_LATER", error.what, error.todo))
+        except ConnectionError:
+            raise  # the client went away: there is nobody to answer
         except TimeoutError:
             status, body = 408, render_problem(Refusal("TRY_LATER", "too slow", "send it at once"))
         except Exception as error:
@@ -3212,11 +3401,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def _check_token(self, scope: str) -> Actor:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        keys = self.server.cp.jwt_keys()
         try:
             if scheme.lower() != "bearer":
                 raise ValueError("scheme")
-            claims = parse_jwt(token.strip(), self.server.cp.jwt_keys(), time.time())
-        except (ValueError, RecursionError, OSError, Error):
+            claims = parse_jwt(token.strip(), keys, time.time())
+        except (ValueError, RecursionError):
             what, todo = "no valid token", "make one: cp_server.py token"
             raise Refusal("UNAUTHORIZED", what, todo) from None
         if not claims.scope & {scope, "admin"}:
@@ -3260,13 +3450,16 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(raw)
 
     def send_error(
-        self, code: int, message: str | None = None, _explain: str | None = None
+        self, code: int, _message: str | None = None, _explain: str | None = None
     ) -> None:
-        """The standard library's own refusals (a bad request line, headers too long) as JSON."""
+        """The standard library's own refusals (a bad request line, headers too long) as JSON.
+
+        Its words are left out: they repeat the request, which may hold a secret.
+        """
         self.close_connection = True
         self.command = getattr(self, "command", None) or "GET"
         self.request_version = "HTTP/1.1"
-        what = f"the request cannot be read: {message or code}"
+        what = f"the request cannot be read: {http.HTTPStatus(code).phrase}"
         self._reply(code, render_problem(Refusal("BAD_REQUEST", what, "send HTTP/1.1")), {})
 
     def log_message(self, *_args: object) -> None:
@@ -3299,7 +3492,14 @@ class HttpServer(http.server.HTTPServer):
         self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
         self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
         self._open: set[socket.socket] = set()
-        super().__init__(cp.settings.http_listen, HttpHandler)
+        self._closing = False
+        host, port = cp.settings.http_listen
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host.strip("[]"), port), HttpHandler)
+
+    def server_bind(self) -> None:
+        """Without http.server's look-up of this machine's name, which may hang."""
+        socketserver.TCPServer.server_bind(self)
 
     def call(self, work: Any) -> Any:
         """Run a coroutine on the loop and wait for its result."""
@@ -3318,11 +3518,13 @@ class HttpServer(http.server.HTTPServer):
                 request.send(HTTP_BUSY)
             self.shutdown_request(request)
             return
+        self._open.add(request)
         self._workers.submit(self._work, request, client_address)
 
     def _work(self, request: socket.socket, client_address: Any) -> None:
-        self._open.add(request)
         try:
+            if self._closing:
+                return
             self.finish_request(request, client_address)
             request.shutdown(socket.SHUT_WR)
             request.settimeout(0.2)
@@ -3338,12 +3540,15 @@ class HttpServer(http.server.HTTPServer):
 
     def close(self) -> None:
         """Stop taking connections; what was read whole is answered, what drips is cut off."""
+        self._closing = True
         self.shutdown()
         self.server_close()
         for request in list(self._open):
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RD)
         self._workers.shutdown(wait=True, cancel_futures=True)
+        for request in self._open:
+            request.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3354,42 +3559,50 @@ class HttpServer(http.server.HTTPServer):
 async def serve(settings: Settings) -> None:
     """Run the control plane until SIGTERM or SIGINT; a second signal kills."""
     read_jwt_keys(settings.jwt_keys_file)
-    db = Database(read_dsn(settings.dsn_file))
-    await db.open()
+    dsn = read_dsn(settings.dsn_file)
+    pools = (Database(dsn, 4), Database(dsn, 2), Database(dsn, 2, wait_s=1, rest_s=1))
+    cp = ControlPlane(settings, *pools)
     try:
-        async with db.transaction() as tx:
+        for pool in pools:
+            await pool.open()
+        async with cp.beat_db.transaction() as tx:
             check_schema_version(await read_schema_version(tx))
-            await tx.execute(SQL_SERVE_START)
-        probe_port(*settings.grpc_listen, "grpc-listen")
-        probe_port(*settings.http_listen, "http-listen")
-        cp = ControlPlane(settings, db)
-        loop = asyncio.get_running_loop()
-        web = HttpServer(cp, loop)
-        server = make_grpc_server(cp)
-        await server.start()
-        web_thread = threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept")
-        web_thread.start()
-        flusher = asyncio.create_task(cp.flush_forever())
-        sweeper = asyncio.create_task(cp.sweep_forever())
-        stop = catch_signals(loop)
-        log(
-            "INFO",
-            "control plane ready",
-            version=VERSION,
-            grpc=render_address(settings.grpc_listen),
-            http=render_address(settings.http_listen),
-            peer_check="wg" if settings.peer_check else "off",
-        )
-        sd_notify("READY=1")
-        await asyncio.wait(
-            {asyncio.create_task(stop.wait()), flusher, sweeper}, return_when="FIRST_COMPLETED"
-        )
-        await stop_serving(cp, server, web, flusher, sweeper)
-        for task in (flusher, sweeper):  # a loop that ended by itself is a bug to be seen
-            if task.done() and not task.cancelled():
-                task.result()
+        await run_server(cp)
     finally:
-        await db.close()
+        for pool in pools:
+            await pool.close()
+
+
+async def run_server(cp: ControlPlane) -> None:
+    """Open both ports, run the loops until a signal or a fault ends them, close in order."""
+    settings, loop = cp.settings, asyncio.get_running_loop()
+    probe_port(*settings.grpc_listen, "grpc-listen")
+    probe_port(*settings.http_listen, "http-listen")
+    web = HttpServer(cp, loop)
+    server = make_grpc_server(cp)
+    async with cp.beat_db.transaction() as tx:  # both ports are ours: it will serve
+        await tx.execute(SQL_SERVE_START)
+    await server.start()
+    threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
+    flusher = asyncio.create_task(cp.flush_forever())
+    sweeper = asyncio.create_task(cp.sweep_forever())
+    stop = catch_signals(loop)
+    log(
+        "INFO",
+        "control plane ready",
+        version=VERSION,
+        grpc=render_address(settings.grpc_listen),
+        http=render_address(settings.http_listen),
+        peer_check="wg" if settings.peer_check else "off",
+    )
+    sd_notify("READY=1")
+    await asyncio.wait(
+        {asyncio.create_task(stop.wait()), flusher, sweeper}, return_when="FIRST_COMPLETED"
+    )
+    await stop_serving(cp, server, web, flusher, sweeper)
+    for task in (flusher, sweeper):  # a loop that ended by itself is a bug to be seen
+        if task.done() and not task.cancelled():
+            task.result()
 
 
 def catch_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
@@ -3414,12 +3627,15 @@ async def stop_serving(
     flusher: asyncio.Task[None],
     sweeper: asyncio.Task[None],
 ) -> None:
-    """Not ready, in-flight calls end, heartbeats are flushed; at most STOP_S for the calls."""
+    """Not ready, in-flight calls end, heartbeats are flushed; STOP_ALL_S for all of it."""
     log("INFO", "control plane stopping")
     sd_notify("STOPPING=1")
+    last = threading.Timer(STOP_ALL_S, end_now)
+    last.daemon = True
+    last.start()
     cp.stop()
     sweeper.cancel()
-    await server.stop(STOP_S)
+    await server.stop(STOP_S)  # until then /readyz says that it stops
     await asyncio.get_running_loop().run_in_executor(None, web.close)
     _, late = await asyncio.wait({flusher, sweeper}, timeout=STOP_S)
     for task in late:
@@ -3427,6 +3643,12 @@ async def stop_serving(
     if late:
         log("WARN", "the database gave no answer before the end", "agents repeat their heartbeats")
     log("INFO", "control plane stopped")
+
+
+def end_now() -> None:
+    """End the process although something hangs; nothing that was acknowledged is lost by it."""
+    log("WARN", "control plane ended while a call or the database hung")
+    os._exit(0)
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -3863,10 +4085,12 @@ def parse_env(text: str, path: str) -> dict[str, str]:
 def read_settings(args: argparse.Namespace) -> Settings:
     """Flag over env file over default; raises Error 2."""
     path = Path(args.env_file or "/etc/openinfra/cp.env")
-    if args.env_file and not path.exists():
-        raise Error(f"{path} is missing", "name an env file that exists", 2)
+    env: dict[str, str] = {}
     try:
-        env = parse_env(path.read_text(), str(path)) if path.exists() else {}
+        env = parse_env(path.read_text(), str(path))
+    except FileNotFoundError:
+        if args.env_file:
+            raise Error(f"{path} is missing", "name an env file that exists", 2) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Error(f"cannot read {path}: {error}", "mend its mode or its text", 2) from None
     credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")

@@ -96,7 +96,7 @@ def expire(cp: ControlPlane, token: str) -> None:
     """Move an invite two days into the past."""
     sql = "UPDATE invites SET created_at = created_at - interval '2 days',"
     sql += " expires_at = expires_at - interval '2 days' WHERE invite_id = %s"
-    cp.postgres.execute(cp.database, sql, token.split("_")[1])
+    cp.postgres.force(cp.database, sql, token.split("_")[1])
 
 
 def revoke_invite(cp: ControlPlane, token: str) -> int:
@@ -548,12 +548,11 @@ def test_old_takeovers_do_not_count(cp: ControlPlane, host: Client) -> None:
         take_over(host)
     sql = "UPDATE sessions SET started_at = started_at - interval '601 s' WHERE host_no ="
     sql += " (SELECT host_no FROM hosts WHERE host_secret_sha256 = %s)"
-    cp.postgres.execute(cp.database, sql, cp_server.sha256(host.host_secret))
+    cp.postgres.force(cp.database, sql, cp_server.sha256(host.host_secret))
     take_over(host)
     host.heartbeat()
 
 
-@pytest.mark.xfail(reason="_claim_session counts before it looks whether the session has ended")
 def test_an_ended_session_that_comes_back_is_no_takeover(cp: ControlPlane, host: Client) -> None:
     """The losing copy sends its last Resume again, since it never saw the answer."""
     old = host.session
