@@ -2639,7 +2639,7 @@ class ControlPlane:
         path = self.settings.jwt_keys_file
         try:
             stat = path.stat()
-            seen = (stat.st_mtime_ns, stat.st_ino)
+            seen = (stat.st_ctime_ns, stat.st_ino)  # a changed mode counts too
             if self._keys[0] != seen:
                 self._keys = (seen, read_jwt_keys(path))
                 self._keys_fault = ""

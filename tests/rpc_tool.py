@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-CALLS_AT_ONCE = 16
+CALLS_AT_ONCE = 48
 CALL_TIMEOUT_S = 10
 
 

@@ -563,6 +563,64 @@ def test_an_ended_session_that_comes_back_is_no_takeover(cp: ControlPlane, host:
     host.heartbeat()
 
 
+def test_a_host_opens_thirty_sessions_in_ten_minutes(cp: ControlPlane, host: Client) -> None:
+    """Each is a row for good; a crash loop is sent to wait, and goes on when it has waited."""
+    for _ in range(29):  # the first was opened by Register
+        host.resume()
+    with unchanged(cp):
+        refused = check_refused("TRY_LATER", host.resume)
+        assert "opened 30 sessions" in refused.message
+    host.heartbeat()  # the session that is live goes on
+    sql = "UPDATE sessions SET started_at = started_at - interval '601 s' WHERE host_no ="
+    sql += " (SELECT host_no FROM hosts WHERE host_secret_sha256 = %s)"
+    cp.postgres.force(cp.database, sql, cp_server.sha256(host.host_secret))
+    host.resume()
+    host.heartbeat()
+
+
+def test_a_host_changes_its_wallet_fifty_times_a_day(cp: ControlPlane, host: Client) -> None:
+    """Each wallet is a namespace that nobody can delete."""
+    sql = "INSERT INTO audit_log (actor, action, subject, detail)"
+    sql += " SELECT 'x', 'host.wallet', host_id::text, '{}' FROM hosts, generate_series(1, 49)"
+    sql += " WHERE host_secret_sha256 = %s"
+    cp.postgres.execute(cp.database, sql, cp_server.sha256(host.host_secret))
+    host.resume(payout_pubkey=new_wallet())  # the fiftieth
+    for change in ({"payout_pubkey": new_wallet()}, {"wg_pubkey": new_wg_key()}):
+        with unchanged(cp):
+            refused = check_refused("TRY_LATER", host.resume, **change)
+            assert "50 times in a day" in refused.message
+    wallet = get_host(cp, host)["payout_pubkey"]
+    host.resume(payout_pubkey=wallet)  # without a change it goes on
+    host.heartbeat()
+
+
+def test_a_key_that_an_open_invite_is_kept_for(
+    cp: ControlPlane, host: Client, make_client: Callable[[], Client]
+) -> None:
+    key = new_wg_key()
+    token = cp.mint(wg_pubkey=key)
+    thief = make_client()
+    other = cp.mint()
+    for call in (
+        partial(thief.register, other, wg_pubkey=key),
+        partial(host.resume, wg_pubkey=key),
+    ):
+        with unchanged(cp):
+            refused = check_refused("KEY_TAKEN", call)
+            assert "open invite" in refused.message
+    owner = make_client()
+    owner.register(token, wg_pubkey=key)
+    with unchanged(cp):  # the answer was lost, and the key is another one now
+        check_refused("INVITE_FOR_OTHER_KEY", owner.register, token, wg_pubkey=new_wg_key())
+    owner.register(token, wg_pubkey=key)
+    free = new_wg_key()
+    assert revoke_invite(cp, cp.mint(wg_pubkey=free)) == 200
+    host.resume(wg_pubkey=free)  # an invite that was taken back keeps nothing
+    expired = new_wg_key()
+    expire(cp, cp.mint(wg_pubkey=expired))
+    host.resume(wg_pubkey=expired)
+
+
 def test_takeovers_that_race_quarantine_once(cp: ControlPlane, host: Client) -> None:
     host_id = get_host(cp, host)["host_id"]
     race(*(partial(take_over, host) for _ in range(12)))
@@ -647,6 +705,25 @@ def test_paused_and_unpaused(cp: ControlPlane, host: Client) -> None:
     assert standing.reasons == [f"its provider paused it at {since} UTC; only they can unpause it"]
     assert host.heartbeat().standing.assignable is True
     assert get_host(cp, host)["status"] == "online"
+
+
+def test_facts_of_a_refused_heartbeat_are_not_stored(
+    cp: ControlPlane, host: Client, make_client: Callable[[], Client]
+) -> None:
+    """In one batch with an accepted one, and with a session that nobody has."""
+    old = host.session
+    host.resume()
+    copy, stranger = make_client(), make_client()
+    copy.session = old
+    before = get_host(cp, host)
+    got = race(
+        partial(copy.heartbeat, facts=facts(hostname="stolen")),
+        partial(stranger.heartbeat, facts=facts(hostname="stranger")),
+        host.heartbeat,
+    )
+    assert got[:2] == ["SESSION_SUPERSEDED", "UNKNOWN_SESSION"]
+    after = get_host(cp, host)
+    assert (after["hostname"], after["status"]) == (before["hostname"], "online")
 
 
 def test_a_repeated_or_older_number_is_accepted(cp: ControlPlane, host: Client) -> None:

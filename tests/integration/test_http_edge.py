@@ -546,6 +546,48 @@ def test_requests_and_calls_are_counted(cp: ControlPlane) -> None:
     assert abs(after["openinfra_start_time_seconds"] - time.time()) < 60
 
 
+def test_signing_keys_that_cannot_be_read_are_named_in_the_log(cp: ControlPlane) -> None:
+    """Nobody gets in meanwhile; who holds a good token is not told that it is none."""
+    good = cp.keys_file.read_bytes()
+    for spoil in (
+        lambda: cp.keys_file.write_bytes(b"{"),
+        lambda: cp.keys_file.chmod(0o644),
+        cp.keys_file.unlink,
+    ):
+        spoil()
+        written = len(cp.log)
+        for _ in range(3):
+            status, answer = cp.call("GET", HOSTS)
+            assert (status, answer["error"]["code"]) == (503, "try_later"), answer
+        assert cp.log[written:].count("ERROR signing keys cannot be read") == 1
+        cp_server.write_file(cp.keys_file, good, 0o600)
+        assert cp.call("GET", HOSTS)[0] == 200
+
+
+def test_it_listens_on_an_ipv6_address(make_cp: Callable[..., ControlPlane]) -> None:
+    cp = make_cp(start=False)
+    cp.start(f"--http-listen=[::1]:{cp.http_port}", f"--grpc-listen=[::1]:{cp.grpc_port}")
+    with socket.create_connection(("::1", cp.http_port), 5) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    socket.create_connection(("::1", cp.grpc_port), 5).close()
+    taken = cp.command(
+        "serve",
+        f"--http-listen=[::1]:{cp.http_port}",
+        "--grpc-listen=127.0.0.1:1",
+        "--peer-check=off",
+    )
+    assert (taken.returncode, "cannot listen on [::1]" in taken.stderr) == (1, True), taken.stderr
+
+
+def test_a_body_without_a_token_is_not_waited_for(api: ControlPlane) -> None:
+    """The answer comes before the body was sent."""
+    began = time.monotonic()
+    request = f"POST {INVITES} HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
+    assert exchange(api, request.encode())[0] == 401
+    assert time.monotonic() - began < 3
+
+
 def test_connections_that_say_nothing_do_not_delay_the_end(cp: ControlPlane) -> None:
     silent = [socket.create_connection(("127.0.0.1", cp.http_port), 5) for _ in range(40)]
     time.sleep(0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 
 import cp_server
 from tests.harness import (
+    ROOT,
     WALLET,
     Client,
     ControlPlane,
@@ -195,6 +197,28 @@ def bare(postgres: Postgres, tmp_path: Path) -> ControlPlane:
     return made
 
 
+# A redeemed invite, its host online with two sessions, and a revoked invite.
+FLEET = """
+INSERT INTO invites (invite_id, secret_sha256, note, wg_ip_held, approve_first_wallet, created_by,
+  expires_at, consumed_at, host_id, revoked_at) VALUES
+  ('aaaaaaaaaaaaaaaa', sha256('a'), 'used', false, false, 'x', now() + interval '1 h', now(),
+   '0b8c4a52-0a6b-4f8e-9b1e-2d6f5c3a7e10', NULL),
+  ('bbbbbbbbbbbbbbbb', sha256('b'), 'taken back', false, false, 'x', now() + interval '1 h', NULL,
+   NULL, now());
+INSERT INTO hosts (host_id, invite_id, host_secret_sha256, status, hostname, arch, kernel,
+  agent_version, cpu_count, memory_bytes, disk_bytes, disk_encrypted) VALUES
+  ('0b8c4a52-0a6b-4f8e-9b1e-2d6f5c3a7e10', 'aaaaaaaaaaaaaaaa', sha256('c'), 'online', 'lab',
+   'x86_64', '6.1', '0.1.0', 1, 1, 1, true);
+INSERT INTO liveness (host_no, interval_ms, last_heartbeat_at) VALUES (1, 30000, now());
+INSERT INTO sessions (session_sha256, host_no, opened_by, ended_at) VALUES
+  (sha256('d'), 1, 'register', now()), (sha256('e'), 1, 'resume', NULL);
+INSERT INTO audit_log (actor, action, subject, detail) VALUES
+  ('x', 'invite.mint', 'aaaaaaaaaaaaaaaa', '{}'), ('x', 'invite.mint', 'bbbbbbbbbbbbbbbb', '{}'),
+  ('x', 'invite.revoke', 'bbbbbbbbbbbbbbbb', '{}'),
+  ('x', 'host.register', '0b8c4a52-0a6b-4f8e-9b1e-2d6f5c3a7e10', '{}');
+"""
+
+
 def owner_flag(cp: ControlPlane, role: str = "postgres") -> str:
     """A flag that names the database as its owner connects to it."""
     path = cp.directory / "owner-dsn"
@@ -212,6 +236,32 @@ def test_the_schema_is_missing_made_and_there(bare: ControlPlane) -> None:
     assert (done.returncode, done.stdout) == (0, "nothing to do\n")
     done = bare.command("doctor", "--invariants")
     assert (done.returncode, done.stdout) == (0, f"{len(cp_server.INVARIANTS)} invariants hold\n")
+
+
+def test_a_database_of_each_earlier_version_is_upgraded(bare: ControlPlane) -> None:
+    """With the rows of a fleet in it; the rights are then those of a new database."""
+    rights = """SELECT table_name, column_name, privilege_type FROM
+      information_schema.column_privileges WHERE grantee = 'openinfra' ORDER BY 1, 2, 3"""
+    assert bare.command("migrate", owner_flag(bare)).returncode == 0
+    newest = bare.query(rights)
+    for version in range(1, NEWEST):
+        old = ControlPlane(bare.postgres, bare.directory / f"from{version}")
+        bare.postgres.execute("postgres", f"DROP DATABASE {old.database}")
+        bare.postgres.execute("postgres", f"CREATE DATABASE {old.database} TEMPLATE template0")
+        known = cp_server.MIGRATIONS[:version]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cp_server, "MIGRATIONS", known)
+            asyncio.run(cp_server.migrate(old.postgres.dsn(old.database), "openinfra"))
+        done = old.command("invite", "--note=of before")
+        assert (done.returncode, f"needs {NEWEST}" in done.stderr) == (1, True), done.stderr
+        old.postgres.execute(old.database, FLEET)
+        done = old.command("migrate", owner_flag(old))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("applied") == NEWEST - version
+        assert old.query(rights) == newest
+        assert old.command("invite", "--note=of now").returncode == 0
+        old.check_invariants()
+        assert [host["hostname"] for host in old.hosts()] == ["lab"]
 
 
 def test_two_migrations_at_once(bare: ControlPlane) -> None:
@@ -449,6 +499,49 @@ def test_health_is_told_while_the_database_is_away(
         spare_postgres.start()
     assert (status, got) == (200, {503})
     assert took_s < 3
+
+
+def test_a_database_that_hangs_is_outlived(spare_postgres: Postgres, tmp_path: Path) -> None:
+    """PostgreSQL stands still with its connections open; then it goes on, and nothing was lost."""
+    with serving(spare_postgres, tmp_path / "cp", "--heartbeat-s=1") as cp, Client(cp) as client:
+        client.register(cp.mint())
+        client.heartbeat()
+        stopped = stop_still(spare_postgres, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(20) as workers:
+                calls = [workers.submit(cp.call, "GET", "/api/v1/admin/hosts") for _ in range(16)]
+                beat = workers.submit(try_heartbeat, client)
+                assert {call.result()[0] for call in calls} == {503}
+                assert beat.result() in ("DEADLINE_EXCEEDED", "TRY_LATER")
+                assert cp.call("GET", "/healthz")[0] == 200
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        wait_for("a heartbeat", lambda: try_heartbeat(client) == "", 30)
+        wait_for("the API", lambda: cp.call("GET", "/api/v1/admin/hosts")[0] == 200, 30)
+
+
+def stop_still(postgres: Postgres, how: signal.Signals) -> list[int]:
+    """Send a signal to the server and all its children; give back their process ids."""
+    assert postgres.child
+    main = postgres.child.pid
+    children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+    pids = [main, *map(int, children)]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, how)
+    return pids
+
+
+def test_a_server_that_is_too_old(idle: ControlPlane) -> None:
+    """Debian has none: to this copy of the script the newest one is too old."""
+    code = "import sys, cp_server; cp_server.POSTGRES_MIN = 99; sys.exit(cp_server.main())"
+    for command in (serve_flags(idle), ("hosts",), ("migrate", owner_flag(idle))):
+        argv = [idle.python, "-c", code, *idle.argv(command[0], *command[1:])[4:]]
+        done = subprocess.run(
+            argv, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        )
+        check_failed(done, EXIT_ERROR, "is too old", "upgrade it to 99 or newer")
 
 
 # Stop

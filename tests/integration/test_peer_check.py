@@ -7,23 +7,29 @@ addresses of its own.
 from __future__ import annotations
 
 import asyncio
+import collections
 import itertools
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import psycopg
 import pytest
 
 import cp_server
 from proto import openinfra_pb2 as pb
 from tests.harness import (
+    BOOT_ID,
     OTHER_WALLET,
     WALLET,
     ControlPlane,
     Postgres,
     RemoteClient,
+    RemoteError,
     RpcTool,
     check_refused,
     facts,
@@ -32,6 +38,7 @@ from tests.harness import (
     race,
     serving,
     unchanged,
+    wait_for,
 )
 
 Join = Callable[..., RemoteClient]
@@ -271,6 +278,57 @@ def test_two_invites_that_race_for_one_address(cp: ControlPlane, make_client: Jo
     lost = [i for i, answer in enumerate(answers) if answer in ("ADDRESS_TAKEN", "TRY_LATER")]
     assert len(lost) == 1, answers
     check_refused("ADDRESS_TAKEN", pairs[lost[0]][0].register, pairs[lost[0]][1])
+
+
+def test_an_address_that_an_open_invite_keeps(
+    cp: ControlPlane, join: Join, make_client: Join, addresses: Iterator[str]
+) -> None:
+    """It goes to who comes with that invite; its own host may come back meanwhile."""
+    address = next(addresses)
+    token = mint(cp, wg_ip=address)
+    thief, other = make_client(address), mint(cp)
+    with unchanged(cp):
+        refused = check_refused("ADDRESS_TAKEN", thief.register, other)
+        assert "open invite" in refused.message
+    owner = make_client(address)
+    owner.register(token)
+    owner.heartbeat()
+    host = join()
+    mint(cp, wg_ip=host.address)  # to heal it, and not used yet
+    host.resume()
+    host.host_secret = secrets.token_bytes(32)
+    host.register(mint(cp))  # healed by another invite
+    host.heartbeat()
+
+
+def test_heartbeats_of_one_address_that_wait_are_counted(cp: ControlPlane, join: Join) -> None:
+    """More than 16 at one time are sent away; those of others are not."""
+    flood, honest = join(), join()
+    tool = flood.tool
+
+    def beat() -> str:
+        request = pb.HeartbeatRequest(session=secrets.token_bytes(32), seq=1, boot_id=BOOT_ID)
+        target = f"{flood.address}:{cp.grpc_port}"
+        try:
+            tool.call(target, "Heartbeat", request.SerializeToString())
+        except RemoteError as error:
+            return str(dict(error.trailing_metadata())["openinfra-reason"])
+        return ""
+
+    with psycopg.connect(cp.postgres.dsn(cp.database)) as connection:
+        connection.execute("LOCK TABLE liveness")  # the batch waits
+        with ThreadPoolExecutor(40) as workers:
+            first = workers.submit(honest.heartbeat)
+            time.sleep(0.5)
+            calls = [workers.submit(beat) for _ in range(39)]
+            wait_for("refusals", lambda: sum(call.done() for call in calls) >= 20)
+            connection.rollback()
+            first.result()
+            got = collections.Counter(call.result() for call in calls)
+    assert set(got) == {"UNKNOWN_SESSION", "TRY_LATER"}
+    assert got["TRY_LATER"] >= 20
+    flood.heartbeat()
+    honest.heartbeat()
 
 
 def test_a_reservation_that_does_not_match_is_released(cp: ControlPlane, make_client: Join) -> None:
