@@ -317,6 +317,8 @@ TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
 BATCH_MAX = 500
 SWEEP_S = 5.0
+PRUNE_S = 3600.0
+PRUNE_MAX = 10_000
 BATCH_DEADLINE_S = 10.0  # for a database that is there and says nothing
 WAITING_MAX = 20 * BATCH_MAX  # heartbeats of all hosts that may wait for their batch
 WAITING_PEER_MAX = 16  # and of one address: a host has one, a retry and a copy's
@@ -1456,6 +1458,25 @@ CREATE INDEX invites_wg_pubkey_kept ON invites (wg_pubkey)
   WHERE consumed_at IS NULL AND revoked_at IS NULL;
 """,
     ),
+    (
+        3,
+        "sessions that ended long ago go away",
+        """
+CREATE INDEX sessions_ended ON sessions (ended_at) WHERE ended_at IS NOT NULL;
+CREATE FUNCTION prune_sessions(most integer) RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+  WITH gone AS (
+    DELETE FROM public.sessions WHERE session_sha256 IN (
+      SELECT session_sha256 FROM public.sessions
+      WHERE ended_at < now() - interval '90 days' ORDER BY ended_at LIMIT most)
+    RETURNING 1)
+  SELECT count(*)::integer FROM gone
+$$;
+COMMENT ON FUNCTION prune_sessions IS 'The one way in which the CP''s role may delete anything';
+REVOKE ALL ON FUNCTION prune_sessions FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION prune_sessions TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -1804,6 +1825,26 @@ WHERE l.host_no = h.host_no AND h.status IN ('online', 'paused')
 RETURNING h.host_id
 """
 
+SQL_PRUNE = """
+-- forget sessions that ended 90 days ago: an agent that comes back with one resumes instead
+SELECT prune_sessions(%(most)s) AS gone
+"""
+
+SQL_TABLES = """
+-- size and dead rows of each table
+SELECT relname AS name, n_dead_tup AS dead_rows, pg_total_relation_size(relid) AS bytes
+FROM pg_stat_user_tables WHERE schemaname = 'public'
+"""
+
+SQL_OLDEST_SNAPSHOT = """
+-- how many transactions ago the oldest snapshot was taken: vacuum can remove nothing since
+SELECT greatest(
+  (SELECT max(age(backend_xmin)) FROM pg_stat_activity WHERE datname = current_database()),
+  (SELECT max(age(xmin)) FROM pg_replication_slots),
+  (SELECT max(age(transaction)) FROM pg_prepared_xacts WHERE database = current_database()),
+  0) AS transactions
+"""
+
 SQL_COUNTS = """
 -- hosts by status
 SELECT status, count(*) AS hosts FROM hosts GROUP BY status
@@ -1972,6 +2013,10 @@ class Database:
                 "is it running, and is the connection string in the dsn file right?",
                 75,
             ) from None
+
+    def waiting(self) -> int:
+        """How many callers wait for a connection now."""
+        return self._pool.get_stats().get("requests_waiting", 0)
 
     async def close(self) -> None:
         """Let the connections go."""
@@ -2464,6 +2509,14 @@ async def sweep(db: Database, gap_s: float) -> list[str]:
     return [str(row["host_id"]) for row in rows]
 
 
+async def prune(db: Database) -> int:
+    """Forget sessions that ended long ago; give back how many, at most PRUNE_MAX."""
+    async with db.transaction() as tx:
+        row = await tx.the(SQL_PRUNE, most=PRUNE_MAX)
+    gone: int = row["gone"]
+    return gone
+
+
 async def list_hosts(db: Database, values: Mapping[str, Any]) -> list[Host]:
     """A page of hosts in the order of registration."""
     used = [sql for name, sql in HOST_LIST_FILTERS.items() if values[name] is not None]
@@ -2601,6 +2654,16 @@ METRICS = (
     ("openinfra_rpcs_total", "counter", "gRPC calls, by method and result."),
     ("openinfra_http_requests_total", "counter", "HTTP requests, by status."),
     ("openinfra_hosts_marked_offline_total", "counter", "Hosts that fell silent."),
+    ("openinfra_swept_time_seconds", "gauge", "When silent hosts were last looked for, Unix time."),
+    ("openinfra_sessions_pruned_total", "counter", "Sessions forgotten 90 days after their end."),
+    ("openinfra_table_bytes", "gauge", "Size of a table with its indexes."),
+    ("openinfra_table_dead_rows", "gauge", "Dead rows of a table that vacuum has not removed."),
+    (
+        "openinfra_oldest_snapshot_transactions",
+        "gauge",
+        "Transactions since the oldest snapshot, which vacuum has to respect.",
+    ),
+    ("openinfra_pool_waiting", "gauge", "Callers that wait for a database connection, by pool."),
     ("openinfra_start_time_seconds", "gauge", "When this process began to serve, Unix time."),
     ("openinfra_cpu_seconds_total", "counter", "Processor time of this process."),
     ("openinfra_resident_memory_bytes", "gauge", "Resident memory of this process."),
@@ -2731,17 +2794,23 @@ class ControlPlane:
     async def sweep_forever(self) -> None:
         """Mark silent hosts offline, again and again; a fault is logged and tried again."""
         period_s = min(SWEEP_S, self.settings.heartbeat_s)
+        next_prune_s = time.monotonic()
         while True:
             await asyncio.sleep(period_s)
             try:
                 gone = await asyncio.wait_for(
                     sweep(self.beat_db, gap_s=2 * period_s), BATCH_DEADLINE_S
                 )
+                if time.monotonic() >= next_prune_s:
+                    next_prune_s = time.monotonic() + PRUNE_S
+                    pruned = await asyncio.wait_for(prune(self.beat_db), BATCH_DEADLINE_S)
+                    self.metrics.add("openinfra_sessions_pruned_total", pruned)
             except Refusal:
                 continue  # the store has logged it; the gap moves serving_since
             except Exception as error:  # the loop must not end before the process does
                 log("ERROR", "sweep failed", error=type(error).__name__, said=str(error))
                 continue
+            self.metrics.set("openinfra_swept_time_seconds", time.time())
             self.metrics.add("openinfra_hosts_marked_offline_total", len(gone))
             for host_id in gone[:20]:
                 log("INFO", "host offline", host_id=host_id)
@@ -2753,12 +2822,21 @@ class ControlPlane:
         try:
             async with self.admin_db.transaction() as tx:
                 rows = await tx.dicts(SQL_COUNTS)
+                tables = await tx.dicts(SQL_TABLES)
+                oldest = await tx.the(SQL_OLDEST_SNAPSHOT)
             counts = {row["status"]: row["hosts"] for row in rows}
             for status in HOST_STATUSES:
                 self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
+            for row in tables:
+                for key in ("bytes", "dead_rows"):
+                    self.metrics.set(f"openinfra_table_{key}", row[key], table=row["name"])
+            snapshot = "openinfra_oldest_snapshot_transactions"
+            self.metrics.set(snapshot, oldest["transactions"])
             self.metrics.set("openinfra_database_up", 1)
         except Error:  # the store has logged it; the last counts stay
             self.metrics.set("openinfra_database_up", 0)
+        for name, db in (("beats", self.beat_db), ("agents", self.db), ("admin", self.admin_db)):
+            self.metrics.set("openinfra_pool_waiting", db.waiting(), pool=name)
         self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
         self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
         self.metrics.set("openinfra_resident_memory_bytes", read_resident_bytes())
@@ -3492,7 +3570,6 @@ class HttpServer(http.server.HTTPServer):
         self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
         self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
         self._open: set[socket.socket] = set()
-        self._closing = False
         host, port = cp.settings.http_listen
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), HttpHandler)
@@ -3523,8 +3600,6 @@ class HttpServer(http.server.HTTPServer):
 
     def _work(self, request: socket.socket, client_address: Any) -> None:
         try:
-            if self._closing:
-                return
             self.finish_request(request, client_address)
             request.shutdown(socket.SHUT_WR)
             request.settimeout(0.2)
@@ -3540,7 +3615,6 @@ class HttpServer(http.server.HTTPServer):
 
     def close(self) -> None:
         """Stop taking connections; what was read whole is answered, what drips is cut off."""
-        self._closing = True
         self.shutdown()
         self.server_close()
         for request in list(self._open):

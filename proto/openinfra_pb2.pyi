@@ -52,9 +52,13 @@ class _ReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     INVITE_FOR_OTHER_KEY: _Reason.ValueType  # 6
     """The invite was minted for another WireGuard key. Stops, exit 78."""
     ADDRESS_TAKEN: _Reason.ValueType  # 7
-    """Another host has this tunnel address. Tries again every minute: the operator can free it."""
+    """Another host has this tunnel address, or an open invite is kept for it. Tries again every
+    minute: the operator can free it.
+    """
     KEY_TAKEN: _Reason.ValueType  # 8
-    """Another host, perhaps a revoked one, has this WireGuard key. Stops, exit 78."""
+    """Another host, perhaps a revoked one, has this WireGuard key, or an open invite is kept for it.
+    Stops, exit 78.
+    """
     WRONG_ADDRESS: _Reason.ValueType  # 9
     """The call did not come from the host's own tunnel address. Tries again every minute."""
     UNKNOWN_HOST: _Reason.ValueType  # 10
@@ -88,9 +92,13 @@ INVITE_EXPIRED: Reason.ValueType  # 5
 INVITE_FOR_OTHER_KEY: Reason.ValueType  # 6
 """The invite was minted for another WireGuard key. Stops, exit 78."""
 ADDRESS_TAKEN: Reason.ValueType  # 7
-"""Another host has this tunnel address. Tries again every minute: the operator can free it."""
+"""Another host has this tunnel address, or an open invite is kept for it. Tries again every
+minute: the operator can free it.
+"""
 KEY_TAKEN: Reason.ValueType  # 8
-"""Another host, perhaps a revoked one, has this WireGuard key. Stops, exit 78."""
+"""Another host, perhaps a revoked one, has this WireGuard key, or an open invite is kept for it.
+Stops, exit 78.
+"""
 WRONG_ADDRESS: Reason.ValueType  # 9
 """The call did not come from the host's own tunnel address. Tries again every minute."""
 UNKNOWN_HOST: Reason.ValueType  # 10

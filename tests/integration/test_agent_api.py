@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 
 import cp_server
@@ -619,6 +620,35 @@ def test_a_key_that_an_open_invite_is_kept_for(
     expired = new_wg_key()
     expire(cp, cp.mint(wg_pubkey=expired))
     host.resume(wg_pubkey=expired)
+
+
+def test_sessions_that_ended_long_ago_are_forgotten(make_cp: Callable[..., ControlPlane]) -> None:
+    """90 days after their end; before that an old copy is still told that it was superseded."""
+    cp = make_cp("--heartbeat-s=0.5")
+    with Client(cp) as client:
+        client.register(cp.mint())
+        oldest = client.session
+        client.resume()
+        old = client.session
+        client.resume()
+        sql = "UPDATE sessions SET ended_at = now() - %s::interval WHERE session_sha256 = %s"
+        cp.postgres.force(cp.database, sql, "91 days", cp_server.sha256(oldest))
+        cp.postgres.force(cp.database, sql, "89 days", cp_server.sha256(old))
+        assert cp.stop() == 0
+        cp.start()
+
+        def left() -> int:
+            return len(cp.query("SELECT 1 FROM sessions"))
+
+        wait_for("the oldest is gone", lambda: left() == 2)
+        check_refused("SESSION_SUPERSEDED", client.resume, session=old)
+        client.resume()
+        client.heartbeat()
+    sql = "SELECT prune_sessions(1000)"
+    with psycopg.connect(cp.postgres.dsn(cp.database, "openinfra")) as connection:
+        connection.execute(sql)  # whatever the role asks for: no younger one goes
+    assert left() == 3
+    cp.check_invariants()
 
 
 def test_takeovers_that_race_quarantine_once(cp: ControlPlane, host: Client) -> None:
