@@ -113,6 +113,8 @@ SOCKET_CLIENTS_MAX = 16
 SOCKET_PATH_MAX_BYTES = 107
 
 WG_INTERFACE = "openinfra"
+# Calls are plaintext: they go to this machine or into the tunnel, and nowhere else.
+TUNNEL = ipaddress.IPv4Network("10.77.0.0/16")
 # WireGuard makes a new handshake every 120 s while there is traffic; the keepalive is 25 s.
 HANDSHAKE_OLD_S = 180
 PROBE_TIMEOUT_S = 3.0
@@ -144,7 +146,6 @@ INVITE_ID_RE = re.compile(r"[a-z2-7]{16}")
 HOST_ID_RE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 HEX_32_RE = re.compile(r"[0-9a-f]{64}")
 WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
-HOST_NAME_RE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})")
 ENV_KEY_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
@@ -486,22 +487,27 @@ def scrub_env(raw: bytes, token: Token) -> bytes:
     return b"\n".join(lines)
 
 
-def parse_control_plane(text: str) -> str:
-    """Check host:port; give it back as it was."""
-    host, colon, port = text.rpartition(":")
+def parse_address(control_plane: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Read the address in host:port; localhost is 127.0.0.1, and what is none is `::`, nowhere."""
+    host = control_plane.rpartition(":")[0]
     try:
-        is_host = bool(host) and (
-            isinstance(ipaddress.ip_address(host[1:-1]), ipaddress.IPv6Address)
-            if host[0] == "[" and host[-1] == "]"
-            else HOST_NAME_RE.fullmatch(host) is not None
-        )
+        if host[:1] == "[" and host[-1:] == "]":
+            return ipaddress.IPv6Address(host[1:-1])
+        return ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        is_host = False
-    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and 1 <= int(port) <= 65_535
-    if not (is_host and colon and is_port):
-        raise Error(
-            f"CONTROL_PLANE is not host:port: {parse_line(text, 80)}", "try 10.77.0.1:9092", USAGE
-        )
+        return ipaddress.IPv6Address(0)
+
+
+def parse_control_plane(text: str) -> str:
+    """Check host:port, which is on this machine or in the tunnel; give it back as it was."""
+    host, _, port = text.rpartition(":")
+    given, todo = parse_line(text, 80), "write 10.77.0.1:9092"
+    if not (host and re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65_535):
+        raise Error(f"CONTROL_PLANE {given} is not host:port", todo, USAGE)
+    address = parse_address(text)
+    if not address.is_loopback and address not in TUNNEL:
+        what = f"CONTROL_PLANE {given} is outside the tunnel, which alone protects the calls"
+        raise Error(what, todo, USAGE)
     return text
 
 
@@ -745,12 +751,17 @@ REFUSALS = {
 UNREACHABLE = Refusal(
     BACK_OFF, "cannot reach control plane", "is the tunnel up? try: wg show openinfra"
 )
+NO_TUNNEL = Refusal(
+    BACK_OFF, "no tunnel to the control plane", "sudo systemctl restart wg-quick@openinfra"
+)
 
 
 def decide_refusal(name: str) -> Refusal:
-    """Look up a pb.Reason, or a gRPC code (they share no name)."""
+    """Look up a pb.Reason, NO_TUNNEL or a gRPC code (they share no name)."""
     if name in REFUSALS:
         return REFUSALS[name]
+    if name == "NO_TUNNEL":
+        return NO_TUNNEL
     if name in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         return UNREACHABLE
     if name in ("CANCELLED", "ABORTED", "RESOURCE_EXHAUSTED"):
@@ -776,15 +787,6 @@ def parse_handshakes(text: str) -> int | None:
     """Find the newest handshake in `wg show … latest-handshakes`, Unix seconds; None: never."""
     times = [int(last) for last in re.findall(r"^\S+\t([0-9]+)$", text, re.MULTILINE)]
     return max(times, default=0) or None
-
-
-def is_loopback(control_plane: str) -> bool:
-    """Tell whether the control plane is this very machine, as in a pilot."""
-    host = control_plane.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def parse_request(line: bytes) -> str:
@@ -905,6 +907,7 @@ def list_tunnel_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
         yield "ERROR", f"The last WireGuard handshake is {seen.handshake_age_s} s old.", restart
     if seen.unreachable:
         command = "cp_server.py doctor" if seen.wg == "skipped" else show
+        command = restart if seen.unreachable.startswith(NO_TUNNEL.what) else command
         yield "ERROR", f"{seen.control_plane} cannot be reached: {seen.unreachable}.", command
 
 
@@ -1307,8 +1310,28 @@ def read_status(path: Path) -> dict[str, Any]:
     return answer
 
 
+def read_stray(control_plane: str) -> str:
+    """Say why a packet to the control plane would miss the tunnel; empty when it would not.
+
+    With the tunnel down the kernel's route is the home LAN's. Nothing is sent to find that out.
+    """
+    address = parse_address(control_plane)
+    if address.is_loopback:
+        return ""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect((str(address), 9))
+            source = sock.getsockname()[0]
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if ipaddress.IPv4Address(source) in TUNNEL else f"packets would leave from {source}"
+
+
 def read_unreachable(control_plane: str) -> str:
     """Try the control plane's port; empty when it can be reached, else why not."""
+    stray = read_stray(control_plane)
+    if stray:
+        return f"{NO_TUNNEL.what}: {stray}"
     host, _, port = control_plane.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
@@ -1336,8 +1359,17 @@ def read_tunnel() -> tuple[str, int | None]:
 Reply = TypeVar("Reply")
 
 
-async def call(method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
-    """Make one RPC; raise RefusedError with the CP's reason, or gRPC's code without one."""
+async def call(agent: Agent, method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
+    """Make one RPC; raise RefusedError with the CP's reason, or gRPC's code without one.
+
+    No call begins without the tunnel. The channel may go on by itself when the tunnel goes: its
+    pings and the greeting of a new connection hold no secret, and an old connection's packets
+    keep its address in the tunnel, which Linux sends from only while this machine has it. A call
+    under way at that moment is left; the unit's firewall rule is the second line.
+    """
+    stray = read_stray(agent.config.control_plane)
+    if stray:
+        raise RefusedError("NO_TUNNEL", stray)
     try:
         reply = await method(request, timeout=RPC_DEADLINE_S)
     except grpc.aio.AioRpcError as error:
@@ -1363,7 +1395,7 @@ async def register(agent: Agent) -> pb.RegisterReply:
         facts=read_facts(agent.config.data_dir, agent.disk_encrypted),
     )
     failpoint("Register.before_send")
-    reply = await call(agent.stub.Register, request)
+    reply = await call(agent, agent.stub.Register, request)
     failpoint("Register.after_reply")
     if not HOST_ID_RE.fullmatch(reply.host_id) or not INVITE_ID_RE.fullmatch(reply.invite_id):
         raise RefusedError("BAD_REPLY", "host_id or invite_id is malformed")
@@ -1406,7 +1438,7 @@ async def resume(agent: Agent) -> pb.ResumeReply:
         wg_pubkey=agent.wg_pubkey,
     )
     failpoint("Resume.before_send")
-    reply = await call(agent.stub.Resume, request)
+    reply = await call(agent, agent.stub.Resume, request)
     failpoint("Resume.after_reply")
     if reply.host_id != identity.host_id:
         other = parse_line(reply.host_id, 40)
@@ -1451,7 +1483,7 @@ async def beat(agent: Agent) -> None:
     if facts != agent.acknowledged_facts:
         request.facts.CopyFrom(facts)
     failpoint("Heartbeat.before_send")
-    reply = await call(agent.stub.Heartbeat, request)
+    reply = await call(agent, agent.stub.Heartbeat, request)
     failpoint("Heartbeat.after_reply")
     agent.seq += 1
     agent.session_heartbeats += 1
@@ -1503,7 +1535,7 @@ def note_connected(agent: Agent) -> None:
 def note_accepted(agent: Agent) -> None:
     """Forget the trouble that an accepted heartbeat ended."""
     note_connected(agent)
-    if agent.trouble and agent.trouble != UNREACHABLE.what:
+    if agent.trouble not in ("", UNREACHABLE.what, NO_TUNNEL.what):
         log("INFO", "control plane accepts heartbeats again")
     agent.state = "running"
     agent.attempt = 0
@@ -1545,7 +1577,7 @@ def note_trouble(agent: Agent, refused: RefusedError, refusal: Refusal) -> None:
 def settle_refusal(agent: Agent, refused: RefusedError) -> float:
     """Do what a refusal asks for; give back the wait before the next call, or raise the end."""
     refusal = decide_refusal(refused.name)
-    if refusal is UNREACHABLE:
+    if refusal in (UNREACHABLE, NO_TUNNEL):
         agent.is_connected = False
     else:
         note_connected(agent)
@@ -1611,8 +1643,8 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         encrypted = is_encrypted(data_dir)
         identity = collect(problems, lambda: read_identity_state(data_dir), "unknown")
     status = collect(problems, lambda: read_status(config.socket), None)
-    loopback = is_loopback(config.control_plane)
-    wg, handshake_age_s = ("skipped", None) if loopback else read_tunnel()
+    is_here = parse_address(config.control_plane).is_loopback
+    wg, handshake_age_s = ("skipped", None) if is_here else read_tunnel()
     return Snapshot(
         control_plane=config.control_plane,
         env_file=str(config.env_file),
@@ -1762,7 +1794,10 @@ async def serve(
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, ensure_stop, stop, signum)
-    channel = grpc.aio.insecure_channel(f"dns:///{config.control_plane}", CHANNEL_OPTIONS)
+    # As an address, so that no name server decides where the session goes.
+    target = f"ipv{parse_address(config.control_plane).version}:{config.control_plane}"
+    target = target.replace("localhost", "127.0.0.1")
+    channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
     agent = Agent(
         config=config,
         identity=identity,

@@ -177,7 +177,9 @@ def test_bad_env_file_stops_the_program(host: Host, line: str, said: str) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (f"CONTROL_PLANE={NOWHERE}", "CONTROL_PLANE=10.77.0.1", "CONTROL_PLANE is not host:port"),
+        (NOWHERE, "10.77.0.1", "CONTROL_PLANE 10.77.0.1 is not host:port"),
+        (NOWHERE, "cp.coledex.com:9092", "outside the tunnel"),
+        (NOWHERE, "192.168.1.5:9092", "; write 10.77.0.1:9092"),
         (WALLET, "1" * 32, "SOLANA_PAYOUT_PUBKEY is not a Solana address"),
         (f"oi1_{ID}", f"oi1_{ID[::-1]}", f"INVITE_TOKEN was mistyped (invite {ID[::-1]})"),
     ],

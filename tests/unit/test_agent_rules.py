@@ -194,7 +194,7 @@ def test_scrub_changes_the_value_and_no_other_byte(
 
 @pytest.mark.parametrize(
     "text",
-    ["10.77.0.1:9092", "localhost:1", "cp-1.example.com:65535", "[fd00::1]:9092", "127.0.0.1:80"],
+    ["10.77.0.1:9092", "10.77.255.254:65535", "localhost:1", "127.9.9.9:80", "[::1]:9092"],
 )
 def test_control_plane_is_accepted(text: str) -> None:
     assert agent.parse_control_plane(text) == text
@@ -230,19 +230,41 @@ def test_bad_control_plane_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "text",
     [
-        ("127.0.0.1:1", True),
-        ("127.9.9.9:1", True),
-        ("[::1]:1", True),
-        ("localhost:1", True),
-        ("10.77.0.1:1", False),
-        ("cp.example.com:1", False),
-        ("[fd00::1]:1", False),
+        "cp.coledex.com:9092",
+        "192.168.1.5:9092",
+        "10.78.0.1:9092",
+        "10.76.255.255:9092",
+        "0.0.0.0:9092",
+        "localhost.example.com:9092",
+        "127.1:9092",
+        "0x7f000001:9092",
+        "[::]:9092",
+        "[fd00::1]:9092",
+        "[::ffff:10.77.0.1]:9092",
+        "[127.0.0.1]:9092",
     ],
 )
-def test_loopback(text: str, expected: bool) -> None:
-    assert agent.is_loopback(text) is expected
+def test_control_plane_outside_the_tunnel_is_refused(text: str) -> None:
+    with pytest.raises(agent.Error, match="outside the tunnel") as caught:
+        agent.parse_control_plane(text)
+    assert (caught.value.exit_code, caught.value.todo) == (2, "write 10.77.0.1:9092")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("127.0.0.1:1", "127.0.0.1"),
+        ("localhost:1", "127.0.0.1"),
+        ("[::1]:1", "::1"),
+        ("10.77.0.1:1", "10.77.0.1"),
+        ("cp.example.com:1", "::"),
+        ("[::1:1", "::"),
+    ],
+)
+def test_address(text: str, expected: str) -> None:
+    assert str(agent.parse_address(text)) == expected
 
 
 @pytest.mark.parametrize("text", ["", WALLET, "1" * 31 + "2"])
@@ -278,10 +300,10 @@ def test_bad_wallet_is_refused(text: str) -> None:
 
 def test_flag_beats_env_file_beats_default() -> None:
     args = agent.make_parser().parse_args(["run", "--data-dir", "/flag"])
-    values = {"DATA_DIR": "/env", "CONTROL_PLANE": "cp:1", "SOLANA_PAYOUT_PUBKEY": ""}
+    values = {"DATA_DIR": "/env", "CONTROL_PLANE": "[::1]:1", "SOLANA_PAYOUT_PUBKEY": ""}
     config = agent.decide_config(args, agent.EnvFile(b"", values, 0o600, 0))
     assert str(config.data_dir) == "/flag"
-    assert config.control_plane == "cp:1"
+    assert config.control_plane == "[::1]:1"
     assert str(config.socket) == "/run/openinfra/agent.sock"
     assert (config.wallet, config.token, config.allow_unencrypted) == ("", None, False)
 
@@ -558,6 +580,7 @@ def test_every_reason_of_the_contract_has_its_action() -> None:
         ("DEADLINE_EXCEEDED", agent.BACK_OFF),
         ("CANCELLED", agent.BACK_OFF),
         ("RESOURCE_EXHAUSTED", agent.BACK_OFF),
+        ("NO_TUNNEL", agent.BACK_OFF),
         ("UNIMPLEMENTED", agent.MINUTE),
         ("INTERNAL", agent.MINUTE),
         ("BAD_REPLY", agent.MINUTE),
@@ -737,6 +760,12 @@ def test_nothing_is_wrong_with_a_good_host() -> None:
         ({"handshake_age_s": 181}, "ERROR", "181 s old", "wg-quick"),
         ({"unreachable": "refused"}, "ERROR", "10.77.0.1:9092 cannot be reached", "wg show"),
         ({"unreachable": "refused", "wg": "skipped"}, "ERROR", "cannot be", "cp_server.py doctor"),
+        (
+            {"unreachable": f"{agent.NO_TUNNEL.what}: packets would leave from 192.168.1.9"},
+            "ERROR",
+            "no tunnel to the control plane: packets would leave from 192.168.1.9.",
+            "restart wg-quick@openinfra",
+        ),
         ({"status": {**ONLINE, "state": "retrying", **LAST}}, "ERROR", "quarantined", "journalctl"),
         ({"status": {**ONLINE, "state": "retrying"}}, "ERROR", "not online", "journalctl"),
         (
