@@ -975,6 +975,9 @@ def read_env(path: Path) -> EnvFile:
 
 def check_env_mode(path: Path, env: EnvFile, token: Token | None) -> None:
     """Refuse an env file that others can change, or read while it holds a secret."""
+    uid = os.geteuid()
+    if env.uid not in (0, uid):
+        raise Error(f"{path} belongs to uid {env.uid}", f"run: chown {uid} {path}", USAGE)
     if env.mode & 0o022:
         raise Error(f"{path} can be changed by others", f"run: chmod 0600 {path}", USAGE)
     if env.mode & 0o077 and token is not None and token.text:

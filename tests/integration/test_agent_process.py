@@ -213,6 +213,19 @@ def test_env_file_of_others(host: Host, used: bool, mode: int, code: int) -> Non
     assert ("chmod 0600" in done.stderr) == (code == 2)
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_env_file_that_belongs_to_another(host: Host, used: bool) -> None:
+    if used:
+        host.write_env(f"oi1_{ID}_used")
+    give_away(host.env_file)
+    done = host.run()
+    assert done.returncode == 2
+    said = f"{host.env_file} belongs to uid 65534"
+    assert f"{said} ; run: chown {os.geteuid()} {host.env_file}\n" in done.stderr
+    assert list(host.data.iterdir()) == []
+    assert said in host.call("doctor", f"--data-dir={host.data}").stdout
+
+
 def test_wg_key_that_is_none(host: Host) -> None:
     (host.env_file.parent / "wg.pub").write_text("not a key\n")
     done = host.run()
