@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -489,8 +490,8 @@ def test_health_is_told_while_the_database_is_away(
 ) -> None:
     with serving(spare_postgres, tmp_path / "cp") as cp:
         spare_postgres.stop()
-        with ThreadPoolExecutor(16) as workers:
-            calls = [workers.submit(cp.call, "GET", "/api/v1/admin/hosts") for _ in range(16)]
+        with ThreadPoolExecutor(60) as workers:
+            calls = [workers.submit(cp.call, "GET", "/api/v1/admin/hosts") for _ in range(60)]
             time.sleep(0.3)
             began = time.monotonic()
             status, _ = cp.call("GET", "/healthz")
@@ -519,6 +520,54 @@ def test_a_database_that_hangs_is_outlived(spare_postgres: Postgres, tmp_path: P
                 os.kill(pid, signal.SIGCONT)
         wait_for("a heartbeat", lambda: try_heartbeat(client) == "", 30)
         wait_for("the API", lambda: cp.call("GET", "/api/v1/admin/hosts")[0] == 200, 30)
+
+
+def test_connections_that_hang_are_given_up(make_cp: MakeCp) -> None:
+    """The server lives, but those who serve this control plane stand still, as on a dead link."""
+    cp = make_cp("--heartbeat-s=1")
+    with Client(cp) as client:
+        client.register(cp.mint())
+        client.heartbeat()
+        sql = "SELECT pid FROM pg_stat_activity WHERE application_name = 'openinfra-cp'"
+        sql += " AND datname = current_database()"
+        stopped = [int(row["pid"]) for row in cp.query(sql)]
+        try:
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            assert try_heartbeat(client) != ""
+            wait_for("a heartbeat", lambda: try_heartbeat(client) == "", 30)
+            wait_for("the API", lambda: cp.call("GET", "/api/v1/admin/hosts")[0] == 200, 30)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_sigterm_while_the_server_stands_still(spare_postgres: Postgres, tmp_path: Path) -> None:
+    """With calls of both kinds under way: the end comes within 10 s all the same."""
+    cp = ControlPlane(spare_postgres, tmp_path / "cp")
+    cp.start()
+    with Client(cp) as client:
+        client.register(cp.mint())
+        stopped = stop_still(spare_postgres, signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(9) as workers:
+                workers.submit(try_heartbeat, client)
+                for _ in range(8):
+                    workers.submit(try_get, cp)
+                time.sleep(0.5)
+                began = time.monotonic()
+                assert cp.stop() == 0
+                assert time.monotonic() - began < 10
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+    assert "Traceback" not in cp.log, cp.log
+
+
+def try_get(cp: ControlPlane) -> None:
+    """A list of hosts, whatever comes of it."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        cp.call("GET", "/api/v1/admin/hosts")
 
 
 def stop_still(postgres: Postgres, how: signal.Signals) -> list[int]:
