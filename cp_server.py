@@ -2246,8 +2246,10 @@ async def _redeem(tx: Transaction, reg: Registration, interval_ms: int) -> Host 
             )
             return Refusal("INVITE_USED", "invite already used", "ask the operator for a fresh one")
         check_invite_key(invite, reg)
+    # An invite that was itself minted for the key has the right to it, whatever others say.
+    key = None if invite["wg_pubkey"] else reg.wg_pubkey
     kept = await tx.dicts(
-        SQL_INVITE_KEPT, invite_id=token.public_id, wg_ip=reg.wg_ip, wg_pubkey=reg.wg_pubkey
+        SQL_INVITE_KEPT, invite_id=token.public_id, wg_ip=reg.wg_ip, wg_pubkey=key
     )
     kinds = frozenset(kind for row in kept for kind in row if row[kind])
     claimant = decide_redemption(by["by_secret"], by["by_key"], by["by_address"], kinds)

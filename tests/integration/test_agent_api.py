@@ -614,6 +614,9 @@ def test_a_key_that_an_open_invite_is_kept_for(
     with unchanged(cp):  # the answer was lost, and the key is another one now
         check_refused("INVITE_FOR_OTHER_KEY", owner.register, token, wg_pubkey=new_wg_key())
     owner.register(token, wg_pubkey=key)
+    twice = new_wg_key()  # the operator minted again, since the first token got lost
+    tokens = [cp.mint(wg_pubkey=twice) for _ in range(2)]
+    make_client().register(tokens[1], wg_pubkey=twice)
     free = new_wg_key()
     assert revoke_invite(cp, cp.mint(wg_pubkey=free)) == 200
     host.resume(wg_pubkey=free)  # an invite that was taken back keeps nothing
