@@ -63,9 +63,13 @@ def free_port() -> int:
 
 
 class Postgres:
-    """A PostgreSQL cluster of the test session, on a unix socket only."""
+    """A PostgreSQL cluster of the test session, on a unix socket only.
 
-    def __init__(self, directory: Path) -> None:
+    Tests do without fsync and with little memory; a benchmark asks for a server as it is installed.
+    """
+
+    def __init__(self, directory: Path, *, fsync: bool = False) -> None:
+        self.settings = [] if fsync else ["-c", "fsync=off", "-c", "shared_buffers=32MB"]
         binaries = cp_server.find_postgres()
         assert binaries, "PostgreSQL 15 or newer is not installed; run tests/run"
         self.binaries = binaries
@@ -91,7 +95,7 @@ class Postgres:
     def start(self) -> None:
         """Start the server and wait until it answers."""
         options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={self.directory}"]
-        options += ["-c", "fsync=off", "-c", "max_connections=60", "-c", "shared_buffers=32MB"]
+        options += ["-c", "max_connections=60", *self.settings]
         with (self.directory.parent / "postgres.log").open("ab") as output:
             self.child = subprocess.Popen(
                 self._as_user(["postgres", "-D", str(self.directory / "data"), *options]),
