@@ -436,6 +436,8 @@ def measure(spec: Spec) -> None:
         took_s=took_s,
     )
     sys.stdin.read()  # the connections stay until the other side has looked at the memory
+    for host in fleet.hosts:
+        fleet.drop(host)
 
 
 if __name__ == "__main__":
