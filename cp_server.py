@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -541,8 +542,8 @@ class Beat:
     session_sha256: bytes
     peer: str
     seq: int
-    boot_id: uuid.UUID
-    paused: bool
+    boot_id: str
+    status: str  # online or paused
     interval_ms: int
     facts: Facts | None
 
@@ -689,6 +690,10 @@ def namespace_of(payout_pubkey: str) -> str:
 
 def parse_peer(peer: str) -> str:
     """The address in gRPC's peer string (`ipv4:10.77.0.42:53422`, `ipv6:%5B::1%5D:53422`)."""
+    with contextlib.suppress(ValueError, OSError):  # almost all: IPv4, which has one spelling
+        if peer.startswith("ipv4:"):
+            socket.inet_pton(socket.AF_INET, peer[5 : peer.rfind(":")])
+            return peer[5 : peer.rfind(":")]
     text = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -950,8 +955,8 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
         session_sha256=hash_secret(request.session, "session"),
         peer=peer,
         seq=request.seq,
-        boot_id=uuid.UUID(request.boot_id),
-        paused=request.paused,
+        boot_id=request.boot_id,
+        status="paused" if request.paused else "online",
         interval_ms=interval_ms,
         facts=parse_facts(request.facts) if request.HasField("facts") else None,
     )
@@ -1112,6 +1117,9 @@ def decide_standing(host: Host) -> Standing:
     return Standing(host.status, not reasons, reasons)
 
 
+PLAIN_STANDING = Standing("online", True, ())  # of a host that workloads may be placed on
+
+
 def decide_busy(waiting: int, commit_s: float) -> float:
     """How loaded the heartbeat path is, 0 to 1, from its queue and its last commit's time."""
     return min(1.0, max(waiting / (10 * BATCH_MAX), (commit_s - 0.25) / 0.75, 0.0))
@@ -1125,6 +1133,7 @@ def decide_interval_ms(nominal_s: float, busy: float, unit: float) -> int:
     return int(min(nominal_s * (1 + busy) * (0.9 + 0.2 * unit), HEARTBEAT_MAX_S) * 1000)
 
 
+@functools.lru_cache(maxsize=1_024)
 def render_standing(standing: Standing) -> pb.Standing:
     """The standing as an agent gets it."""
     status = pb.HostStatus.Value(f"HOST_STATUS_{standing.status.upper()}")
@@ -1771,16 +1780,21 @@ INSERT INTO sessions (session_sha256, host_no, opened_by)
 VALUES (%(session_sha256)s, %(host_no)s, %(opened_by)s)
 """
 
+# What `decide_reasons` finds nothing in, once a host is online; most hosts of a fleet are so.
+HOST_IS_PLAIN = """h.payout_pubkey IS NOT NULL AND h.requested_payout_pubkey IS NULL
+    AND n.approved_at IS NOT NULL"""
+
 SQL_HEARTBEATS = f"""
--- accept a batch of heartbeats: liveness, status; a row that is missing was refused
+-- accept a batch of heartbeats: liveness, status; a number that is missing was refused
 WITH beat AS (
   SELECT * FROM unnest(%(session_sha256)s::bytea[], %(peer)s::inet[], %(interval_ms)s::integer[],
-    %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[])
-    AS t (session_sha256, peer, interval_ms, seq, boot_id, status)
+    %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[]) WITH ORDINALITY
+    AS t (session_sha256, peer, interval_ms, seq, boot_id, status, number)
 ), good AS (
-  SELECT beat.*, s.host_no, h.status AS old_status FROM beat
+  SELECT beat.*, s.host_no, h.host_id, h.status AS old_status, {HOST_IS_PLAIN} AS is_plain FROM beat
   JOIN sessions s ON s.session_sha256 = beat.session_sha256 AND s.ended_at IS NULL
   JOIN hosts h ON h.host_no = s.host_no
+  LEFT JOIN namespaces n ON n.namespace = h.namespace
   WHERE h.status NOT IN ('quarantined', 'revoked')
     AND (NOT %(peer_check)s OR h.wg_ip = beat.peer)
 ), alive AS (
@@ -1792,9 +1806,13 @@ WITH beat AS (
   FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
     AND h.status NOT IN ('quarantined', 'revoked')
 )
-SELECT good.session_sha256, host(good.peer) AS peer, good.old_status,
-  good.status AS new_status, now() AS accepted_at, {HOST_COLUMNS}
-FROM {HOST_TABLES} JOIN good ON good.host_no = h.host_no
+SELECT number, host_no, old_status, is_plain AND status = 'online' AS is_plain,
+  CASE WHEN status <> old_status THEN host_id END AS flipped_host_id FROM good
+"""
+
+SQL_HEARTBEAT_HOSTS = f"""
+-- the hosts of a batch whose standing has something to say
+SELECT {HOST_COLUMNS} FROM {HOST_TABLES} WHERE h.host_no = ANY(%(host_nos)s)
 """
 
 SQL_HEARTBEAT_WHY = """
@@ -1932,6 +1950,7 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
 
 T = TypeVar("T")
 Row = dict[str, Any]
+BeatFuture = asyncio.Future[Standing | Refusal]
 BeatKey = tuple[bytes, str]  # session's hash and peer: a copy elsewhere gets its own answer
 
 
@@ -2450,7 +2469,7 @@ async def record_heartbeats(
     """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
     answers: dict[BeatKey, Standing | Refusal] = {}
     flipped: list[tuple[str, uuid.UUID, str]] = []
-    facts = {(beat.session_sha256, beat.peer): beat.facts for beat in beats if beat.facts}
+    told: dict[int, Beat] = {}  # by host_no: those whose standing has reasons
     async with db.transaction() as tx:
         rows = await tx.dicts(
             SQL_HEARTBEATS,
@@ -2460,19 +2479,24 @@ async def record_heartbeats(
             interval_ms=[beat.interval_ms for beat in beats],
             seq=[beat.seq for beat in beats],
             boot_id=[beat.boot_id for beat in beats],
-            status=["paused" if beat.paused else "online" for beat in beats],
+            status=[beat.status for beat in beats],
         )
         for row in rows:
-            session, old = bytes(row.pop("session_sha256")), row.pop("old_status")
-            row["status"], row["last_heartbeat_at"] = row.pop("new_status"), row.pop("accepted_at")
-            row["status_at"] = row["status_at" if row["status"] == old else "last_heartbeat_at"]
-            key = (session, row.pop("peer"))
-            answers[key] = decide_standing(Host(**row))
-            if key in facts:
-                values = dataclasses.asdict(facts[key])
+            beat = beats[row["number"] - 1]
+            if row["is_plain"]:
+                answers[beat.session_sha256, beat.peer] = PLAIN_STANDING
+            else:
+                told[row["host_no"]] = beat
+            if beat.facts:
+                values = dataclasses.asdict(beat.facts)
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
-            if row["status"] != old:
-                flipped.append((row["status"], row["host_id"], old))
+            if row["flipped_host_id"]:
+                flipped.append((beat.status, row["flipped_host_id"], row["old_status"]))
+        if told:
+            for host in await tx.rows(SQL_HEARTBEAT_HOSTS, Host, host_nos=list(told)):
+                beat = told[host.host_no]
+                accepted = dataclasses.replace(host, status=beat.status)
+                answers[beat.session_sha256, beat.peer] = decide_standing(accepted)
         refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
         if refused:
             sessions = [beat.session_sha256 for beat in refused]
@@ -2695,7 +2719,7 @@ class ControlPlane:
         self.metrics.set("openinfra_start_time_seconds", time.time())
         self._keys: tuple[tuple[int, int], list[JwtKey]] = ((0, 0), [])
         self._keys_fault = ""
-        self._waiting: dict[BeatKey, tuple[Beat, asyncio.Future[Standing | Refusal]]] = {}
+        self._waiting: dict[BeatKey, tuple[Beat, list[BeatFuture]]] = {}
         self._waiting_of: dict[str, int] = {}  # by peer
         self._wake = asyncio.Event()
 
@@ -2730,17 +2754,16 @@ class ControlPlane:
         is_full = self.settings.peer_check and of_peer >= WAITING_PEER_MAX
         if known is None and (is_full or len(self._waiting) >= WAITING_MAX):
             raise Refusal("TRY_LATER", "too many heartbeats are waiting", "the agent tries again")
+        future: BeatFuture = asyncio.get_running_loop().create_future()
         if known is None:
             self._waiting_of[beat.peer] = of_peer + 1
-            future: asyncio.Future[Standing | Refusal]
-            future = asyncio.get_running_loop().create_future()
-            self._waiting[key] = (beat, future)
+            self._waiting[key] = (beat, [future])
         else:  # a retry overtook the first try: one commit answers both
-            earlier, future = known
+            earlier, futures = known
             merged = dataclasses.replace(beat, facts=beat.facts or earlier.facts)
-            self._waiting[key] = (merged, future)
+            self._waiting[key] = (merged, [*futures, future])
         self._wake.set()
-        answer = await asyncio.shield(future)
+        answer = await future
         if isinstance(answer, Refusal):
             raise answer
         return answer
@@ -2767,9 +2790,7 @@ class ControlPlane:
             if batch:
                 await self._flush(batch)
 
-    async def _flush(
-        self, batch: Mapping[BeatKey, tuple[Beat, asyncio.Future[Standing | Refusal]]]
-    ) -> None:
+    async def _flush(self, batch: Mapping[BeatKey, tuple[Beat, list[BeatFuture]]]) -> None:
         began = time.monotonic()
         answers: Mapping[BeatKey, Standing | Refusal] = {}
         fault: Refusal | None = None
@@ -2786,12 +2807,15 @@ class ControlPlane:
         self.busy = decide_busy(len(self._waiting), took)
         self.metrics.add("openinfra_heartbeat_batches_total")
         self.metrics.add("openinfra_heartbeat_commit_seconds_total", took)
-        for key, (_, future) in batch.items():
+        results: collections.Counter[str] = collections.Counter()
+        for key, (_, futures) in batch.items():
             answer = fault or answers[key]
-            result = answer.code.lower() if isinstance(answer, Refusal) else "accepted"
-            self.metrics.add("openinfra_heartbeats_total", result=result)
-            if not future.done():
-                future.set_result(answer)
+            results[answer.code.lower() if isinstance(answer, Refusal) else "accepted"] += 1
+            for future in futures:
+                if not future.done():  # its caller may be gone
+                    future.set_result(answer)
+        for result, count in results.items():
+            self.metrics.add("openinfra_heartbeats_total", count, result=result)
 
     async def sweep_forever(self) -> None:
         """Mark silent hosts offline, again and again; a fault is logged and tried again."""
@@ -3011,6 +3035,7 @@ def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
             ("grpc.max_metadata_size", 8_192),
             ("grpc.keepalive_time_ms", 600_000),  # finds hosts that went away without a word
             ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.bdp_probe", 0),  # a ping beside each small request would measure nothing
         )
     )
     server.add_generic_rpc_handlers((AgentEdge(cp).handler(),))

@@ -920,8 +920,8 @@ def test_a_heartbeat_is_read() -> None:
         hashlib.sha256(b"s" * 32).digest(),
         "10.77.0.42",
         2**63 - 1,
-        uuid.UUID(BOOT_ID),
-        True,
+        BOOT_ID,
+        "paused",
         30_000,
         None,
     )
