@@ -147,8 +147,9 @@ def read_tree_pss_bytes(pid: int) -> int:
 class Load:
     """A process of tests/bench/load.py inside the namespace."""
 
-    def __init__(self, netns: Netns, spec: Spec, module: str = "tests.bench.load") -> None:
-        argv = ["setpriv", "--pdeathsig=KILL", "--", sys.executable, "-W", "error", "-m", module]
+    def __init__(self, netns: Netns, spec: Spec) -> None:
+        argv = ["setpriv", "--pdeathsig=KILL", "--", sys.executable, "-W", "error", "-m"]
+        argv.append("tests.bench.load")
         self.child = subprocess.Popen(
             netns.argv([*argv, json.dumps(dataclasses.asdict(spec))]),
             stdin=subprocess.PIPE,

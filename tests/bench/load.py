@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import errno
 import hashlib
+import heapq
 import json
 import os
 import random
@@ -39,6 +40,7 @@ BOOT_ID = "0b8c4a52-0a6b-4f8e-9b1e-2d6f5c3a7e10"
 LEASE_TTL_S = 120
 CALL_TIMEOUT_S = 10.0
 CONNECTING_MAX = 200  # handshakes under way at one time while the fleet connects
+RETRY_S = (1.0, 5.0)  # a host that was cut off or refused comes again after such a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Spec:
     rate: float
     warm_s: float = 0
     measure_s: float = 0
+    restarts: int = 0  # how often the server will go away and come back
     seed: int = 1
 
 
@@ -399,6 +402,97 @@ class Fleet:
         return self.made - before
 
 
+class Restarts(Fleet):
+    """A fleet that goes on by itself: who is cut off or refused comes again, with a heartbeat.
+
+    An agent that is cut off waits until its next heartbeat is due; these hosts do not, so that all
+    of them come at one time, which is the worst case for the server.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.again: list[tuple[float, int]] = []  # a heap of when which host comes again
+        self.lost: set[int] = set()  # cut off since the server went away
+        self.back: set[int] = set()  # of these: accepted since
+
+    def begin(self) -> None:
+        """From here on hosts come again."""
+        self.on_lost = self.on_refused = self.note_fault
+        self.on_settled = self.beat
+        self.on_reply = self.note_back
+
+    def note_fault(self, host: Host) -> None:
+        """The connection or the call came to nothing."""
+        if host.sock is None:
+            self.lost.add(host.number)
+            self.back.discard(host.number)
+        due = time.monotonic() + self.random.uniform(*RETRY_S)
+        heapq.heappush(self.again, (due, host.number))
+
+    def note_back(self, host: Host) -> None:
+        """A heartbeat was accepted."""
+        if host.number in self.lost:
+            self.back.add(host.number)
+
+    def beat(self, host: Host) -> None:
+        """A heartbeat at once; one that was not acknowledged is repeated with its number."""
+        if host.sock is None or host.due:
+            return
+        host.due = time.monotonic()
+        if host.seq == host.accepted:
+            host.seq += 1
+        self.send(host, host.heartbeat(self.spec.port))
+
+    def come_again(self) -> None:
+        """Hosts whose time has come: a connection, or a heartbeat on the one that they have."""
+        while self.again and self.again[0][0] <= time.monotonic():
+            host = self.hosts[heapq.heappop(self.again)[1]]
+            if host.sock is None:
+                self.connect(host)
+            else:
+                self.beat(host)
+
+    def run_until(self, is_over: Callable[[], bool]) -> None:
+        """Heartbeats at the asked rate from hosts that are connected."""
+        due = time.monotonic()
+        while not is_over():
+            now = time.monotonic()
+            self.come_again()
+            while due <= now:
+                host = self.order[self.made % len(self.order)]
+                if host.settled and host.number not in self.lost - self.back:
+                    self.beat(host)
+                self.made += 1
+                due += self.random.expovariate(self.spec.rate)
+            self.poll(min(due - now, 0.01))
+
+
+def follow(spec: Spec) -> None:
+    """Connect, then say each time when all hosts were cut off and are back."""
+    fleet = Restarts(spec)
+    fleet.connect_all()
+    fleet.begin()
+    for host in fleet.hosts:
+        due = time.monotonic() + host.number / spec.hosts * spec.warm_s
+        heapq.heappush(fleet.again, (due, host.number))
+    fleet.run_until(lambda: all(host.accepted for host in fleet.hosts))
+    report(at="ready")
+    for _ in range(spec.restarts):
+        fleet.run_until(lambda: len(fleet.back) == spec.hosts)
+        at_s = time.monotonic()
+        accepted = [host.accepted for host in fleet.hosts]
+        report(at="back", at_s=at_s, accepted=accepted, errors=dict(fleet.errors))
+        fleet.lost.clear()
+        fleet.back.clear()
+        fleet.errors.clear()
+    until_s = time.monotonic() + spec.measure_s
+    fleet.run_until(lambda: time.monotonic() > until_s)
+    report(at="end", accepted=[host.accepted for host in fleet.hosts], errors=dict(fleet.errors))
+    sys.stdin.read()
+    for host in fleet.hosts:
+        fleet.drop(host)
+
+
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that this share of the values does not exceed; they are sorted."""
     return values[min(int(len(values) * share), len(values) - 1)]
@@ -441,4 +535,5 @@ def measure(spec: Spec) -> None:
 
 
 if __name__ == "__main__":
-    measure(Spec(**json.loads(sys.argv[1])))
+    SPEC = Spec(**json.loads(sys.argv[1]))
+    (follow if SPEC.restarts else measure)(SPEC)
