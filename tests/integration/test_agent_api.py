@@ -510,6 +510,43 @@ def test_sessions_and_secrets_of_nobody_or_of_another_host(
     host.heartbeat()
 
 
+WALLETS = (  # payout_pubkey, whether its namespace is approved, requested_payout_pubkey
+    [(None, False, asked) for asked in (None, WALLET)]
+    + [(WALLET, True, asked) for asked in (None, OTHER_WALLET)]
+    + [(OTHER_WALLET, False, asked) for asked in (None, WALLET)]
+)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize(("wallet", "approved", "asked"), WALLETS)
+def test_a_heartbeat_says_what_the_api_says(
+    cp: ControlPlane,
+    host: Client,
+    wallet: str | None,
+    approved: bool,
+    asked: str | None,
+    paused: bool,
+) -> None:
+    """The heartbeat's short way, for a host with no reasons, is taken for no other."""
+    namespace = wallet and f"solana:{wallet}"
+    if namespace:
+        sql = "INSERT INTO namespaces (namespace) VALUES (%s) ON CONFLICT DO NOTHING"
+        cp.postgres.execute(cp.database, sql, namespace)
+        sql = "UPDATE namespaces SET approved_at = CASE WHEN %s THEN now() END,"
+        sql += " approved_by = CASE WHEN %s THEN 'cli:test' END WHERE namespace = %s"
+        cp.postgres.execute(cp.database, sql, approved, approved, namespace)
+    sql = "UPDATE hosts SET payout_pubkey = %s, namespace = %s, requested_payout_pubkey = %s"
+    sql += " WHERE host_secret_sha256 = %s"
+    values = (wallet, namespace, asked, cp_server.sha256(host.host_secret))
+    cp.postgres.execute(cp.database, sql, *values)
+
+    standing = host.heartbeat(paused=paused).standing
+    found = get_host(cp, host)
+    assert list(standing.reasons) == found["reasons"]
+    assert standing.assignable == found["assignable"] == (approved and not asked and not paused)
+    assert pb.HostStatus.Name(standing.status) == f"HOST_STATUS_{found['status'].upper()}"
+
+
 def take_over(host: Client) -> None:
     """Resume as a copy does, which does not know the live session."""
     host.resume(previous_session=secrets.token_bytes(32))
