@@ -3036,6 +3036,10 @@ def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
             ("grpc.keepalive_time_ms", 600_000),  # finds hosts that went away without a word
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.bdp_probe", 0),  # a ping beside each small request would measure nothing
+            # Calls that wait to be taken in: gRPC's own limits, 1,000 and 3,000, would cancel many
+            # of a fleet that comes back.
+            ("grpc.server.max_pending_requests", WAITING_MAX),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * WAITING_MAX),
         )
     )
     server.add_generic_rpc_handlers((AgentEdge(cp).handler(),))
