@@ -1697,8 +1697,10 @@ HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
   h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.created_at, h.revoked_at,
   l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
 
-HOST_TABLES = """hosts h JOIN invites i ON i.invite_id = h.invite_id
+HOST_JOINS = """JOIN invites i ON i.invite_id = h.invite_id
   JOIN liveness l ON l.host_no = h.host_no LEFT JOIN namespaces n ON n.namespace = h.namespace"""
+
+HOST_TABLES = f"hosts h {HOST_JOINS}"
 
 SQL_HOST_GET = f"""
 -- one host
@@ -1719,11 +1721,13 @@ HOST_LIST_FILTERS = {
 }
 
 SQL_HOST_LIST = f"""
--- a page of hosts in the order of registration
-SELECT {HOST_COLUMNS} FROM {HOST_TABLES}
-WHERE h.host_no > %(cursor)s
-{{filters}}
-ORDER BY h.host_no LIMIT %(limit)s
+-- a page of hosts in the order of registration: the page first, then what is joined to its rows
+SELECT {HOST_COLUMNS} FROM (
+  SELECT * FROM hosts h WHERE h.host_no > %(cursor)s
+  {{filters}}
+  ORDER BY h.host_no LIMIT %(limit)s
+) h {HOST_JOINS}
+ORDER BY h.host_no
 """
 
 SQL_HOST_REVOKE = """

@@ -16,20 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.bench.load import FIRST_ADDRESS, Spec
+from tests.bench.load import Spec
 from tests.harness import ROOT, ControlPlane, Netns, Postgres, Process, wait_for
 
 ETCD_PORT = 2379
 WALLETS = 5
 
 # Hosts as if each had redeemed an invite of its own; `n` counts from 0, as in load.py. Wallets are
-# base58 of the right length that nobody has. With `spread` every status is there.
+# base58 of the right length that nobody has. Addresses begin at 10.77.16.0, as in load.py; when
+# they are used up, those below follow. With `spread` every status is there.
 FILL = """
 CREATE TEMPORARY TABLE fleet AS
 SELECT n, gen_random_uuid() AS host_id,
   translate(lpad(n::text, 16, '0'), '0123456789', 'abcdefghij') AS invite_id,
   rpad('Bench' || n % {wallets} + 1, 44, 'x') AS wallet,
-  CASE WHEN NOT {spread} OR n % 10 < 6 THEN {status}
+  CASE WHEN {spread} AND n % 1000 = 0 THEN 'quarantined'
+    WHEN NOT {spread} OR n % 10 < 6 THEN {status}
     ELSE (ARRAY['offline', 'paused', 'pending', 'revoked'])[n % 10 - 5] END AS status
 FROM generate_series(0, {hosts} - 1) AS n;
 
@@ -45,14 +47,15 @@ INSERT INTO hosts (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, pay
   namespace, status, revoked_at, hostname, arch, kernel, agent_version, cpu_count, memory_bytes,
   disk_bytes, disk_encrypted)
 SELECT host_id, invite_id, sha256(('host ' || n)::bytea),
-  inet '0.0.0.0' + {first_address} + n, encode(sha256(('key ' || n)::bytea), 'base64'), wallet,
+  inet '10.77.0.0' + CASE WHEN n < 61440 THEN n + 4096 ELSE n - 61438 END,
+  encode(sha256(('key ' || n)::bytea), 'base64'), wallet,
   'solana:' || wallet, status, CASE WHEN status = 'revoked' THEN now() END, 'host-' || n % 1000,
   'x86_64', '6.1.0', '0.1.0', 4, 8::bigint << 30, 100::bigint << 30, true
 FROM fleet ORDER BY n;
 
 INSERT INTO sessions (session_sha256, host_no, opened_by, ended_at)
 SELECT sha256(sha256(('bench session ' || n)::bytea)), host_no, 'register',
-  CASE WHEN hosts.status = 'revoked' THEN now() END
+  CASE WHEN hosts.status IN ('quarantined', 'revoked') THEN now() END
 FROM fleet JOIN hosts USING (host_id) ORDER BY n;
 
 INSERT INTO liveness (host_no, interval_ms, last_heartbeat_at)
@@ -76,7 +79,6 @@ def fill(cp: ControlPlane, hosts: int, interval_s: float, spread: bool = False) 
         wallets=WALLETS,
         spread=spread,
         status="'online'" if spread else "'pending'",
-        first_address=FIRST_ADDRESS,
         interval_ms=int(interval_s * 1000),
     )
     cp.postgres.execute(cp.database, sql)
