@@ -328,6 +328,13 @@ CHANGES_MAX = 50  # of its wallet and its key that a host may make in a day
 STOP_S = 4.0  # in-flight calls have this long after SIGTERM, and the last batch as long again
 STOP_ALL_S = 9.0  # then the process ends, whatever still hangs
 GRPC_MESSAGE_BYTES = 65_536
+GRPC_CALLS_MAX = 32  # at once on one connection: a host has one and its retry
+GRPC_PENDING_MAX = 20_000  # calls that no handler has taken yet; about 4 KB each
+GRPC_IDLE_S = 3 * HEARTBEAT_MAX_S  # a connection without any call is closed
+PEER_CALLS_S = 20.0  # of one tunnel address; more are held back, so that others come first
+PEER_BURST = 100.0  # calls of one address that are not held back
+PEER_TELL_S = 600.0  # between two lines in the log about one address
+PEER_HOLD_S = 10.0  # the longest that a call is held; then it is refused
 HTTP_BODY_BYTES = 65_536
 HTTP_WORKERS = 8
 HTTP_QUEUE = 64
@@ -1118,6 +1125,18 @@ def decide_standing(host: Host) -> Standing:
 
 
 PLAIN_STANDING = Standing("online", True, ())  # of a host that workloads may be placed on
+
+
+def decide_hold(due: float, now: float) -> tuple[float, float]:
+    """Seconds to hold an address's call back, and when its next call is due (GCRA, ITU-T I.371).
+
+    A call that would be held longer than PEER_HOLD_S is to be refused after that and leaves `due`
+    as it is, so that an address comes back soon after it stops.
+    """
+    due = max(due, now - PEER_BURST / PEER_CALLS_S)
+    if due - now > PEER_HOLD_S:
+        return PEER_HOLD_S, due
+    return max(0.0, due - now), due + 1 / PEER_CALLS_S
 
 
 def decide_busy(waiting: int, commit_s: float) -> float:
@@ -2682,6 +2701,11 @@ METRICS = (
     ("openinfra_heartbeat_commit_seconds_total", "counter", "Time those transactions took."),
     ("openinfra_heartbeat_waiting", "gauge", "Heartbeats that wait for their transaction."),
     ("openinfra_rpcs_total", "counter", "gRPC calls, by method and result."),
+    (
+        "openinfra_rpcs_held_total",
+        "counter",
+        "gRPC calls held back: their address calls too often.",
+    ),
     ("openinfra_http_requests_total", "counter", "HTTP requests, by status."),
     ("openinfra_hosts_marked_offline_total", "counter", "Hosts that fell silent."),
     ("openinfra_swept_time_seconds", "gauge", "When silent hosts were last looked for, Unix time."),
@@ -2726,6 +2750,8 @@ class ControlPlane:
         self._waiting: dict[BeatKey, tuple[Beat, list[BeatFuture]]] = {}
         self._waiting_of: dict[str, int] = {}  # by peer
         self._wake = asyncio.Event()
+        self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
+        self._told: dict[str, float] = {}
 
     def jwt_keys(self) -> list[JwtKey]:
         """The signing keys; the file is read again when it changed; raises Refusal, and logs it."""
@@ -2749,6 +2775,22 @@ class ControlPlane:
     def next_interval_ms(self) -> int:
         """Milliseconds that a host is to wait for its next heartbeat."""
         return decide_interval_ms(self.settings.heartbeat_s, self.busy, random.random())  # noqa: S311
+
+    async def admit(self, peer: str) -> None:
+        """Hold back an address that calls more often than a host does; raises Refusal."""
+        if not self.settings.peer_check:
+            return
+        now = asyncio.get_running_loop().time()
+        hold_s, self._due[peer] = decide_hold(self._due.get(peer, 0.0), now)
+        if hold_s == 0:
+            return
+        self.metrics.add("openinfra_rpcs_held_total")
+        if now > self._told.get(peer, -PEER_TELL_S) + PEER_TELL_S:
+            self._told[peer] = now
+            log("WARN", "address held back: it calls too often", peer=peer)
+        await asyncio.sleep(hold_s)
+        if hold_s >= PEER_HOLD_S:
+            raise Refusal("TRY_LATER", "too many calls from this address", "call less often")
 
     async def heartbeat(self, beat: Beat) -> Standing:
         """Wait until a heartbeat is committed; raises Refusal."""
@@ -2975,7 +3017,9 @@ class AgentEdge:
         try:
             if self.cp.stopping:
                 raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
-            reply = await operation(kind.FromString(raw), parse_peer(context.peer()))
+            peer = parse_peer(context.peer())
+            await self.cp.admit(peer)
+            reply = await operation(kind.FromString(raw), peer)
             failpoint(f"{name}.after_commit")
             self.cp.metrics.add("openinfra_rpcs_total", method=name, result="ok")
             return reply.SerializeToString()
@@ -3037,13 +3081,16 @@ def make_grpc_server(cp: ControlPlane) -> grpc.aio.Server:
             ("grpc.so_reuseport", 0),  # a second server must fail, not share
             ("grpc.max_receive_message_length", GRPC_MESSAGE_BYTES),
             ("grpc.max_metadata_size", 8_192),
+            ("grpc.max_concurrent_streams", GRPC_CALLS_MAX),
+            # Above these (by default 1,000 and 3,000) gRPC cancels calls at random, whoever made
+            # them: the honest ones in a flood, and many of a fleet that comes back.
+            ("grpc.server.max_pending_requests", GRPC_PENDING_MAX),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * GRPC_PENDING_MAX),
+            ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that never says hello
+            ("grpc.max_connection_idle_ms", GRPC_IDLE_S * 1000),
             ("grpc.keepalive_time_ms", 600_000),  # finds hosts that went away without a word
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.bdp_probe", 0),  # a ping beside each small request would measure nothing
-            # Calls that wait to be taken in: gRPC's own limits, 1,000 and 3,000, would cancel many
-            # of a fleet that comes back.
-            ("grpc.server.max_pending_requests", WAITING_MAX),
-            ("grpc.server.max_pending_requests_hard_limit", 2 * WAITING_MAX),
         )
     )
     server.add_generic_rpc_handlers((AgentEdge(cp).handler(),))

@@ -1040,6 +1040,19 @@ def test_an_invite_for_a_key_is_not_for_a_host_without_one() -> None:
         cp_server.check_invite(invite, make_registration(wg_pubkey=None))
 
 
+def test_an_address_that_calls_too_often_is_held_back() -> None:
+    """A burst goes through, then one call each 1/PEER_CALLS_S; what is refused costs no turn."""
+    due, holds = 0.0, []
+    for _ in range(1000):
+        hold_s, due = cp_server.decide_hold(due, 1000.0)
+        holds.append(hold_s)
+    assert holds[: int(cp_server.PEER_BURST)] == [0.0] * int(cp_server.PEER_BURST)
+    assert holds[150] == pytest.approx((150 - cp_server.PEER_BURST) / cp_server.PEER_CALLS_S)
+    assert holds[-1] == cp_server.PEER_HOLD_S
+    back_s = cp_server.PEER_HOLD_S + 2 / cp_server.PEER_CALLS_S
+    assert cp_server.decide_hold(due, 1000.0 + back_s)[0] == 0.0
+
+
 @pytest.mark.parametrize(
     ("live", "previous", "ended", "takeovers", "opened", "decision"),
     [
