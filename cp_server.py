@@ -63,6 +63,7 @@ import os
 import random
 import re
 import secrets
+import selectors
 import shlex
 import shutil
 import signal
@@ -339,6 +340,8 @@ HTTP_BODY_BYTES = 65_536
 HTTP_WORKERS = 8
 HTTP_QUEUE = 64
 HTTP_DEADLINE_S = 10.0
+HTTP_HEAD_BYTES = 2 * 65_536  # more than http.server takes in one line
+HTTP_WAITING_MAX = 512  # connections whose head is not there yet; the oldest makes room
 HTTP_BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
     b"Content-Length: 0\r\nConnection: close\r\n\r\n"
@@ -3480,10 +3483,11 @@ def match_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 
 
 class DeadlineReader(io.RawIOBase):
-    """Reads from a socket until one deadline for the whole request, so nobody drips bytes."""
+    """Reads what has come, then from a socket until one deadline, so nobody drips bytes."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, head: bytes, sock: socket.socket, deadline: float) -> None:
         super().__init__()
+        self._head = memoryview(head)
         self._sock = sock
         self._deadline = deadline
 
@@ -3491,6 +3495,10 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._head:
+            size = min(len(buffer), len(self._head))
+            buffer[:size], self._head = self._head[:size], self._head[size:]
+            return size
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request took too long")
@@ -3508,9 +3516,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = io.BufferedReader(
-            DeadlineReader(self.connection, time.monotonic() + HTTP_DEADLINE_S)
-        )
+        head, deadline = self.server.heads.pop(self.connection)
+        self.rfile = io.BufferedReader(DeadlineReader(head, self.connection, deadline))
 
     def do_any(self) -> None:
         """Answer one request, whatever its method."""
@@ -3641,17 +3648,34 @@ def render_problem(refusal: Refusal) -> dict[str, Any]:
     return {"error": {**problem, "field": refusal.field or None}}
 
 
+@dataclasses.dataclass
+class Caller:
+    """A connection whose request's head is not there yet."""
+
+    address: Any
+    until: float
+    head: bytearray = dataclasses.field(default_factory=bytearray)
+
+
 class HttpServer(http.server.HTTPServer):
-    """HTTP on loopback with a fixed number of workers and a bounded queue."""
+    """HTTP on loopback with a fixed number of workers and a bounded queue.
+
+    One thread accepts and collects heads; a worker gets a connection once its head is whole, so
+    that who says nothing or drips holds up nobody.
+    """
 
     request_queue_size = 128
 
     def __init__(self, cp: ControlPlane, loop: asyncio.AbstractEventLoop) -> None:
         self.cp = cp
+        self.heads: dict[socket.socket, tuple[bytes, float]] = {}  # what HttpHandler takes over
         self._loop = loop
         self._workers = concurrent.futures.ThreadPoolExecutor(HTTP_WORKERS, "http")
         self._room = threading.BoundedSemaphore(HTTP_WORKERS + HTTP_QUEUE)
         self._open: set[socket.socket] = set()
+        self._callers: dict[socket.socket, Caller] = {}  # in the order in which they came
+        self._selector = selectors.DefaultSelector()
+        self._stop, self._stopped = threading.Event(), threading.Event()
         host, port = cp.settings.http_listen
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host.strip("[]"), port), HttpHandler)
@@ -3669,12 +3693,80 @@ class HttpServer(http.server.HTTPServer):
             future.cancel()
             raise Refusal("TRY_LATER", "the database is too slow", "try again") from None
 
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Accept and collect heads until `shutdown`."""
+        self.socket.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        while not self._stop.is_set():
+            for key, _ in self._selector.select(poll_interval):
+                if key.fileobj is self.socket:
+                    self._accept()
+                elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._callers:
+                    self._collect(key.fileobj)
+            now = time.monotonic()
+            while self._callers and next(iter(self._callers.values())).until < now:
+                self._drop_oldest()
+        while self._callers:
+            self._drop_oldest()
+        self._selector.close()
+        self._stopped.set()
+
+    def shutdown(self) -> None:
+        """End `serve_forever` and wait for it."""
+        self._stop.set()
+        self._stopped.wait()
+
+    def _accept(self) -> None:
+        try:
+            request, address = self.socket.accept()
+        except BlockingIOError:
+            return
+        except OSError:  # it went away at once, or there are no more files
+            if self._callers:
+                self._drop_oldest()
+            else:
+                time.sleep(0.05)
+            return
+        if len(self._callers) >= HTTP_WAITING_MAX:
+            self._drop_oldest()
+        request.setblocking(False)
+        self._callers[request] = Caller(address, time.monotonic() + HTTP_DEADLINE_S)
+        self._selector.register(request, selectors.EVENT_READ)
+
+    def _drop_oldest(self) -> None:
+        request = next(iter(self._callers))
+        del self._callers[request]
+        self._selector.unregister(request)
+        request.close()
+
+    def _collect(self, request: socket.socket) -> None:
+        """Read what has come; a head that is whole, or too long, or the last word, goes on."""
+        caller = self._callers[request]
+        try:
+            part = request.recv(65_536)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        seen = max(0, len(caller.head) - 3)
+        caller.head += part
+        is_whole = re.search(rb"\n\r?\n", memoryview(caller.head)[seen:]) is not None
+        if part and not is_whole and len(caller.head) < HTTP_HEAD_BYTES:
+            return
+        del self._callers[request]
+        self._selector.unregister(request)
+        now = time.monotonic()
+        self.heads[request] = bytes(caller.head), now + (HTTP_DEADLINE_S if is_whole else 1)
+        request.settimeout(HTTP_DEADLINE_S)
+        self.process_request(request, caller.address)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand a connection to a worker, or send it away when too many wait."""
         if not self._room.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 request.settimeout(0)
                 request.send(HTTP_BUSY)
+            del self.heads[request]
             self.shutdown_request(request)
             return
         self._open.add(request)
@@ -3691,6 +3783,7 @@ class HttpServer(http.server.HTTPServer):
         except OSError:
             pass  # the client went away
         finally:
+            self.heads.pop(request, None)
             self._open.discard(request)
             self.close_request(request)
             self._room.release()
