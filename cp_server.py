@@ -588,6 +588,7 @@ class Field:
     default: Any = None
     check: Callable[[str, str], str] | None = None  # (value, field name) -> value, or Refusal
     values: tuple[str, ...] = ()
+    form: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more of it in the OpenAPI
 
 
 # ---------------------------------------------------------------------------------------------
@@ -823,12 +824,20 @@ def parse_field(field: Field, value: Any) -> Any:
 
 HOST_STATUSES = ("pending", "online", "offline", "paused", "quarantined", "revoked")
 INVITE_STATES = ("open", "used", "revoked", "expired")
+# What the checks above take, as the OpenAPI document says it: a pattern (ECMA-262) or a format of
+# our own, `line` (printable, no control characters) or `solana-pubkey` (base58 of 32 bytes).
+_OCTET = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+LINE = {"format": "line"}
+WALLET = {"format": "solana-pubkey"}
+WG_IP = {"pattern": rf"^(?!10\.77\.(0\.[01]|255\.255)$)10\.77\.{_OCTET}\.{_OCTET}$"}
+WG_PUBKEY = {"pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
+PATH_FORMS: dict[str, Mapping[str, str]] = {"host_id": {"format": "uuid"}}
 INVITE_FIELDS = (
     Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
-    Field("note", "string", "for the operator only", 0, 500, "", check_text),
-    Field("payout_pubkey", "string", "the provider's wallet", 1, 64, None, check_payout_pubkey),
-    Field("wg_ip", "string", "tunnel address kept for the host", 1, 15, None, check_wg_ip),
-    Field("wg_pubkey", "string", "the only key that may redeem it", 1, 64, None, check_wg_pubkey),
+    Field("note", "string", "for the operator only", 0, 500, "", check_text, form=LINE),
+    Field("payout_pubkey", "string", "the wallet", 1, 64, None, check_payout_pubkey, form=WALLET),
+    Field("wg_ip", "string", "tunnel address kept for it", 1, 15, None, check_wg_ip, form=WG_IP),
+    Field("wg_pubkey", "string", "only this key", 1, 64, None, check_wg_pubkey, form=WG_PUBKEY),
     Field("approve_first_wallet", "boolean", "approve the wallet it arrives with", default=False),
 )
 PAGE_FIELDS = (
@@ -837,14 +846,27 @@ PAGE_FIELDS = (
 )
 HOST_FILTERS = (
     Field("status", "string", "only hosts of this status", 1, 16, None, values=HOST_STATUSES),
-    Field("namespace", "string", "only hosts of this namespace", 1, 64, None, check_text),
-    Field("hostname", "string", "only hosts of this exact name", 1, 253, None, check_text),
+    Field(
+        "namespace", "string", "only hosts of this namespace", 1, 64, None, check_text, form=LINE
+    ),
+    Field(
+        "hostname", "string", "only hosts of this exact name", 1, 253, None, check_text, form=LINE
+    ),
 )
 INVITE_FILTERS = (
     Field("state", "string", "only invites of this state", 1, 16, None, values=INVITE_STATES),
 )
 AUDIT_FILTERS = (
-    Field("subject", "string", "only this host, invite or namespace", 1, 100, None, check_text),
+    Field(
+        "subject",
+        "string",
+        "only this host, invite or namespace",
+        1,
+        100,
+        None,
+        check_text,
+        form=LINE,
+    ),
 )
 
 
@@ -860,7 +882,7 @@ def parse_query(fields: Sequence[Field], query: str) -> dict[str, Any]:
         if name in given:
             what = f"{json.dumps(name[:40])} stands twice in the query"
             raise Refusal("BAD_REQUEST", what, "send it once", name[:40])
-        is_number = kinds.get(name) == "integer" and re.fullmatch("[0-9]{1,18}", value)
+        is_number = kinds.get(name) == "integer" and re.fullmatch("[0-9]{1,19}", value)
         given[name] = int(value) if is_number else value
     return parse_fields(fields, given)
 
@@ -3416,7 +3438,13 @@ def render_field(field: Field) -> Row:
         shape |= {low: field.minimum, high: field.maximum}
     if field.values:
         shape["enum"] = list(field.values)
+    shape |= field.form
     return shape if field.default is None else shape | {"default": field.default}
+
+
+def render_path_value(name: str) -> Row:
+    """A value in a route's path as OpenAPI."""
+    return {"type": "string", "minLength": 1, "maxLength": 100, **PATH_FORMS.get(name, LINE)}
 
 
 def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, str]]) -> Row:
@@ -3428,7 +3456,7 @@ def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, s
             "operationId": route.handler.__name__.removeprefix("http_"),
             "security": [{"jwt": []}] if route.scope else [],
             "parameters": [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                {"name": name, "in": "path", "required": True, "schema": render_path_value(name)}
                 for name in re.findall(r"{(\w+)}", route.path)
             ]
             + [{"name": f.name, "in": "query", "schema": render_field(f)} for f in route.query],
@@ -3547,6 +3575,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self._reply(status, body, headers)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = do_any
+    do_TRACE = do_QUERY = do_any
 
     def _answer(self) -> tuple[int, dict[str, Any] | str]:
         cp = self.server.cp
