@@ -288,6 +288,7 @@ def find_runtime(missing: ImportError) -> None:
         raise SystemExit(130) from None
 
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it has a line for each malformed header
 try:
     import grpc
     import grpc.aio
@@ -3864,6 +3865,7 @@ async def run_server(cp: ControlPlane) -> None:
     threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
     flusher = asyncio.create_task(cp.flush_forever())
     sweeper = asyncio.create_task(cp.sweep_forever())
+    ended = asyncio.create_task(server.wait_for_termination())  # without being told to
     stop = catch_signals(loop)
     log(
         "INFO",
@@ -3874,11 +3876,10 @@ async def run_server(cp: ControlPlane) -> None:
         peer_check="wg" if settings.peer_check else "off",
     )
     sd_notify("READY=1")
-    await asyncio.wait(
-        {asyncio.create_task(stop.wait()), flusher, sweeper}, return_when="FIRST_COMPLETED"
-    )
+    loops = (flusher, sweeper, ended)
+    await asyncio.wait({asyncio.create_task(stop.wait()), *loops}, return_when="FIRST_COMPLETED")
     await stop_serving(cp, server, web, flusher, sweeper)
-    for task in (flusher, sweeper):  # a loop that ended by itself is a bug to be seen
+    for task in loops:  # one that ended by itself is a bug to be seen
         if task.done() and not task.cancelled():
             task.result()
 

@@ -147,6 +147,19 @@ def read_rss_mb(cp: ControlPlane) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def reset_peak(cp: ControlPlane) -> None:
+    """Let the peak of a control plane's resident memory begin anew (proc(5), clear_refs)."""
+    assert cp.process
+    Path(f"/proc/{cp.process.child.pid}/clear_refs").write_text("5")
+
+
+def read_peak_mb(cp: ControlPlane) -> float:
+    """The peak of a control plane's resident memory in MB (10^6 bytes)."""
+    assert cp.process
+    status = Path(f"/proc/{cp.process.child.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
 def count_files(cp: ControlPlane) -> int:
     """How many files a control plane has open."""
     assert cp.process
