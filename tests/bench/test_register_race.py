@@ -24,4 +24,4 @@ def test_the_register_race(
         race.check()
         lost, replies = race.count_lost()
     assert 0.9 * LOSE < 100 * lost / replies < 1.1 * LOSE
-    record("register race: 12,000 racers, 400 invites, 12 crashes of PostgreSQL", took_s, "s", 600)
+    record("register race: 12,000 racers, 400 invites, 12 crashes of PostgreSQL", took_s, "s", 240)
