@@ -17,6 +17,7 @@ WINDOW_S = 600  # of takeovers and of sessions
 TAKEOVERS = 3
 SESSIONS = 30
 CHANGES = 50  # of wallet and key, in a day
+KEPT_S = 90 * DAY_S  # a session that ended
 ONLINE_S = (
     81,
     200,
@@ -88,7 +89,12 @@ class Session:
     opened_s: float
     tick: int  # orders what happens at one time
     takeover: bool
-    live: bool = True
+    ended_s: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """It was not ended yet."""
+        return self.ended_s is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +187,7 @@ class Model:
         """End the one that is live."""
         live = self.live_session(host)
         if live:
-            live.live = False
+            live.ended_s = self.now_s
 
     def is_pinned(self, key: str | None, but: Invite | None = None) -> bool:
         """Another open invite was minted for this key."""
@@ -236,7 +242,7 @@ class Model:
             reasons.add("KEY_TAKEN")
         if neighbour and neighbour is not host:
             reasons.add("ADDRESS_TAKEN")
-        if owner is None and self.is_pinned(asked.key, invite):
+        if owner is None and invite.key is None and self.is_pinned(asked.key, invite):
             reasons.add("KEY_TAKEN")
         if neighbour is None and self.is_reserved(asked.address, invite):
             reasons.add("ADDRESS_TAKEN")
@@ -403,6 +409,9 @@ class Model:
         for host in self.hosts:
             if host.status in ("online", "paused") and self.silence_s(host) >= ONLINE_S[1]:
                 host.status = "offline"
+        for session in list(self.sessions.values()):
+            if session.ended_s is not None and self.now_s - session.ended_s >= KEPT_S:
+                del self.sessions[session.secret]  # nobody knows it any more
         return by_s
 
     def silence_s(self, host: Host) -> float:
@@ -418,5 +427,7 @@ class Model:
             yield from (DAY_S - DRIFT_S <= then_s - at_s < DAY_S for at_s in host.changes)
         for session in self.sessions.values():
             yield WINDOW_S - DRIFT_S <= then_s - session.opened_s < WINDOW_S
+            if session.ended_s is not None:
+                yield KEPT_S - DRIFT_S <= then_s - session.ended_s < KEPT_S
         for invite in self.invites.values():
             yield -DRIFT_S <= then_s - invite.expires_s < 0
