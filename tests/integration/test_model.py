@@ -171,7 +171,7 @@ class World:
         self.steps = 0
         self.examples = 0
         self.seen: Counter[str] = Counter()
-        self.shaken = False  # PostgreSQL was restarted: the pools may not know yet
+        self.shaken_until = 0.0  # PostgreSQL was restarted: the pools may not know yet
 
     def connect(self) -> None:
         """The superuser's connection."""
@@ -206,7 +206,7 @@ class World:
     def jump(self, by_s: float) -> None:
         """Move the database's clock; look for silent hosts and for what may be forgotten."""
         self.force(self.jumps, by_s=by_s)
-        self.operate(lambda: cp_server.sweep(self.door.db, gap_s=EXAMPLE_S))
+        self.operate(lambda: cp_server.sweep(self.door.db, gap_s=HOUR_S))
         self.operate(lambda: cp_server.prune(self.door.db))
 
     def operate(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -232,12 +232,12 @@ class World:
 
     def insist(self, work: Callable[[], T], refused: type[Exception]) -> T:
         """Its result; after a restart of PostgreSQL it may be told for a while to try later."""
-        deadline = time.monotonic() + (BACK_S if self.shaken else 0)
         while True:
             try:
                 found = work()
             except refused as error:
-                if "database gives no answer" in str(error) and time.monotonic() < deadline:
+                is_away = "database gives no answer" in str(error)
+                if is_away and time.monotonic() < self.shaken_until:
                     time.sleep(0.05)
                     continue
                 raise
@@ -250,7 +250,7 @@ class World:
             self.postgres.start()
             self.super.close()
             self.connect()
-            self.shaken = True
+            self.shaken_until = time.monotonic() + BACK_S
         elif "crash" in what:
             self.cp.stop(signal.SIGKILL)
             self.cp.start()
@@ -427,10 +427,9 @@ class Fleet(RuleBasedStateMachine):
 
     def ask(self, method: str, path: str, body: object) -> str:
         """One HTTP request; gives back the refusal."""
-        deadline = time.monotonic() + (BACK_S if self.world.shaken else 0)
         while True:
             status, self.answer = self.world.cp.call(method, path, body)
-            if status != 503 or time.monotonic() > deadline:
+            if status != 503 or time.monotonic() > self.world.shaken_until:
                 break
             time.sleep(0.05)
         return str(self.answer["error"]["code"]).upper() if status >= 400 else ""
