@@ -1,6 +1,7 @@
 """Figures: each is one line on the screen, has its bound, and may be written into README.md.
 
 tests/run --bench                        measures
+tests/run --bench -- -k heartbeats       only these
 tests/run --bench -- --write-figures     measures, and writes the table in README.md
 tests/run --bench -- --json FILE         measures, and writes the figures as JSON
 """
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -65,17 +66,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         rows = [dataclasses.asdict(figure) for figure in FIGURES]
         Path(target).write_text(json.dumps(rows, indent=1) + "\n")
     if session.config.getoption("--write-figures") and FIGURES:
-        lines = [
-            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
-            "",
-            "| figure | measured | at most |",
-            "|---|---|---|",
-        ]
-        lines += [
-            f"| {f.name} | {f.value:.3g} {f.unit} | {f.at_most:g} {f.unit} |" for f in FIGURES
-        ]
         readme = ROOT / "README.md"
-        begin, end = "<!-- table: figures -->\n", "\n<!-- end: figures -->"
-        before, _, rest = readme.read_text().partition(begin)
-        _, _, after = ("\n" + rest).partition(end)
-        readme.write_text(before + begin + "\n".join(lines) + end + after)
+        readme.write_text(insert_figures(readme.read_text(), FIGURES))
+
+
+def insert_figures(readme: str, figures: Sequence[Figure]) -> str:
+    """README.md with these figures; rows of benchmarks that did not run now stay."""
+    begin, end = "<!-- table: figures -->\n", "\n<!-- end: figures -->"
+    before, _, rest = readme.partition(begin)
+    table, _, after = ("\n" + rest).partition(end)
+    rows = {line.split(" | ")[0]: line for line in table.splitlines() if line.startswith("| ")}
+    rows.pop("| figure", None)
+    for figure in figures:
+        measured = f"{figure.value:.3g} {figure.unit} | {figure.at_most:g} {figure.unit}"
+        rows[f"| {figure.name}"] = f"| {figure.name} | {measured} |"
+    lines = [
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
+        "",
+        "| figure | measured | at most |",
+        "|---|---|---|",
+        *rows.values(),
+    ]
+    return before + begin + "\n".join(lines) + end + after
