@@ -11,6 +11,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,17 @@ from typing import Any
 import cp_server
 from proto import openinfra_pb2 as pb
 from tests import hostile_tool as tool
-from tests.harness import BOOT_ID, ROOT, WALLET, WG_KEY, ControlPlane, Netns, facts, new_wg_key
+from tests.harness import (
+    BOOT_ID,
+    ROOT,
+    WALLET,
+    WG_KEY,
+    ControlPlane,
+    Netns,
+    facts,
+    new_wg_key,
+    wait_for,
+)
 
 ACTOR = cp_server.Actor("cli:tester")
 CROWD = "10.77.66.66"  # the address that all hostile calls come from
@@ -32,34 +43,38 @@ class Job:
     def __init__(self, netns: Netns, job: str, **order: Any) -> None:
         argv = netns.argv(["setpriv", "--pdeathsig=KILL", "--", sys.executable, "-W", "error"])
         argv += [str(ROOT / "tests" / "hostile_tool.py"), json.dumps({"job": job, **order})]
-        self.child = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.child.stdout
-        self.begun: dict[str, Any] = json.loads(self.child.stdout.readline())
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `kill` closes it
+        self.child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=self._said)
+
+    def _lines(self) -> list[str]:
+        self._said.seek(0)
+        return [line for line in self._said if line.endswith("\n")]
+
+    def begin(self) -> Job:
+        """Wait until it has begun."""
+        wait_for("the job begins", self._lines, 60)
+        return self
 
     def finish(self, timeout_s: float, *, now: bool = False) -> dict[str, Any]:
         """What it says at its end, which comes by itself unless it is wanted now."""
+        assert self.child.stdin
+        if now:
+            self.child.stdin.close()
         try:
-            if now:
-                assert self.child.stdin
-                self.child.stdin.close()
-                self.child.stdin = None
-            said, _ = self.child.communicate(timeout=timeout_s)
+            assert self.child.wait(timeout_s) == 0
+            found: dict[str, Any] = json.loads(self._lines()[-1])
         finally:
             self.kill()
-        assert self.child.returncode == 0
-        found: dict[str, Any] = json.loads(said.splitlines()[-1])
         return found
 
     def kill(self) -> None:
         """End it whatever it does."""
+        assert self.child.stdin
         if self.child.poll() is None:
             self.child.kill()
             self.child.wait()
-        for pipe in (self.child.stdin, self.child.stdout):
-            if pipe and not pipe.closed:
-                pipe.close()
+        self.child.stdin.close()
+        self._said.close()
 
 
 @contextlib.contextmanager
@@ -300,6 +315,8 @@ def endure(
             for order in attack:
                 begin = {"seconds": seconds + 30} if order["job"] == "flood" else {}
                 running.append(Job(cp.netns, **{**order, **begin}))
+            for job in running:
+                job.begin()
             said = start_honest(cp, hosts, seconds).finish(seconds + 60)
             ended = [job.finish(30, now=True) for job in running]
         finally:

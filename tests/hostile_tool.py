@@ -138,14 +138,20 @@ def syn(target: list[Any], count: int, network: str) -> None:
     say(sent=count)
 
 
-def body(target: list[Any], head: str, size: int, chunked: bool = False) -> None:
+def body(
+    target: list[Any], head: str, size: int, chunked: bool = False, frames: bool = False
+) -> None:
     """Send a head, then as many bytes as are taken; say how many, and what was answered."""
     say()
     began, sent, answer = time.monotonic(), 0, b""
     block = b"%x\r\n%b\r\n" % (len(BLOCK), BLOCK) if chunked else BLOCK
+    if frames:  # of one gRPC message
+        block = frame(DATA, 0, 1, BLOCK[:16_384]) * 4
     with connect(target) as sock:
         try:
             sock.sendall(bytes.fromhex(head))
+            if frames:
+                sock.sendall(frame(DATA, 0, 1, struct.pack(">BI", 0, size)))
             while sent < size:
                 sock.sendall(block)
                 sent += len(BLOCK)

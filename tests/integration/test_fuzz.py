@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests import fuzz_tool
+from tests.fuzz_tool import TARGETS
 from tests.harness import WALLET, Client, ControlPlane
 from tests.hostile import fuzz, read_seconds, run_schemathesis
 
@@ -18,7 +18,7 @@ FUZZ_S = 10.0
 
 def test_no_bytes_break_a_decoder(tmp_path: Path) -> None:
     """Two targets at a time; each has its share of the time."""
-    share_s = 2 * read_seconds(FUZZ_S) / len(fuzz_tool.TARGETS)
+    share_s = 2 * read_seconds(FUZZ_S) / len(TARGETS)
 
     def work(name: str) -> tuple[str, int]:
         directory = tmp_path / name
@@ -26,7 +26,7 @@ def test_no_bytes_break_a_decoder(tmp_path: Path) -> None:
         return name, fuzz(name, share_s, directory)
 
     with ThreadPoolExecutor(2) as workers:
-        counts = dict(workers.map(work, fuzz_tool.TARGETS))
+        counts = dict(workers.map(work, TARGETS))
     assert min(counts.values()) > 500, counts
 
 
