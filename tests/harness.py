@@ -389,7 +389,8 @@ class Client:
 
     def __init__(self, cp: ControlPlane) -> None:
         self.channel = grpc.insecure_channel(
-            f"127.0.0.1:{cp.grpc_port}", options=[("grpc.enable_http_proxy", 0)]
+            f"127.0.0.1:{cp.grpc_port}",
+            options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)],
         )
         self.stub = openinfra_pb2_grpc.AgentApiStub(self.channel)
         self.host_secret = secrets.token_bytes(32)
