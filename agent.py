@@ -1046,7 +1046,10 @@ def has_crypt(node: Path) -> bool:
 
 def is_encrypted(path: Path, sysfs: Path = Path("/sys")) -> bool:
     """Tell whether a directory lies on dm-crypt; no block device (tmpfs, overlay) means no."""
-    device = os.stat(path).st_dev
+    try:
+        device = os.stat(path).st_dev
+    except OSError:
+        return False
     return has_crypt(sysfs / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}")
 
 
@@ -1064,16 +1067,15 @@ def take_lock(data_dir: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         lock = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise Error(f"cannot open {path}: {error.strerror}", "mend that and start again") from None
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         pid = parse_line(os.read(lock, 20).decode("ascii", "replace").strip()) or "unknown"
         os.close(lock)
         raise Error(
             f"another agent (pid {pid}) runs on {data_dir}", "stop that one first", LATER
         ) from None
+    except OSError as error:
+        raise Error(f"cannot lock {path}: {error.strerror}", "mend that and start again") from None
     # The pid is only for the message above; a full disk must not keep a host from running.
     with contextlib.suppress(OSError):
         os.ftruncate(lock, 0)
@@ -1158,7 +1160,8 @@ def ensure_identity(data_dir: Path, token: Token | None) -> Identity:
             save_identity(data_dir, identity)
         except OSError as error:
             raise Error(
-                f"cannot save the identity: {error.strerror}", f"free some space on {data_dir}"
+                f"cannot save the identity: {error.strerror}",
+                f"free some space on {data_dir}, or mend its disk",
             ) from None
     return identity
 
@@ -1428,7 +1431,8 @@ async def resume(agent: Agent) -> pb.ResumeReply:
             save_identity(data_dir, proposed)
         except OSError as error:
             raise Error(
-                f"cannot save the next session: {error.strerror}", f"free some space on {data_dir}"
+                f"cannot save the next session: {error.strerror}",
+                f"free some space on {data_dir}, or mend its disk",
             ) from None
         agent.identity = proposed
         agent.is_unsaved = False
@@ -1828,7 +1832,8 @@ async def serve(
             task.cancel()
         await asyncio.wait(tasks, timeout=1)
         server.close()
-        config.socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            config.socket.unlink()
         await channel.close()
     for task in done:
         task.result()

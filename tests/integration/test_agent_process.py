@@ -478,6 +478,15 @@ def test_socket_is_for_root_only_and_replaces_a_dead_one(host: Host) -> None:
     host.start()
 
 
+def test_socket_that_cannot_be_removed_at_the_end(host: Host) -> None:
+    child = host.start()
+    host.socket.unlink()
+    host.socket.mkdir()
+    child.terminate()
+    assert child.wait(5) == 0
+    assert host.log.splitlines()[-1] == "INFO agent stopping signal=SIGTERM"
+
+
 def test_socket_paths_that_cannot_be(host: Host, tmp_path: Path) -> None:
     host.start()
     done = host.call("run", "--allow-unencrypted", "--data-dir", str(make_dir(tmp_path / "d2")))

@@ -501,6 +501,7 @@ def test_encryption_over_fake_sysfs(
 
 def test_no_device_in_fake_sysfs_is_not_encrypted(tmp_path: Path) -> None:
     assert agent.is_encrypted(tmp_path, tmp_path / "sys") is False
+    assert agent.is_encrypted(tmp_path / "gone", tmp_path / "sys") is False
 
 
 def test_refusal_of_a_plain_disk_says_later() -> None:
