@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -12,6 +14,9 @@ from typing import Any
 import pytest
 
 from tests.harness import Agent, ControlPlane, Netns, Postgres, make_netns
+
+# What it asserts is shown like a test's own.
+pytest.register_assert_rewrite("tests.faults")
 
 
 def make_postgres() -> Iterator[Postgres]:
@@ -36,6 +41,14 @@ def postgres() -> Iterator[Postgres]:
 def spare_postgres() -> Iterator[Postgres]:
     """A cluster that tests stop; each of them leaves it running."""
     yield from make_postgres()
+
+
+@pytest.fixture
+def seed() -> str:
+    """Where the random choices of a test come from; the environment repeats them."""
+    found = os.environ.get("OPENINFRA_SEED") or secrets.token_hex(4)
+    print(f"OPENINFRA_SEED={found} repeats this test's choices")
+    return found
 
 
 @pytest.fixture

@@ -253,11 +253,15 @@ class ControlPlane:
         )
         argv = self.netns.argv(argv) if self.netns else argv
         before = self.log.count("INFO control plane ready")
-        self.process = Process(argv, self.directory / "cp.log", environment)
+        process = self.process = Process(argv, self.directory / "cp.log", environment)
+
+        def is_ready_or_dead() -> bool:
+            is_ready = self.log.count("INFO control plane ready") > before
+            return is_ready or process.child.poll() is not None
+
         try:
-            wait_for(
-                "control plane", lambda: self.log.count("INFO control plane ready") > before, 15
-            )
+            wait_for("control plane", is_ready_or_dead, 15)
+            assert process.child.poll() is None, "the control plane ended"
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.log}") from None
 
@@ -656,9 +660,9 @@ class Agent:
         argv = [self.python, "-W", "error", str(self.scripts / "agent.py"), command, *flags, *more]
         return self.netns.argv(argv) if self.netns else argv
 
-    def start(self, *more: str, **environment: str) -> Process:
-        """Start it."""
-        argv = self.argv("run", "--allow-unencrypted", *more)
+    def start(self, *more: str, prefix: Sequence[str] = (), **environment: str) -> Process:
+        """Start it, if asked behind another command, such as strace."""
+        argv = [*prefix, *self.argv("run", "--allow-unencrypted", *more)]
         self.started = Process(argv, self.directory / "agent.log", environment)
         return self.started
 
