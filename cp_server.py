@@ -1007,14 +1007,14 @@ def decide_redemption(
     said; the address is proved by the tunnel; so a lost identity is healed by both together.
     `kept` says what another open invite is for: `key`, `address`.
     """
+    if by_secret is not None and by_secret.status == "revoked":
+        raise revoked()
     if by_key is not None and by_key.status == "revoked":
         raise Refusal(
             "KEY_TAKEN",
             "this WireGuard key belongs to a host that was revoked",
             "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again",
         )
-    if by_secret is not None and by_secret.status == "revoked":
-        raise revoked()
     host = by_secret or (by_key if by_key == by_address else None)
     if by_key is not None and by_key != host:
         raise Refusal(

@@ -278,11 +278,11 @@ class Model:
         """
         if asked.secret != host.secret:
             return refuse("INVITE_USED")
-        if host.status == "revoked":  # KEY_TAKEN: see the fault marked in test_peer_check.py
-            return refuse("HOST_REVOKED", *self.claims(invite, host, asked))
-        reasons = self.claims(invite, host, asked)
         if invite.key not in (None, asked.key):
-            reasons.add("INVITE_FOR_OTHER_KEY")
+            return refuse("INVITE_FOR_OTHER_KEY")
+        if host.status == "revoked":
+            return refuse("HOST_REVOKED")
+        reasons = self.claims(invite, host, asked)
         if asked.address != host.address:
             reasons.add("WRONG_ADDRESS")
         if host.status == "quarantined":

@@ -269,7 +269,6 @@ def test_a_revoked_host_at_its_address_is_told_so(cp: ControlPlane, join: Join) 
         check_refused("HOST_REVOKED", host.resume)
 
 
-@pytest.mark.xfail(reason="decide_redemption looks at the key before it looks at the secret")
 def test_a_revoked_host_that_repeats_its_register_is_told_so(
     cp: ControlPlane, make_client: Join
 ) -> None:
