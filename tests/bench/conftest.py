@@ -22,18 +22,24 @@ from tests.readme_tables import ROOT
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One measured number and the most that it may be."""
+    """One measured number and the most that it may be; None when it is only to compare with."""
 
     name: str
     value: float
     unit: str
-    at_most: float
+    at_most: float | None
 
     def __str__(self) -> str:
-        return f"figure {self.name}: {self.value:.3g} {self.unit} (at most {self.at_most:g})"
+        bound = "" if self.at_most is None else f" (at most {self.at_most:g})"
+        return f"figure {self.name}: {self.value:.3g} {self.unit}{bound}"
+
+    def row(self) -> str:
+        """As a row of the table in README.md."""
+        bound = "" if self.at_most is None else f"{self.at_most:g} {self.unit}"
+        return f"| {self.name} | {self.value:.3g} {self.unit} | {bound} |"
 
 
-Record = Callable[[str, float, str, float], None]
+Record = Callable[[str, float, str, float | None], None]
 FIGURES: list[Figure] = []
 
 
@@ -47,7 +53,7 @@ def record(capsys: pytest.CaptureFixture[str]) -> Iterator[Record]:
     """Notes a figure, prints it, and fails the test at its end when a bound is broken."""
     made: list[Figure] = []
 
-    def note(name: str, value: float, unit: str, at_most: float) -> None:
+    def note(name: str, value: float, unit: str, at_most: float | None) -> None:
         figure = Figure(name, round(value, 4), unit, at_most)
         made.append(figure)
         FIGURES.append(figure)
@@ -56,7 +62,7 @@ def record(capsys: pytest.CaptureFixture[str]) -> Iterator[Record]:
 
     yield note
     for figure in made:
-        assert figure.value <= figure.at_most, str(figure)
+        assert figure.at_most is None or figure.value <= figure.at_most, str(figure)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -78,8 +84,7 @@ def insert_figures(readme: str, figures: Sequence[Figure]) -> str:
     rows = {line.split(" | ")[0]: line for line in table.splitlines() if line.startswith("| ")}
     rows.pop("| figure", None)
     for figure in figures:
-        measured = f"{figure.value:.3g} {figure.unit} | {figure.at_most:g} {figure.unit}"
-        rows[f"| {figure.name}"] = f"| {figure.name} | {measured} |"
+        rows[f"| {figure.name}"] = figure.row()
     lines = [
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
         "",

@@ -68,15 +68,21 @@ def test_heartbeats(tmp_path: Path, netns: Netns, record: Record, hosts: int, ra
     name = f"{hosts:,} hosts, {rate:,}/s"
     record(f"{name}: control plane, CPU a heartbeat", cp.cpu_us["cp"], "µs", 400)
     record(f"{name}: PostgreSQL, CPU a heartbeat", cp.cpu_us["postgres"], "µs", 100)
-    record(f"{name}: etcd, CPU a keepalive", etcd.cpu_us["etcd"], "µs", 1_000)
+    record(f"{name}: etcd, CPU a keepalive", etcd.cpu_us["etcd"], "µs", None)
     ratio = sum(cp.cpu_us.values()) / etcd.cpu_us["etcd"]
     record(f"{name}: CPU of control plane and PostgreSQL, of etcd's", ratio, "times", 1.5)
     record(f"{name}: control plane, memory a host", cp.host_bytes / 1e3, "KB", 20)
-    record(f"{name}: etcd, memory a host", etcd.host_bytes / 1e3, "KB", 1_000)
-    for server, found in (("control plane", cp), ("etcd", etcd)):
-        record(f"{name}: {server}, median answer", found.end["p50_s"] * 1e3, "ms", 500)
-        record(f"{name}: {server}, 99 of 100 answers within", found.end["p99_s"] * 1e3, "ms", 1_000)
+    record(f"{name}: etcd, memory a host", etcd.host_bytes / 1e3, "KB", None)
+    for server, found, p50_ms, p99_ms in (
+        ("control plane", cp, 500, 1_000),
+        ("etcd", etcd, None, None),
+    ):
+        record(f"{name}: {server}, median answer", found.end["p50_s"] * 1e3, "ms", p50_ms)
+        what = f"{name}: {server}, 99 of 100 answers within"
+        record(what, found.end["p99_s"] * 1e3, "ms", p99_ms)
         assert found.end["rate"] >= 0.97 * rate
+    others = max(cp.others_cores, etcd.others_cores)
+    record(f"{name}: what else the machine did meanwhile", others, "cores", None)
 
 
 def test_whole_hub(tmp_path: Path, netns: Netns, record: Record) -> None:
