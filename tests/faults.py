@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -108,7 +109,13 @@ class Host:
         assert answer, f"the agent ended; it said:\n{self.agent.log}"
         self.host_id = self.host_id or answer["host_id"]
         expected = {"host_id": self.host_id, "status": "online", "live": 1, "takeovers": 0}
-        assert self.cp.query(SQL_HOST, self.token.split("_")[1]) == [expected], self.agent.log
+        # Offline until its next heartbeat: see test_a_heartbeat_that_meets_the_sweep.
+        for _ in range(50):
+            rows = self.cp.query(SQL_HOST, self.token.split("_")[1])
+            if rows == [expected]:
+                break
+            time.sleep(0.2)
+        assert rows == [expected], self.agent.log
         assert (answer["host_id"], answer["token"]) == (self.host_id, "used")
         identity = script.parse_identity(self.identity.read_bytes())
         assert (identity.host_id, identity.next_session) == (self.host_id, None)
@@ -214,10 +221,10 @@ def kill_agent(host: Host, built: Path, point: str, passes: Sequence[int]) -> No
     assert host.agent.process.stop() == 0
 
 
-def draw_passes(random_int: Callable[[int, int], int], point: str, times: int) -> list[int]:
+def draw_passes(draw: random.Random, point: str, times: int) -> list[int]:
     """At which pass to kill: every start comes once to each point, to Heartbeat's many times."""
     most = 3 if point.startswith("Heartbeat") else 1
-    return [random_int(1, most) for _ in range(times)]
+    return [draw.randint(1, most) for _ in range(times)]
 
 
 def kill_cp(host: Host, built: Path, point: str, times: int) -> None:
@@ -321,12 +328,9 @@ class Fault:
 def trace(host: Host, fault: Fault | None = None) -> list[str]:
     """The command that comes before the agent's: strace of what touches its files."""
     agent = host.agent
-    files = [agent.data, agent.directory, agent.env_file, agent.socket]
-    files += [agent.directory / ".agent.env.new"]
-    names = ("identity.json", "refused.json")
-    files += [agent.data / f"{dot}{name}" for name in names for dot in ("", ".")]
-    files += [agent.data / f".{name}.new" for name in names]
-    files += [agent.data / "agent.lock"]
+    written = [agent.env_file, agent.data / "identity.json", agent.data / "refused.json"]
+    files = [agent.data, agent.directory, agent.socket, agent.data / "agent.lock", *written]
+    files += [path.with_name(f".{path.name}.new") for path in written]
     argv = ["strace", "-f", "-y", "-qq", "-o", str(agent.directory / "trace"), "-e", "signal=none"]
     argv += [word for path in files for word in ("-P", str(path))]
     argv += ["-e", f"trace={CALLS}"]

@@ -52,7 +52,7 @@ def test_kill_9_at_a_step_of_the_agent(
     draw, jobs = random.Random(f"{seed} {point}"), {}
     for n in range(1 + KILLS // 2):
         host = make_host(cp, draw.choice(RUNTIMES))
-        passes = draw_passes(draw.randint, point, 1 if n else KILLS // 2)
+        passes = draw_passes(draw, point, 1 if n else KILLS // 2)
         jobs[f"{n} {passes}"] = partial(kill_agent, host, built, point, passes)
     run_lanes(jobs)
     cp.check_invariants()
@@ -65,7 +65,8 @@ def test_kill_9_at_drawn_steps_of_the_agent(
     draw, jobs = random.Random(seed), {}
     for n in range(20):
         host = make_host(cp, draw.choice(RUNTIMES))
-        points = [draw.choice(failpoints.AGENT) for _ in range(6)]
+        later = [point for point in failpoints.AGENT if not point.startswith("Register")]
+        points = [draw.choice(failpoints.AGENT), *draw.choices(later, k=5)]
         steps = [partial(kill_agent, host, built, point, [1]) for point in points]
         jobs[f"{n} {points}"] = partial(run_steps, steps)
     run_lanes(jobs)
