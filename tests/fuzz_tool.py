@@ -127,7 +127,7 @@ def heartbeat(data: bytes) -> None:
         check_refusal(refusal)
         return
     assert 0 < beat.seq < 2**63
-    assert isinstance(beat.boot_id, uuid.UUID)
+    assert str(uuid.UUID(str(beat.boot_id))) == str(beat.boot_id)  # as PostgreSQL reads it
     if beat.facts:
         check_facts(beat.facts)
 

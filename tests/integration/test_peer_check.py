@@ -331,13 +331,13 @@ def test_heartbeats_of_one_address_that_wait_are_counted(cp: ControlPlane, join:
         with ThreadPoolExecutor(40) as workers:
             first = workers.submit(honest.heartbeat)
             time.sleep(0.5)
-            calls = [workers.submit(beat) for _ in range(39)]
-            wait_for("refusals", lambda: sum(call.done() for call in calls) >= 20)
+            calls = [workers.submit(beat) for _ in range(31)]  # one connection takes 32
+            wait_for("refusals", lambda: sum(call.done() for call in calls) >= 15)
             connection.rollback()
             first.result()
             got = collections.Counter(call.result() for call in calls)
     assert set(got) == {"UNKNOWN_SESSION", "TRY_LATER"}
-    assert got["TRY_LATER"] >= 20
+    assert got["TRY_LATER"] >= 15
     flood.heartbeat()
     honest.heartbeat()
 
