@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import io
 import json
 import random
@@ -57,6 +58,12 @@ FACTS = pb.Facts(
     memory_bytes=8 << 30,
     disk_bytes=100 << 30,
     disk_encrypted=True,
+)
+EDGES = (  # what a mutation seldom comes to
+    pb.Facts(hostname="a" * 254, arch="a" * 33, kernel="a" * 129, agent_version="a" * 65),
+    pb.Facts(hostname="a\x1bb", arch="\u00e9", kernel=" ", agent_version="\0", disk_bytes=2**63),
+    pb.Facts(hostname="a", arch="a", kernel="a", agent_version="a", memory_bytes=2**64 - 1),
+    pb.Facts(hostname="a", arch="a", kernel="a", agent_version="a", cpu_count=2**32 - 1),
 )
 STANDING = pb.Standing(status=pb.HOST_STATUS_ONLINE, reasons=["its wallet is not approved"])
 
@@ -185,6 +192,12 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
     )
 
 
+@functools.cache
+def get_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all inputs: a new one costs more than all the rest."""
+    return asyncio.new_event_loop()
+
+
 def run_agent(data: bytes, work: Callable[[agent.Agent], Any], registered: bool) -> None:
     """One operation of the agent, then all that it shows of it; Error may end it as it may."""
     one = make_agent(data, registered)
@@ -192,7 +205,7 @@ def run_agent(data: bytes, work: Callable[[agent.Agent], Any], registered: bool)
     written, sys.stderr = sys.stderr, io.StringIO()
     try:
         try:
-            asyncio.run(work(one))
+            get_loop().run_until_complete(work(one))
         except agent.RefusedError as refused:
             check_plain(refused.detail)
             with contextlib.suppress(agent.Error):
@@ -274,8 +287,9 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
         register,
         [
             pb.RegisterRequest(
-                invite_token=TOKEN, facts=FACTS, **SECRETS, **BOTH
+                invite_token=TOKEN, facts=facts, **SECRETS, **BOTH
             ).SerializeToString()
+            for facts in (FACTS, *EDGES)
         ],
     ),
     "resume": (
@@ -286,8 +300,10 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
         heartbeat,
         [
             pb.HeartbeatRequest(
-                session=b"s" * 32, seq=7, boot_id=BOOT_ID, facts=FACTS, paused=True
+                session=b"s" * 32, seq=seq, boot_id=BOOT_ID, facts=facts, paused=True
             ).SerializeToString()
+            for facts in (FACTS, *EDGES)
+            for seq in (7, 2**63, 2**64 - 1)
         ],
     ),
     "register_reply": (
