@@ -140,7 +140,7 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
     ("resume", "host_secret, previous_session", "revoked"): "HOST_REVOKED",
     ("resume", "host_secret, wg_pubkey", "revoked"): "HOST_REVOKED",
     ("register again", "invite_token, host_secret", "revoked"): "HOST_REVOKED",
-    ("register again", "invite_token, host_secret, wg_pubkey", "revoked"): "KEY_TAKEN",
+    ("register again", "invite_token, host_secret, wg_pubkey", "revoked"): "HOST_REVOKED",
     ("register again", "from", "revoked"): "WRONG_ADDRESS",  # free, but not the caller's
     ("register fresh", "from", "revoked"): "",  # its address is free for everybody
 }
