@@ -152,11 +152,11 @@ def test_message_of_a_gigabyte(cp: ControlPlane, netns: Netns, record: Record) -
     reset_peak(cp)
     order = {"target": [CROWD, cp.grpc_port], "head": head.hex(), "size": GB, "frames": True}
     said = Job(netns, "body", **order).finish(300)
-    print(said)
+    assert said["answer"], said
     record("a message of 1 GB: resident memory at its height", read_peak_mb(cp), "MB", 100)
 
 
-def test_decoders(tmp_path: Path, record: Record) -> None:
+def test_decoders(tmp_path: Path) -> None:
     share_s = 2 * read_seconds(3600) / len(TARGETS)
 
     def work(name: str) -> int:
@@ -166,7 +166,8 @@ def test_decoders(tmp_path: Path, record: Record) -> None:
 
     with ThreadPoolExecutor(2) as workers:
         counts = list(workers.map(work, TARGETS))
-    record("inputs to the decoders", sum(counts) / 1e6, "million", 1e6)
+    print(f"{sum(counts)} inputs")
+    assert min(counts) > 100, counts
 
 
 def test_http_api(make_cp: Callable[..., ControlPlane], tmp_path: Path) -> None:
