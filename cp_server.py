@@ -1890,12 +1890,16 @@ UPDATE cp_state SET alive_at = now(),
 """
 
 SQL_SWEEP_OFFLINE = """
--- hosts that were silent for three of the intervals that the CP asked for
-UPDATE hosts h SET status = 'offline', status_at = now() FROM liveness l, cp_state c
-WHERE l.host_no = h.host_no AND h.status IN ('online', 'paused')
-  AND greatest(l.last_heartbeat_at, c.serving_since)
+-- hosts that were silent for three of the intervals that the CP asked for; a row that somebody
+-- changes at this moment is left to the next sweep, else it would be judged by what it was before
+WITH silent AS (
+  SELECT h.host_no FROM hosts h JOIN liveness l USING (host_no), cp_state c
+  WHERE h.status IN ('online', 'paused') AND greatest(l.last_heartbeat_at, c.serving_since)
     < now() - make_interval(secs => %(intervals)s * l.interval_ms / 1000.0)
-RETURNING h.host_id
+  FOR UPDATE OF h, l SKIP LOCKED
+)
+UPDATE hosts h SET status = 'offline', status_at = now() FROM silent
+WHERE h.host_no = silent.host_no RETURNING h.host_id
 """
 
 SQL_PRUNE = """
@@ -2782,6 +2786,7 @@ class ControlPlane:
         self._waiting: dict[BeatKey, tuple[Beat, list[BeatFuture]]] = {}
         self._waiting_of: dict[str, int] = {}  # by peer
         self._wake = asyncio.Event()
+        self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -2875,7 +2880,8 @@ class ControlPlane:
         try:
             beats = [beat for beat, _ in batch.values()]
             work = record_heartbeats(self.beat_db, beats, self.settings.peer_check)
-            answers = await asyncio.wait_for(work, BATCH_DEADLINE_S)
+            async with self._judging:
+                answers = await asyncio.wait_for(work, BATCH_DEADLINE_S)
         except Refusal as refusal:
             fault = refusal
         except Exception as error:  # whatever it is: the next batch gets its chance
@@ -2902,9 +2908,10 @@ class ControlPlane:
         while True:
             await asyncio.sleep(period_s)
             try:
-                gone = await asyncio.wait_for(
-                    sweep(self.beat_db, gap_s=2 * period_s), BATCH_DEADLINE_S
-                )
+                async with self._judging:
+                    gone = await asyncio.wait_for(
+                        sweep(self.beat_db, gap_s=2 * period_s), BATCH_DEADLINE_S
+                    )
                 if time.monotonic() >= next_prune_s:
                     next_prune_s = time.monotonic() + PRUNE_S
                     pruned = await asyncio.wait_for(prune(self.beat_db), BATCH_DEADLINE_S)
