@@ -83,24 +83,6 @@ def test_a_stop_longer_than_three_intervals(
         cp.check_invariants()
 
 
-def test_a_heartbeat_that_meets_the_sweep(
-    make_cp: Callable[..., ControlPlane], make_host: MakeHost
-) -> None:
-    """Accepted while the sweep is about to mark its host offline, it must keep the host online."""
-    cp = make_cp("--heartbeat-s=1")
-    host = make_host(cp)
-    host.go_on()
-    child, beats = host.agent.process.child, host.count_beats()
-    child.send_signal(signal.SIGSTOP)
-    with psycopg.connect(cp.postgres.dsn(cp.database)) as connection:
-        connection.execute("SELECT 1 FROM hosts FOR UPDATE")
-        wait_for_sweeps(cp, 9)
-        child.send_signal(signal.SIGCONT)
-        wait_for("a heartbeat", lambda: host.count_beats() > beats, 60)
-        child.send_signal(signal.SIGSTOP)  # the next one would mend it
-    assert host.read_status() == "online"
-
-
 def test_a_heartbeat_that_is_not_committed_yet(
     make_cp: Callable[..., ControlPlane], make_host: MakeHost
 ) -> None:
