@@ -66,7 +66,8 @@ def test_loads_on_the_newest_packages() -> None:
     done = load(sys.executable)
     assert (done.returncode, done.stderr) == (0, "")
     protobuf, grpcio = map(int, done.stdout.split())
-    assert (protobuf, grpcio) >= (7, 85), "this is not the new runtime that the test is for"
+    # The newest whose server lives through every call: see pyproject.toml.
+    assert (protobuf, grpcio) >= (7, 83), "this is not the new runtime that the test is for"
 
 
 def test_committed_stubs_are_up_to_date() -> None:
