@@ -1949,4 +1949,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # Python's own end frees gRPC's channel, and then grpcio 1.51 now and then spins for ever.
+    os._exit(code)

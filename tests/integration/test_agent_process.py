@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -400,6 +401,23 @@ def test_disk_full_before_the_first_request(host: Host) -> None:
     assert done.returncode == 1
     assert "cannot save the identity" in done.stderr
     assert sorted(path.name for path in host.data.iterdir()) == ["agent.lock"]
+
+
+def test_an_agent_that_gives_up_at_once_is_gone(tmp_path: Path) -> None:
+    """Grpcio 1.51 spins at the end of one such process in some, when they share a processor."""
+
+    def give_up(number: int) -> None:
+        (tmp_path / str(number)).mkdir()
+        host = Host(tmp_path / str(number), RUNTIMES["debian"])
+        host.identity.write_bytes(make_identity())
+        host.identity.chmod(0o600)
+        done = host.run(prefix=["prlimit", "--fsize=0", "taskset", "--cpu-list", processor])
+        assert done.returncode == 1
+        assert "cannot save the next session" in done.stderr
+
+    processor = str(min(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(4) as workers:
+        list(workers.map(give_up, range(40)))
 
 
 # ------------------------------------------------------------------------------------------------
