@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -137,6 +138,13 @@ class Host:
                 assert not [word for word in hidden if word in text], path
         assert not list(self.agent.directory.glob(".*")), "a temporary file was left"
 
+    def wait_end(self) -> int:
+        """Wait until the agent ended by itself; its exit code."""
+        try:
+            return self.agent.process.child.wait(ONLINE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end; it said:\n{self.agent.log}") from None
+
     def kill(self) -> None:
         """SIGKILL to the agent itself, not to an strace before it."""
         pid = self.ask().get("pid")
@@ -215,8 +223,8 @@ def kill_agent(host: Host, built: Path, point: str, passes: Sequence[int]) -> No
         host.kill()
     for number in passes:
         host.agent.scripts = built
-        process = host.start(OPENINFRA_FAILPOINT=f"{point}=kill@{number}")
-        assert process.child.wait(ONLINE_S) == -signal.SIGKILL, host.agent.log
+        host.start(OPENINFRA_FAILPOINT=f"{point}=kill@{number}")
+        assert host.wait_end() == -signal.SIGKILL, host.agent.log
     host.go_on()
     assert host.agent.process.stop() == 0
 

@@ -147,7 +147,8 @@ def test_a_full_disk_under_the_identity(cp: ControlPlane, make_host: MakeHost, b
     agent = host.agent
     with small_disk(agent.data) as fill:
         fill(True)
-        assert host.start().child.wait(20) == 1
+        host.start()
+        assert host.wait_end() == 1
         last = agent.log.splitlines()[-1]
         assert last.startswith("ERROR cannot save the identity: No space left on device ; free")
         fill(False)
@@ -170,7 +171,8 @@ def test_a_full_disk_under_the_identity(cp: ControlPlane, make_host: MakeHost, b
         assert agent.log.count("INFO identity saved") == 1
         assert agent.process.stop() == 0
         fill(True)
-        assert host.start().child.wait(20) == 1
+        host.start()
+        assert host.wait_end() == 1
         last = agent.log.splitlines()[-1]
         assert last.startswith("ERROR cannot save the next session: No space left on device ; free")
         fill(False)

@@ -197,7 +197,7 @@ def test_the_files_of_two_hosts_mixed(cp: ControlPlane, make_host: Callable[...,
     # The other's host_id with this one's secret: the control plane's answer names this one.
     one.identity.write_bytes(b"".join(first[:3] + second[3:]))
     one.start()
-    assert one.agent.process.child.wait(20) == 78, one.said
+    assert one.wait_end() == 78, one.said
     last = one.said.splitlines()[-1]
     assert last.startswith(f"ERROR control plane says that this is host {one.host_id} ; ")
     # Only the other's invite and session: this one's secret makes it this host.
