@@ -118,7 +118,8 @@ def log(level: str, message: str, todo: str = "", **pairs: object) -> None:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         plain = text != "" and all("!" <= char <= "~" and char not in '"=' for char in text)
         line += f" {key}={text if plain else json.dumps(text)}"
-    print(line + (f" ; {todo}" if todo else ""), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk under the journal ends no daemon
+        print(line + (f" ; {todo}" if todo else ""), file=sys.stderr, flush=True)
 
 
 def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bool = True) -> str:

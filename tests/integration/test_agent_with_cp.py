@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import OTHER_WALLET, WALLET, Agent, ControlPlane, Netns, wait_for
+from tests.harness import OTHER_WALLET, WALLET, Agent, ControlPlane, Netns, Process, wait_for
 
 RUNTIMES = [
     pytest.param("/usr/bin/python3", id="debian"),
@@ -247,3 +249,29 @@ def test_a_lost_identity_is_healed_by_a_fresh_invite_through_the_tunnel(
     agent.process.wait_log(f"registered with control plane host_id={found['host_id']}")
     wait_for("one host", lambda: len(cp.hosts()) == 1 or None)
     cp.check_invariants()
+
+
+def test_both_go_on_when_their_log_cannot_be_written(
+    make_cp: Callable[..., ControlPlane], make_agent: MakeAgent, tmp_path: Path
+) -> None:
+    """As with a full disk under the journal."""
+    mute = ["sh", "-c", 'exec "$@" 2>/dev/full', "sh"]
+    cp = make_cp("--heartbeat-s=1", start=False)
+    listen = [f"--grpc-listen=127.0.0.1:{cp.grpc_port}", f"--http-listen=127.0.0.1:{cp.http_port}"]
+    argv = cp.argv("serve", "--peer-check=off", *cp.flags, *listen)
+    cp.process = Process([*mute, *argv], tmp_path / "cp.out", {})
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError):
+            return cp.call("GET", "/readyz")[0] == 200
+        return False
+
+    wait_for("the control plane", is_ready)
+    agent = make_agent(address(cp), cp.mint(payout_pubkey=WALLET))
+    agent.started = Process(
+        [*mute, *agent.argv("run", "--allow-unencrypted")], agent.directory / "agent.log", {}
+    )
+    wait_for("online", lambda: [host["status"] for host in cp.hosts()] == ["online"], 20)
+    assert agent.process.stop() == 0
+    assert "oi1_" in agent.env_file.read_text()
+    assert "_used" in agent.env_file.read_text()
