@@ -807,6 +807,8 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
 def parse_field(field: Field, value: Any) -> Any:
     """One checked value; raises Refusal."""
     kinds: dict[str, Any] = {"integer": int, "string": str, "boolean": bool}
+    if field.kind == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON and its Schema know no other difference of 24.0 and 24
     if type(value) is not kinds[field.kind]:
         what, todo = f"{field.name} has the wrong type", f"send a JSON {field.kind}"
         raise Refusal("BAD_REQUEST", what, todo, field.name)
