@@ -2531,7 +2531,7 @@ async def record_heartbeats(
     """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
     answers: dict[BeatKey, Standing | Refusal] = {}
     flipped: list[tuple[str, uuid.UUID, str]] = []
-    told: dict[int, Beat] = {}  # by host_no: those whose standing has reasons
+    told: dict[int, list[Beat]] = {}  # by host_no: those whose standing has reasons
     async with db.transaction() as tx:
         rows = await tx.dicts(
             SQL_HEARTBEATS,
@@ -2548,7 +2548,7 @@ async def record_heartbeats(
             if row["is_plain"]:
                 answers[beat.session_sha256, beat.peer] = PLAIN_STANDING
             else:
-                told[row["host_no"]] = beat
+                told.setdefault(row["host_no"], []).append(beat)
             if beat.facts:
                 values = dataclasses.asdict(beat.facts)
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
@@ -2556,9 +2556,9 @@ async def record_heartbeats(
                 flipped.append((beat.status, row["flipped_host_id"], row["old_status"]))
         if told:
             for host in await tx.rows(SQL_HEARTBEAT_HOSTS, Host, host_nos=list(told)):
-                beat = told[host.host_no]
-                accepted = dataclasses.replace(host, status=beat.status)
-                answers[beat.session_sha256, beat.peer] = decide_standing(accepted)
+                for beat in told[host.host_no]:
+                    accepted = dataclasses.replace(host, status=beat.status)
+                    answers[beat.session_sha256, beat.peer] = decide_standing(accepted)
         refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
         if refused:
             sessions = [beat.session_sha256 for beat in refused]

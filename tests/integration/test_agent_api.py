@@ -6,6 +6,7 @@ Most tests share one control plane whose hosts are asked for a heartbeat each 30
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import secrets
@@ -775,6 +776,22 @@ def test_paused_and_unpaused(cp: ControlPlane, host: Client) -> None:
     assert standing.reasons == [f"its provider paused it at {since} UTC; only they can unpause it"]
     assert host.heartbeat().standing.assignable is True
     assert get_host(cp, host)["status"] == "online"
+
+
+def test_one_session_from_two_addresses_in_one_batch(cp: ControlPlane, client: Client) -> None:
+    """Where addresses do not count (pilot: 127.0.0.1 and ::1), each gets the same answer."""
+    client.register(cp.mint(), payout_pubkey=new_wallet())  # not approved: it has reasons
+    request = pb.HeartbeatRequest(session=client.session, seq=1, boot_id=BOOT_ID)
+    beats = [cp_server.parse_heartbeat(request, peer, 1000) for peer in ("127.0.0.1", "::1")]
+    got = asyncio.run(
+        cp_server.with_database(
+            cp.dsn_file, lambda db: cp_server.record_heartbeats(db, beats, False)
+        )
+    )
+    first, second = got.values()
+    assert isinstance(first, cp_server.Standing)
+    assert first == second
+    assert first.reasons
 
 
 def test_facts_of_a_refused_heartbeat_are_not_stored(
