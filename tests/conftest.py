@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Agent, ControlPlane, Netns, Postgres, make_netns
+from tests.harness import Agent, ControlPlane, Netns, Postgres, RpcTool, make_netns, serving
 
 # What it asserts is shown like a test's own.
 pytest.register_assert_rewrite("tests.faults")
@@ -49,6 +49,25 @@ def seed() -> str:
     found = os.environ.get("OPENINFRA_SEED") or secrets.token_hex(4)
     print(f"OPENINFRA_SEED={found} repeats this test's choices")
     return found
+
+
+@pytest.fixture(scope="module")
+def tunnel_cp(
+    postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ControlPlane]:
+    """A control plane in a namespace, for the tests of one file."""
+    directory = tmp_path_factory.mktemp("cp")
+    with make_netns() as netns, serving(postgres, directory, netns=netns) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tool(tunnel_cp: ControlPlane) -> Iterator[RpcTool]:
+    """The process that makes the calls inside the namespace."""
+    assert tunnel_cp.netns
+    made = RpcTool(tunnel_cp.netns)
+    yield made
+    made.close()
 
 
 @pytest.fixture

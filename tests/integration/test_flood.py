@@ -6,11 +6,9 @@ All of it happens in a network namespace: each host has its own address, the cro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.harness import ControlPlane, Postgres, make_netns, serving
+from tests.harness import ControlPlane
 from tests.hostile import CROWD, FLOODS, SILENCES, Host, Seen, endure, make_hosts, percentile
 
 SECONDS = 4.0
@@ -20,11 +18,9 @@ RSS_MB = 160.0  # 65 MB at rest
 
 
 @pytest.fixture(scope="module")
-def cp(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """A control plane in a namespace."""
-    directory = tmp_path_factory.mktemp("cp")
-    with make_netns() as netns, serving(postgres, directory, netns=netns) as made:
-        yield made
+def cp(tunnel_cp: ControlPlane) -> ControlPlane:
+    """The control plane of this file."""
+    return tunnel_cp
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,14 +17,11 @@ import cp_server
 from tests.harness import (
     WALLET,
     ControlPlane,
-    Postgres,
     Refused,
     RemoteClient,
     RpcTool,
     check_refused,
-    make_netns,
     new_wg_key,
-    serving,
     unchanged,
 )
 from tests.hostile import ACTOR
@@ -54,20 +50,9 @@ def mint(cp: ControlPlane) -> str:
 
 
 @pytest.fixture(scope="module")
-def cp(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """A control plane in a namespace."""
-    directory = tmp_path_factory.mktemp("cp")
-    with make_netns() as netns, serving(postgres, directory, netns=netns) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tool(cp: ControlPlane) -> Iterator[RpcTool]:
-    """The process that makes the calls inside the namespace."""
-    assert cp.netns
-    made = RpcTool(cp.netns)
-    yield made
-    made.close()
+def cp(tunnel_cp: ControlPlane) -> ControlPlane:
+    """The control plane of this file."""
+    return tunnel_cp
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,13 @@ from tests.harness import (
     OTHER_WALLET,
     WALLET,
     ControlPlane,
-    Postgres,
     RemoteClient,
     RemoteError,
     RpcTool,
     check_refused,
     facts,
-    make_netns,
     new_wg_key,
     race,
-    serving,
     unchanged,
     wait_for,
 )
@@ -45,20 +42,9 @@ Join = Callable[..., RemoteClient]
 
 
 @pytest.fixture(scope="module")
-def cp(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """A control plane in a namespace."""
-    directory = tmp_path_factory.mktemp("cp")
-    with make_netns() as netns, serving(postgres, directory, netns=netns) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tool(cp: ControlPlane) -> Iterator[RpcTool]:
-    """The process that makes the calls inside the namespace."""
-    assert cp.netns
-    made = RpcTool(cp.netns)
-    yield made
-    made.close()
+def cp(tunnel_cp: ControlPlane) -> ControlPlane:
+    """The control plane of this file."""
+    return tunnel_cp
 
 
 @pytest.fixture(scope="module")
