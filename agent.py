@@ -4,10 +4,13 @@
   agent.py run       the daemon: redeems the invite once, then sends heartbeats (systemd starts it)
   agent.py status    what the running agent says: exit 0 when this host is online, else 1
   agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
+  agent.py guard     puts this host's firewall in place, and finds the control plane again when
+                     its address changed; once, as root (a systemd timer starts it each 10 s)
 
 What it does to this machine
-  It starts no program, except `wg show` in `doctor`. It listens on no port: the control socket
-  is a unix socket.
+  `run` starts no program; `doctor` starts `wg show`. It listens on no port: the control socket
+  is a unix socket. `guard` starts `nft` and `wg`, and changes the nft table `inet openinfra` and
+  the endpoint of the interface openinfra, nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -18,7 +21,9 @@ Files (mode)
     identity.json.broken-<n>         0600  an unreadable identity, moved aside, never deleted
     refused.json                     0600  why the control plane ended this agent, for `doctor`
     agent.lock                       0600  held while the agent runs
+  /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
+  /run/openinfra/guard.json          0600  what `guard` found at its last run
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
@@ -36,11 +41,11 @@ Examples
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import enum
 import errno
 import fcntl
+import hashlib
 import ipaddress
 import json
 import logging
@@ -60,11 +65,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-import grpc
-import grpc.aio
+if sys.argv[1:2] != ["guard"]:  # it runs each 10 s and would spend most of its time on these
+    import asyncio
 
-from proto import openinfra_pb2 as pb
-from proto import openinfra_pb2_grpc
+    import grpc
+    import grpc.aio
+
+    from proto import openinfra_pb2 as pb
+    from proto import openinfra_pb2_grpc
 
 VERSION = "0.1.0"
 
@@ -118,6 +126,11 @@ TUNNEL = ipaddress.IPv4Network("10.77.0.0/16")
 # WireGuard makes a new handshake every 120 s while there is traffic; the keepalive is 25 s.
 HANDSHAKE_OLD_S = 180
 PROBE_TIMEOUT_S = 3.0
+# Then the control plane's name is looked up again: a handshake is due each 120 s.
+ENDPOINT_OLD_S = 150
+# The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
+GUARD_OLD_S = 45.0
+NFT_TABLE = ("inet", "openinfra")
 
 CHANNEL_OPTIONS = (
     # With gRPC's defaults a channel came up 23-33 s after a long blackhole ended.
@@ -281,6 +294,8 @@ OPTIONS = (
     Option("env_file", "--env-file", "", "/etc/openinfra/agent.env", "file of the keys below"),
     Option("socket", "--socket", "", "/run/openinfra/agent.sock", "the control socket"),
     Option("wg_pubkey_file", "--wg-pubkey-file", "", "/etc/wireguard/openinfra.pub", "our key"),
+    Option("wg_conf", "--wg-conf", "", "/etc/wireguard/openinfra.conf", "settings of the tunnel"),
+    Option("guard_file", "--guard-file", "", "/run/openinfra/guard.json", "what guard found"),
 )
 DEFAULTS = {option.name: option.default for option in OPTIONS}
 
@@ -312,6 +327,7 @@ class Config:
     data_dir: Path
     socket: Path
     wg_pubkey_file: Path
+    guard_file: Path
     wallet: str
     token: Token | None
     allow_unencrypted: bool
@@ -382,10 +398,23 @@ class Snapshot:
     wg: str
     # None: never.
     handshake_age_s: int | None
+    # Why the firewall is not known to be in place; empty when it is.
+    firewall: str
     # The running agent's own words; None when none answers.
     status: Mapping[str, Any] | None
     # Why the control plane ended the agent, if it did: reason, what, todo.
     refused: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What guard.json holds; seconds of CLOCK_BOOTTIME, and hashes of what was asked and found."""
+
+    at_s: float
+    error: str = ""
+    wanted_sha256: str = ""
+    listed_sha256: str = ""
+    endpoint_error: str = ""
 
 
 @dataclass
@@ -568,6 +597,7 @@ def decide_config(args: argparse.Namespace, env: EnvFile) -> Config:
         data_dir=Path(value["data_dir"]),
         socket=Path(value["socket"]),
         wg_pubkey_file=Path(value["wg_pubkey_file"]),
+        guard_file=Path(value["guard_file"]),
         wallet=parse_wallet(value["wallet"]),
         token=parse_token(value["token"]),
         allow_unencrypted=args.allow_unencrypted,
@@ -864,6 +894,70 @@ def render_status(answer: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16} {parse_line(str(value), 500)}" for name, value in rows)
 
 
+def render_table() -> str:
+    """Render the host's firewall for `nft -f`, nft(8): one transaction, whatever was there before.
+
+    Nothing comes in through the tunnel but answers and ping; nothing passes between the tunnel and
+    any other network, also where this machine forwards; nobody else uses the tunnel's addresses.
+    """
+    name = " ".join(NFT_TABLE)
+    return f"""\
+table {name}
+delete table {name}
+table {name} {{
+\tchain input {{
+\t\ttype filter hook input priority -10; policy accept;
+\t\tiifname "{WG_INTERFACE}" ct state established,related accept
+\t\tiifname "{WG_INTERFACE}" icmp type echo-request limit rate 20/second accept
+\t\tiifname "{WG_INTERFACE}" drop
+\t\tiifname != "lo" ip saddr {TUNNEL} drop
+\t\tiifname != "lo" ip daddr {TUNNEL} drop
+\t}}
+\tchain forward {{
+\t\ttype filter hook forward priority -10; policy accept;
+\t\tiifname "{WG_INTERFACE}" drop
+\t\toifname "{WG_INTERFACE}" drop
+\t}}
+}}
+"""
+
+
+def parse_peer(conf: str) -> tuple[str, str]:
+    """Take key and endpoint of the one peer from a wg-quick(8) file; raises Error."""
+    found: dict[str, str] = {}
+    section = ""
+    for line in conf.splitlines():
+        text = line.partition("#")[0].strip()
+        if text.startswith("["):
+            section = text.lower()
+        key, equals, value = text.partition("=")
+        if section == "[peer]" and equals:
+            found[key.strip().lower()] = value.strip()
+    key, endpoint = found.get("publickey", ""), found.get("endpoint", "")
+    if not WG_KEY_RE.fullmatch(key) or not re.fullmatch(r"[\w.:\[\]-]+:[0-9]{1,5}", endpoint):
+        raise Error("openinfra.conf names no control plane", "run install_agent.py again")
+    return key, endpoint
+
+
+def parse_guard(raw: bytes) -> Guard | None:
+    """What an earlier run left; None when that is not to be read."""
+    try:
+        data = json.loads(raw)
+        texts = {key: str(data.pop(key)) for key in [*data] if key != "at_s"}
+        return Guard(float(data["at_s"]), **texts)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def decide_firewall(guard: Guard | None, now_s: float) -> str:
+    """Say why the firewall is not known to be in place; empty when it is."""
+    if guard is None:
+        return "guard has not run since boot"
+    if now_s - guard.at_s > GUARD_OLD_S:
+        return f"guard ran last {now_s - guard.at_s:.0f} s ago"
+    return guard.error
+
+
 def decide_findings(seen: Snapshot) -> list[Finding]:
     """Say what is wrong, most basic first: a later finding may only follow from an earlier one."""
     rows = (*list_host_rows(seen), *list_tunnel_rows(seen), *list_fleet_rows(seen))
@@ -906,6 +1000,9 @@ def list_tunnel_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
         yield "ERROR", f"WireGuard never completed a handshake: {said}.", show
     elif seen.wg == "ok" and (seen.handshake_age_s or 0) > HANDSHAKE_OLD_S:
         yield "ERROR", f"The last WireGuard handshake is {seen.handshake_age_s} s old.", restart
+    if seen.firewall:
+        said = f"This host's firewall is not known to be in place: {seen.firewall}."
+        yield "ERROR", said, "sudo systemctl start openinfra-guard.service openinfra-guard.timer"
     if seen.unreachable:
         command = "cp_server.py doctor" if seen.wg == "skipped" else show
         command = restart if seen.unreachable.startswith(NO_TUNNEL.what) else command
@@ -1230,7 +1327,11 @@ def ensure_scrubbed(env_file: Path, invite_id: str | None) -> None:
             return
         if env.uid != os.geteuid():
             raise PermissionError(errno.EPERM, f"the file belongs to uid {env.uid}")
-        write_file(path, scrub_env(env.raw, token), env.mode)
+        with open(path, "r+b") as spent:
+            write_file(path, scrub_env(env.raw, token), env.mode)
+            if os.fstat(spent.fileno()).st_nlink == 0:  # else it has another name, and is not ours
+                os.pwrite(spent.fileno(), bytes(len(env.raw)), 0)  # freed blocks keep what they had
+                os.fsync(spent.fileno())
     except (Error, OSError) as error:
         why = error.what if isinstance(error, Error) else error.strerror
         log(
@@ -1357,6 +1458,37 @@ def read_tunnel() -> tuple[str, int | None]:
         return error.what, None
     newest = parse_handshakes(shown)
     return "ok", None if newest is None else max(0, int(time.time()) - newest)
+
+
+def read_guard(path: Path) -> Guard | None:
+    """Read what the last run of guard left."""
+    try:
+        return parse_guard(read_small(path, FILE_MAX_BYTES)[0])
+    except OSError:
+        return None
+
+
+def save_guard(path: Path, guard: Guard) -> None:
+    """Leave what was found for the agent, `doctor` and the next run."""
+    try:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        write_file(path, json.dumps(vars(guard)).encode() + b"\n", 0o600)
+    except OSError as error:
+        raise Error(f"cannot write {path}: {error.strerror}", "run this as root") from None
+
+
+def read_table_sha256() -> str:
+    """A hash of our nft table as the kernel has it; empty when it is not there."""
+    try:
+        listed = run(["nft", "--stateless", "list", "table", *NFT_TABLE], echo=False)
+    except Error:
+        return ""  # what is wrong with nft itself shows when the table is laid
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def read_endpoints() -> str:
+    """The addresses that the tunnel sends to."""
+    return run(["wg", "show", WG_INTERFACE, "endpoints"], echo=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1667,9 +1799,54 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         unreachable=read_unreachable(config.control_plane),
         wg=wg,
         handshake_age_s=handshake_age_s,
+        firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
         status=status,
         refused=read_refused(data_dir),
     )
+
+
+def ensure_firewall(before: Guard | None) -> Guard:
+    """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
+    wanted = render_table()
+    wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
+    found = read_table_sha256()
+    guard = Guard(read_boot_s(), "", wanted_sha256, found)
+    if found and before and (before.wanted_sha256, before.listed_sha256) == (wanted_sha256, found):
+        return guard
+    try:
+        run(["nft", "--file", "-"], stdin=wanted.encode(), echo=False)
+        found = read_table_sha256()
+        if not found:
+            raise Error("nft says that it laid the table, and it is not there", "nft list ruleset")
+    except Error as error:
+        return replace(guard, error=error.what)
+    if before and before.listed_sha256:
+        log("WARN", "firewall was changed or gone, and is in place again")
+    else:
+        log("INFO", "firewall is in place")
+    return replace(guard, listed_sha256=found)
+
+
+def ensure_endpoint(wg_conf: Path) -> str:
+    """Look the control plane's name up again when it is long silent; says what keeps it from that.
+
+    WireGuard itself does it only when the interface is made, and a name may get another address.
+    """
+    state, handshake_age_s = read_tunnel()
+    if state != "ok" or (handshake_age_s is not None and handshake_age_s <= ENDPOINT_OLD_S):
+        return ""
+    try:
+        key, endpoint = parse_peer(read_small(wg_conf, FILE_MAX_BYTES)[0].decode(errors="replace"))
+        before = read_endpoints()
+        run(["wg", "set", WG_INTERFACE, "peer", key, "endpoint", endpoint], b"", 8, echo=False)
+        now = read_endpoints()
+    except OSError as error:
+        return f"cannot read {wg_conf}: {error.strerror}"
+    except Error as error:
+        return error.what
+    if now != before:
+        log("INFO", "control plane has another address", endpoint=now.split()[-1])
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1889,6 +2066,24 @@ def command_doctor(args: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
+def command_guard(args: argparse.Namespace) -> int:
+    """Put the firewall in place, and find the control plane again; once, as root."""
+    path = Path(args.guard_file or DEFAULTS["guard_file"])
+    before = read_guard(path)
+    guard = ensure_firewall(before)
+    # First this, since a dead name server takes time; the firewall is in place without it.
+    save_guard(path, replace(guard, endpoint_error=before.endpoint_error if before else ""))
+    if guard.error:
+        raise Error(f"firewall is not in place: {guard.error}", "is nftables installed? see above")
+    # `wg` asks the name server 15 times by default, with longer and longer waits.
+    os.environ["WG_ENDPOINT_RESOLUTION_RETRIES"] = "1"
+    said = ensure_endpoint(Path(args.wg_conf or DEFAULTS["wg_conf"]))
+    if said and not (before and before.endpoint_error):
+        log("WARN", "cannot look up the control plane", "guard tries again", error=said)
+    save_guard(path, replace(guard, endpoint_error=said))
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers in our own style and never repeats a token."""
 
@@ -1927,12 +2122,17 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name != "run":
+        if name in ("status", "doctor"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-COMMANDS = {"run": command_run, "status": command_status, "doctor": command_doctor}
+COMMANDS = {
+    "run": command_run,
+    "status": command_status,
+    "doctor": command_doctor,
+    "guard": command_guard,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
