@@ -38,9 +38,18 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
-def spare_postgres() -> Iterator[Postgres]:
-    """A cluster that tests stop; each of them leaves it running."""
+def stoppable_postgres() -> Iterator[Postgres]:
+    """The cluster behind `spare_postgres`."""
     yield from make_postgres()
+
+
+@pytest.fixture
+def spare_postgres(stoppable_postgres: Postgres) -> Postgres:
+    """A cluster that tests stop; it runs again for the next one, also when this one failed."""
+    child = stoppable_postgres.child
+    if child is None or child.poll() is not None:
+        stoppable_postgres.start()
+    return stoppable_postgres
 
 
 @pytest.fixture

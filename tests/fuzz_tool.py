@@ -171,6 +171,7 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         data_dir=DIRECTORY,
         socket=DIRECTORY / "agent.sock",
         wg_pubkey_file=DIRECTORY / "key",
+        guard_file=DIRECTORY / "guard.json",
         wallet=WALLET,
         token=token,
         allow_unencrypted=True,

@@ -14,6 +14,7 @@ import os
 import random
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -327,12 +328,53 @@ def honest(**order: Any) -> None:
     asyncio.run(honest_all(order))
 
 
+async def browse(order: dict[str, Any], raw: list[bytes], seen: dict[str, Any]) -> None:
+    """One kept connection by TLS from `source`: each request once the answer before it is there."""
+    context = ssl.create_default_context(cafile=order["ca"])
+    number, until = 0, time.monotonic() + order["seconds"]
+    while time.monotonic() < until:
+        reader, writer = await asyncio.open_connection(
+            *order["target"],
+            ssl=context,
+            server_hostname=order["name"],
+            local_addr=(order["source"], 0),
+        )
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while time.monotonic() < until:
+                began, number = time.monotonic(), number + 1
+                writer.write(raw[number % len(raw)])
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                size = head.lower().partition("content-length: ")[2].split()
+                answer = await reader.readexactly(int(size[0]))
+                seen["took"].append(time.monotonic() - began)
+                seen["statuses"][head[9:12]] = seen["statuses"].get(head[9:12], 0) + 1
+                seen["last"][head[9:12]] = head + answer.decode()[:300]
+                await asyncio.sleep(order["every_s"])
+        writer.transport.abort()
+        await asyncio.sleep(0)  # it closes in the loop's next round
+
+
+async def browse_all(order: dict[str, Any]) -> None:
+    """All connections; the latencies and how often each status came, with its last answer."""
+    seen: dict[str, Any] = {"took": [], "statuses": {}, "last": {}}
+    raw = [bytes.fromhex(request) for request in order["requests"]]
+    say()
+    await asyncio.gather(*(browse(order, raw, seen) for _ in range(order["connections"])))
+    say(**seen)
+
+
+def https(**order: Any) -> None:
+    """Requests in turn, on several connections at once."""
+    asyncio.run(browse_all(order))
+
+
 JOBS: dict[str, Callable[..., None]] = {
     "hold": hold,
     "syn": syn,
     "body": body,
     "flood": flood,
     "honest": honest,
+    "https": https,
 }
 
 

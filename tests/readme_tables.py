@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("cp_server.py", "agent.py")
+SCRIPTS = ("cp_server.py", "agent.py", "setup_luks2.py", "install_agent.py", "systemd/setup_cp.py")
 # Calls that hold a sentence: at which argument it begins; what to do follows.
 CALLS = {"Error": 0, "HostReason": 0, "Refusal": 1}
 LEVELS = ("ERROR", "WARN", "INFO")
@@ -151,7 +151,7 @@ def last_value(name: str, scope: ast.AST, line: int) -> ast.expr | None:
 
 def cell(text: str) -> str:
     """Text for one cell of a Markdown table."""
-    return re.sub(r"([|<>*_])", r"\\\1", text)
+    return re.sub(r"([|<>*_])", r"\\\1", " ".join(text.split()))
 
 
 def render_touches() -> str:

@@ -50,6 +50,9 @@ GB = 10**9
 def netns() -> Iterator[Netns]:
     """A namespace in which SYN-ACKs to 192.0.2.0/24 go nowhere."""
     with make_netns() as made:
+        # A half-open connection is kept for 127 s, so that all are there when the minute is over.
+        retries = made.argv(["sysctl", "-qw", "net.ipv4.tcp_synack_retries=6"])
+        subprocess.run(retries, check=True)
         for line in (
             "link add nowhere type veth peer name void",
             "link set nowhere up arp off",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -44,6 +45,7 @@ def test_the_documented_log_lines_and_a_restart(
     cp = make_cp()  # the nominal 30 s
     token = cp.mint(payout_pubkey=WALLET)
     agent = make_agent(address(cp), token, python=python)
+    spent = agent.env_file.open()
     agent.start()
     host = wait_status(cp, "online")
     assert host["assignable"] is True, host["reasons"]
@@ -63,6 +65,8 @@ def test_the_documented_log_lines_and_a_restart(
     invite_id = token.split("_")[1]
     assert f"INVITE_TOKEN=oi1_{invite_id}_used\n" in agent.env_file.read_text()
     assert token not in agent.log + cp.log
+    with spent:  # what the disk may still have of the file
+        wait_for("zeros", lambda: not os.pread(spent.fileno(), 1000, 0).strip(b"\0"))
 
     agent.restart()
     resumed = f"INFO resuming with persisted host_id (skipping Register) host_id={host_id}"
@@ -72,6 +76,21 @@ def test_the_documented_log_lines_and_a_restart(
     assert [row["host_id"] for row in cp.hosts()] == [host_id]
     assert agent.process.stop() == 0
     cp.check_invariants()
+
+
+def test_a_copy_of_the_env_file_is_left_as_it_is(
+    make_cp: Callable[..., ControlPlane], make_agent: MakeAgent
+) -> None:
+    cp = make_cp()
+    token = cp.mint(payout_pubkey=WALLET)
+    agent = make_agent(address(cp), token)
+    copy = agent.env_file.with_name("hard-link")
+    copy.hardlink_to(agent.env_file)
+    agent.start()
+    wait_for("scrub", lambda: "_used" in agent.env_file.read_text() or None)
+    agent.process.wait_log("INFO agent running")
+    assert agent.process.stop() == 0
+    assert token in copy.read_text()
 
 
 @pytest.mark.parametrize("python", RUNTIMES)

@@ -29,6 +29,8 @@ WELL: dict[str, str | None] = {
     "openinfra_hosts_marked_offline_total": "0+0.4x60",
     'openinfra_hosts{status="online"}': "1000x60",
     'openinfra_hosts{status="quarantined"}': "0x60",
+    "openinfra_peers_checked_time_seconds": "0+60x60",
+    'openinfra_peers{state="conflict"}': "0x60",
     "openinfra_oldest_snapshot_transactions": "500x60",
     'openinfra_table_dead_rows{table="liveness"}': "900x60",
     "openinfra_resident_memory_bytes": "200000000x60",
@@ -45,6 +47,8 @@ FAULTS: dict[str, dict[str, str | None]] = {
     "OpenInfraCommitsSlow": {"openinfra_heartbeat_commit_seconds_total": "0+30x20 600+200x40"},
     "OpenInfraHostsFellSilent": {"openinfra_hosts_marked_offline_total": "0+0.4x20 8+40x40"},
     "OpenInfraHostQuarantined": {'openinfra_hosts{status="quarantined"}': "0x20 1x40"},
+    "OpenInfraHubNotKept": {"openinfra_peers_checked_time_seconds": "0+60x20 1200x40"},
+    "OpenInfraPeerConflict": {'openinfra_peers{state="conflict"}': "0x20 1x40"},
     "OpenInfraOldSnapshot": {"openinfra_oldest_snapshot_transactions": "500x20 0+10000x40"},
     "OpenInfraTableBloat": {'openinfra_table_dead_rows{table="liveness"}': "900x20 200000x40"},
     "OpenInfraMemory": {"openinfra_resident_memory_bytes": "200000000x20 3000000000x40"},
@@ -149,4 +153,5 @@ def test_the_metrics_of_a_control_plane_pass_promtool(cp: ControlPlane) -> None:
     shown = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     late = {"openinfra_swept_time_seconds", "openinfra_sessions_pruned_total"}  # after a sweep
     late |= {"openinfra_hosts_marked_offline_total", "openinfra_rpcs_held_total"}
+    late |= {"openinfra_peers", "openinfra_peers_checked_time_seconds"}  # with a hub
     assert {name for name, _, _ in cp_server.METRICS} - shown <= late

@@ -190,8 +190,9 @@ def test_what_is_no_call_leaves_no_trace(cp: ControlPlane) -> None:
         assert cp.process.child.poll() is None, name
 
 
-def test_mutations_of_what_is_a_call_leave_no_trace(cp: ControlPlane) -> None:
-    source = random.Random(read_seed())
+@pytest.mark.parametrize("seed", [None, 507040531], ids=["drawn", "path not UTF-8, and gone"])
+def test_mutations_of_what_is_a_call_leave_no_trace(cp: ControlPlane, seed: int | None) -> None:
+    source = random.Random(seed or read_seed())
     whole = GREETING + tool.call_frames("Heartbeat", 1, HEARTBEAT)
     for _ in range(60):
         raw = bytearray(whole)

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -586,6 +587,36 @@ def test_a_body_without_a_token_is_not_waited_for(api: ControlPlane) -> None:
     request = f"POST {INVITES} HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
     assert exchange(api, request.encode())[0] == 401
     assert time.monotonic() - began < 3
+
+
+def test_bodies_after_the_answer_hold_no_worker(cp: ControlPlane) -> None:
+    """Refused for want of a token, each goes on to send its body, byte by byte."""
+    head = f"POST {HOSTS}/x/revoke HTTP/1.1\r\nContent-Length: 60000\r\n\r\n".encode()
+    stop, polls = threading.Event(), []
+
+    def drip() -> None:
+        while not stop.is_set():
+            with socket.create_connection(("127.0.0.1", cp.http_port), 10) as sock:
+                sock.sendall(head)
+                try:
+                    while not stop.wait(0.15):
+                        sock.sendall(b"x")
+                except OSError:
+                    pass  # closed: the next one
+
+    dripping = [threading.Thread(target=drip) for _ in range(2 * cp_server.HTTP_WORKERS)]
+    for thread in dripping:
+        thread.start()
+    try:
+        for _ in range(10):
+            began = time.monotonic()
+            assert cp.call("GET", "/healthz")[0] == 200
+            polls.append(time.monotonic() - began)
+    finally:
+        stop.set()
+        for thread in dripping:
+            thread.join()
+    assert max(polls) < 4 * cp_server.HTTP_LINGER_S + 0.5, polls
 
 
 def test_connections_that_say_nothing_do_not_delay_the_end(cp: ControlPlane) -> None:

@@ -5,6 +5,7 @@ The two commands at its top are run by `tests/run --fresh` on a bare machine.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,31 +15,21 @@ from pathlib import Path
 
 import pytest
 
+import cp_server
 from tests.harness import ROOT, Postgres, free_port, wait_for
+from tests.readme import BLOCKS, README, block
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"<!-- (command|file|shell): (\S+) -->\n```sh\n(.*?)```\n", README, re.DOTALL)
-
-
-def block(name: str) -> str:
-    """The text of one marked block."""
-    (found,) = [text for _, this, text in BLOCKS if this == name]
-    return str(found)
+# The blocks that `tests/run --fresh` runs on a bare machine.
+FRESH = {"run", "test"}
 
 
-def test_every_block_of_commands_is_marked() -> None:
+def test_every_block_of_commands_is_marked_and_run() -> None:
     assert README.count("```sh") == len(BLOCKS)
     names = [name for _, name, _ in BLOCKS]
-    assert names == [
-        "run",
-        "test",
-        "operator",
-        "operator-daily",
-        "operator-http",
-        "agent.env",
-        "provider",
-        "provider-look",
-    ]
+    assert len(set(names)) == len(names) > 15
+    tests = [*(ROOT / "tests" / "e2e").glob("test_*.py"), Path(__file__)]
+    code = "".join(path.read_text() for path in tests)
+    assert [name for name in names if f'"{name}"' not in code and name not in FRESH] == []
 
 
 class Shell:
@@ -51,7 +42,7 @@ class Shell:
             ":8080": f":{free_port()}",
             "/var/lib/openinfra": str(directory / "data"),
         }
-        for name in ("cp_server.py", "agent.py", "proto"):
+        for name in ("cp_server.py", "agent.py", "proto", "systemd", *cp_server.SCRIPTS):
             (directory / name).symlink_to(ROOT / name)
 
     def text(self, name: str) -> str:
@@ -138,6 +129,18 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
             if child is not None:
                 child.terminate()
                 child.wait(20)
+
+
+def test_a_release_that_hosts_take(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    shell.run("operator-release")
+    verify = "openssl pkeyutl -verify -pubin -inkey release.pub -rawin -in release.json"
+    argv = ["bash", "-c", f"cd dist && {verify} -sigfile release.json.sig && sha256sum *"]
+    done = subprocess.run(argv, cwd=shell.directory, capture_output=True, text=True, check=True)
+    release = json.loads((shell.directory / "dist" / "release.json").read_text())
+    assert release["files"]
+    for name, entry in release["files"].items():
+        assert f"{entry['sha256']}  {name}" in done.stdout
 
 
 def test_the_commands_in_the_text_exist() -> None:

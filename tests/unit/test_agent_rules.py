@@ -728,6 +728,7 @@ CALM = agent.Snapshot(
     unreachable="",
     wg="ok",
     handshake_age_s=10,
+    firewall="",
     status=ONLINE,
     refused=None,
 )
@@ -757,6 +758,7 @@ def test_nothing_is_wrong_with_a_good_host() -> None:
         ),
         ({"wg": "absent", "unreachable": "timed out"}, "ERROR", "no WireGuard", "wg-quick"),
         ({"wg": "wg is not installed"}, "INFO", "not checked", "wg show"),
+        ({"firewall": "guard ran last 60 s ago"}, "ERROR", "60 s ago", "openinfra-guard.timer"),
         ({"handshake_age_s": None}, "ERROR", "never", "wg show"),
         ({"handshake_age_s": 181}, "ERROR", "181 s old", "wg-quick"),
         ({"unreachable": "refused"}, "ERROR", "10.77.0.1:9092 cannot be reached", "wg show"),
@@ -817,3 +819,42 @@ def test_no_finding_without_a_fault(change: dict[str, Any]) -> None:
 )
 def test_handshakes(text: str, newest: int | None) -> None:
     assert agent.parse_handshakes(text) == newest
+
+
+@pytest.mark.parametrize(
+    ("guard", "now_s", "expected"),
+    [
+        (None, 100, "guard has not run since boot"),
+        (agent.Guard(100), 145, ""),
+        (agent.Guard(100), 146, "guard ran last 46 s ago"),
+        (agent.Guard(100, "nft is not installed"), 101, "nft is not installed"),
+        (agent.Guard(100, "", "a", "b", "no name server"), 101, ""),
+    ],
+)
+def test_the_firewall_is_in_place(guard: agent.Guard | None, now_s: float, expected: str) -> None:
+    assert agent.decide_firewall(guard, now_s) == expected
+
+
+KEY = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="
+PEER = f"[Interface]\nPublicKey = x\n[Peer]\nPublicKey = {KEY}\nEndpoint = "
+
+
+@pytest.mark.parametrize(
+    ("conf", "endpoint"),
+    [
+        (f"{PEER}cp.coledex.com:51820\n", "cp.coledex.com:51820"),
+        (f"{PEER}[2001:db8::1]:51820 # home\n", "[2001:db8::1]:51820"),
+        (f"[peer]\nendpoint=1.2.3.4:1\npublickey={KEY}", "1.2.3.4:1"),
+        (f"{PEER}-rf:51820 x\n", ""),
+        (f"{PEER}cp.coledex.com\n", ""),
+        (PEER.replace(KEY, "short") + "1.2.3.4:1", ""),
+        (f"[Peer]\nPublicKey = {KEY}\n[Interface]\nEndpoint = 1.2.3.4:1\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_endpoint_of_a_file(conf: str, endpoint: str) -> None:
+    if endpoint:
+        assert agent.parse_peer(conf) == (KEY, endpoint)
+    else:
+        with pytest.raises(agent.Error, match="names no control plane"):
+            agent.parse_peer(conf)

@@ -17,6 +17,7 @@ SCRIPTS = (
     "cp_server.py",
     "install_agent.py",
     "setup_luks2.py",
+    "systemd/openinfra_wg.py",
     "systemd/setup_cp.py",
     "proto/generate.py",
     "tests/run",

@@ -382,6 +382,59 @@ def test_a_peer_is_always_an_address(peer: str) -> None:
     ipaddress.ip_address(cp_server.parse_peer(peer))
 
 
+GET = b"GET /api/v1/admin/hosts HTTP/1.1\r\nHost: cp\r\n"
+
+
+@pytest.mark.parametrize(
+    ("peer", "lines", "client"),
+    [
+        # Not from this machine: what it says is nothing.
+        ("198.51.100.7", b"", "198.51.100.7"),
+        ("198.51.100.7", b"X-Forwarded-For: 203.0.113.9\r\n", "198.51.100.7"),
+        ("198.51.100.7", b"X-Forwarded-For: 127.0.0.1\r\n", "198.51.100.7"),
+        ("::ffff:198.51.100.7", b"", "198.51.100.7"),
+        ("2001:db8:1:2:3:4:5:6", b"", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", b"", "fe80::/64"),
+        # Caddy, by any of its ways to this machine.
+        ("127.0.0.1", b"X-Forwarded-For: 203.0.113.9\r\n", "203.0.113.9"),
+        ("127.0.0.1", b"x-forwarded-FOR:203.0.113.9  \nA: b\n", "203.0.113.9"),
+        ("127.8.9.1", b"X-Forwarded-For: 203.0.113.9\r\n", "203.0.113.9"),
+        ("::1", b"X-Forwarded-For: 203.0.113.9\r\n", "203.0.113.9"),
+        ("::ffff:127.0.0.1", b"X-Forwarded-For: 203.0.113.9\r\n", "203.0.113.9"),
+        ("127.0.0.1", b"X-Forwarded-For: 2001:db8::1\r\n", "2001:db8::/64"),
+        ("127.0.0.1", b"X-Forwarded-For: 2001:DB8:0:0:ffff:0:0:1\r\n", "2001:db8::/64"),
+        ("127.0.0.1", b"X-Forwarded-For: 2001:db8:0:1::1\r\n", "2001:db8:0:1::/64"),
+        ("127.0.0.1", b"X-Forwarded-For: ::ffff:203.0.113.9\r\n", "203.0.113.9"),
+        # Where Caddy trusts a proxy before it, the last address is what it saw itself.
+        ("127.0.0.1", b"X-Forwarded-For: 127.0.0.1, 203.0.113.9\r\n", "203.0.113.9"),
+        ("127.0.0.1", b"X-Forwarded-For: 1.1.1.1\r\nX-Forwarded-For: 1.1.1.2\r\n", "1.1.1.2"),
+        # This machine's own.
+        ("127.0.0.1", b"", ""),
+        ("::1", b"", ""),
+        ("127.0.0.1", b"X-Forwarded-For: 127.0.0.1\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: ::1\r\n", ""),
+        # No address at all.
+        ("127.0.0.1", b"X-Forwarded-For:\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: unknown\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: 203.0.113.9:4711\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: 203.0.113.009\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: \xff\xfe\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For: " + b"9," * 30_000 + b"\r\n", ""),
+        ("127.0.0.1", b"X-Forwarded-For-Not: 203.0.113.9\r\n", ""),
+        ("127.0.0.1", b"A: X-Forwarded-For: 203.0.113.9\r\n", ""),
+        ("127.0.0.1", b"\r\nX-Forwarded-For: 203.0.113.9\r\n", ""),  # in the body
+    ],
+)
+def test_what_a_client_is_counted_by(peer: str, lines: bytes, client: str) -> None:
+    assert cp_server.parse_client(peer, GET + lines + b"\r\n") == client
+
+
+@given(st.ip_addresses(), st.binary())
+def test_a_client_is_always_somebody(peer: ipaddress.IPv4Address, lines: bytes) -> None:
+    client = cp_server.parse_client(str(peer), GET + lines)
+    assert client == "" or ipaddress.ip_network(client).prefixlen in (32, 64)
+
+
 # JSON and fields ---------------------------------------------------------------------------------
 
 
@@ -1052,17 +1105,42 @@ def test_an_invite_for_a_key_is_not_for_a_host_without_one() -> None:
         cp_server.check_invite(invite, make_registration(wg_pubkey=None))
 
 
-def test_an_address_that_calls_too_often_is_held_back() -> None:
-    """A burst goes through, then one call each 1/PEER_CALLS_S; what is refused costs no turn."""
-    due, holds = 0.0, []
+PEER = (cp_server.PEER_CALLS_S, cp_server.PEER_BURST, cp_server.PEER_HOLD_S)
+HTTP = (cp_server.HTTP_CALLS_S, cp_server.HTTP_BURST, 0.0)
+
+
+@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP])
+def test_an_address_that_calls_too_often_is_held_back(
+    calls_s: float, burst: float, hold_s: float
+) -> None:
+    """A burst goes through, then one call each 1/calls_s; what is refused costs no turn."""
+    due, waits = 0.0, []
     for _ in range(1000):
-        hold_s, due = cp_server.decide_hold(due, 1000.0)
-        holds.append(hold_s)
-    assert holds[: int(cp_server.PEER_BURST)] == [0.0] * int(cp_server.PEER_BURST)
-    assert holds[150] == pytest.approx((150 - cp_server.PEER_BURST) / cp_server.PEER_CALLS_S)
-    assert holds[-1] == cp_server.PEER_HOLD_S
-    back_s = cp_server.PEER_HOLD_S + 2 / cp_server.PEER_CALLS_S
-    assert cp_server.decide_hold(due, 1000.0 + back_s)[0] == 0.0
+        wait_s, due = cp_server.decide_hold(due, 1000.0, calls_s, burst, hold_s)
+        waits.append(wait_s)
+    assert waits[: int(burst)] == [0.0] * int(burst)
+    held = sum(0 < wait_s <= hold_s for wait_s in waits)
+    assert held == pytest.approx(hold_s * calls_s, abs=1)
+    for count, wait_s in enumerate(waits[int(burst) : int(burst) + held]):
+        assert wait_s == pytest.approx(count / calls_s)
+    refused = waits[int(burst) + held + 1 :]
+    assert all(hold_s < wait_s <= hold_s + 1 / calls_s for wait_s in refused)
+    back_s = hold_s + 2 / calls_s
+    assert cp_server.decide_hold(due, 1000.0 + back_s, calls_s, burst, hold_s)[0] == 0.0
+
+
+@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP])
+@pytest.mark.parametrize("per_s", [1, 19, 21, 1000])
+def test_an_address_has_its_calls_a_second_and_no_more(
+    calls_s: float, burst: float, hold_s: float, per_s: int
+) -> None:
+    due, taken, seconds = 0.0, 0, 60
+    for number in range(seconds * per_s):
+        now = 1000.0 + number / per_s
+        wait_s, due = cp_server.decide_hold(due, now, calls_s, burst, hold_s)
+        taken += wait_s <= hold_s
+    most = burst + calls_s * (seconds + hold_s)
+    assert taken == pytest.approx(min(seconds * per_s, most), abs=2)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,15 @@ def test_the_generated_tables_are_fresh() -> None:
     assert readme == fresh, "run: python -m tests.readme_tables --write"
 
 
+DAEMONS = ("agent.py", "cp_server.py")
+
+
 @pytest.mark.parametrize("script", readme_tables.SCRIPTS)
 def test_every_line_of_the_files_section_became_a_row(script: str) -> None:
     lines = list(readme_tables.section(readme_tables.read_docstring(script), "Files"))
     starts = [line for line in lines if re.match(r" {2,4}[/~a-z]", line)]
     assert len(list_files(script)) == len(starts)
-    assert list_ports(script)
+    assert bool(list_ports(script)) == (script in DAEMONS)
 
 
 @pytest.mark.parametrize("script", readme_tables.SCRIPTS)
@@ -39,7 +42,7 @@ def test_every_error_says_what_to_do(script: str) -> None:
         first = readme_tables.CALLS[call.func.id] if isinstance(call.func, ast.Name) else 0
         assert len(call.args) >= first + 2, f"{script}:{call.lineno}"
     rows = list_sentences(script)
-    assert len(rows) > 50
+    assert len(rows) > (50 if script in DAEMONS else 20)
     for what, todo in rows:
         assert not what.endswith("."), what
         assert todo, what

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,39 @@ def test_a_readme_without_both_commands_is_refused(script: ModuleType, text: str
 def test_missing_packages_are_found(script: ModuleType) -> None:
     wanted = {"dpkg": "there", "openinfra-no-such-package": "not there"}
     assert script.read_missing_packages(wanted) == ["openinfra-no-such-package"]
+
+
+def test_one_kind_of_run_is_chosen_at_a_time(script: ModuleType) -> None:
+    options = script.parse_arguments(["--e2e", "--", "-k", "disk"])
+    assert (options.e2e, options.bench, options.fresh) == (True, False, False)
+    assert options.pytest_arguments == ["-k", "disk"]
+    with pytest.raises(SystemExit) as refused:
+        script.parse_arguments(["--e2e", "--bench"])
+    assert refused.value.code == 2
+
+
+def test_a_plain_run_boots_no_machines() -> None:
+    argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {name.rpartition("/")[0] for name in files} == {"tests/unit", "tests/integration"}
+
+
+@pytest.mark.parametrize(
+    ("failing", "code"), [("", 0), ("--fresh", 1), ("--e2e", 1), ("--fresh --e2e", 1)]
+)
+def test_ci_runs_everything_whatever_failed(tmp_path: Path, failing: str, code: int) -> None:
+    for name in (".ci", "tests"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    stand_in = tmp_path / "tests" / "run"
+    stand_in.write_text('#!/bin/sh\necho "$@"\ncase " $FAILING " in *" $1 "*) exit 1 ;; esac\n')
+    stand_in.chmod(0o755)
+    env = {**os.environ, "FAILING": failing}
+    ran = subprocess.run(
+        [tmp_path / ".ci" / "run"], env=env, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout.split()) == (code, ["--fresh", "--e2e"])
 
 
 MAKE = """

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
-    "agent.py": 2000,
-    "cp_server.py": 5000,
-    "install_agent.py": 900,
-    "setup_luks2.py": 600,
-    "systemd/setup_cp.py": 800,
+    "agent.py": 2200,
+    "cp_server.py": 5700,
+    "install_agent.py": 1600,
+    "setup_luks2.py": 1200,
+    "systemd/openinfra_wg.py": 310,
+    "systemd/setup_cp.py": 1250,
 }
 MAX_FUNCTION_LINES = 70
 SHELLS = {

@@ -1,0 +1,104 @@
+"""The units of a host under live systemd, every directive on: agent, guard and its timer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.disk import restart, unlock_late
+from tests.e2e.home import (
+    ALL,
+    HOST,
+    TOKEN,
+    give_token,
+    install,
+    make_key,
+    make_release,
+    make_tls,
+    serve,
+)
+from tests.e2e.scripts import wait_table
+from tests.e2e.vm import Snapshot, Vm
+
+MakeVm = Callable[..., Vm]
+pytestmark = pytest.mark.alone
+BACK_S = 15.0  # for a table that was lost
+
+
+def read_property(vm: Vm, unit: str, name: str) -> str:
+    return vm.sh(f"systemctl show --value --property={name} {unit}").strip()
+
+
+def journal(vm: Vm, unit: str) -> list[str]:
+    """What a unit said, and what systemd said of it."""
+    return vm.sh(f"journalctl --boot --no-pager --output=cat --unit={unit}").splitlines()
+
+
+def wait_active(vm: Vm, unit: str, timeout_s: float = 60) -> None:
+    vm.sh(f"until systemctl is-active -q {unit}; do sleep 0.2; done", timeout_s=timeout_s)
+
+
+def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> None:
+    vm = make_vm("home", snapshot=home)
+    release = make_release(tmp_path / "dist", make_key(tmp_path))
+    serve(vm, release, make_tls(tmp_path / "tls", HOST))
+    give_token(vm, TOKEN)
+    assert install(vm, *ALL).code == 0
+    vm.sh("systemd-analyze verify --man=no --generators=yes /etc/systemd/system/openinfra-*")
+
+    # There is no control plane: the agent tries, and nothing in its sandbox keeps it from that.
+    vm.sh("until journalctl -b -u openinfra-agent | grep -q 'WARN cannot reach'; do sleep 1; done")
+    said = journal(vm, "openinfra-agent")
+    assert any(line.startswith("INFO agent starting control_plane=10.77.0.1:9092") for line in said)
+    assert [line for line in said if "Traceback" in line or "denied" in line] == []
+    pid = read_property(vm, "openinfra-agent", "MainPID")
+    rows = [line.split(":", 1) for line in vm.sh(f"cat /proc/{pid}/status").splitlines()]
+    status = {row[0]: row[1].strip() for row in rows}
+    assert {status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    paths = "/var/lib/openinfra/identity.json /run/openinfra/agent.sock /run/openinfra/guard.json"
+    assert vm.sh(f"stat -c %a {paths}").split() == ["600"] * 3
+    answer = json.loads(vm.exec(["openinfra-agent", "status", "--json"]).stdout)
+    assert answer["state"] == "retrying"
+
+    # The firewall comes back by itself, and the journal is not filled by the timer.
+    vm.sh("nft flush ruleset")
+    assert wait_table(vm, "openinfra") <= BACK_S
+    assert journal(vm, "openinfra-guard") == [
+        "INFO firewall is in place",
+        "WARN firewall was changed or gone, and is in place again",
+    ]
+    vm.sh("systemctl restart nftables")  # Debian's own way to lose it
+    assert wait_table(vm, "openinfra") <= BACK_S
+    vm.sh("systemctl stop nftables")
+    assert json.loads(vm.get("/run/openinfra/guard.json"))["error"] == ""
+
+    # A boot: firewall, then tunnel; the agent waits for the disk, and comes with it.
+    restart(vm)
+    vm.sh("nft list table inet openinfra")
+    units = "-u openinfra-guard.service -u wg-quick@openinfra.service"
+    first = vm.sh(f"journalctl --boot --output=short-monotonic --no-pager {units}")
+    assert first.index("firewall is in place") < first.index("ip link add openinfra")
+    assert read_property(vm, "openinfra-agent", "ActiveState") != "active"
+    unlock_late(vm)
+    wait_active(vm, "openinfra-agent")
+    assert vm.sh("systemctl --failed --no-legend --plain").split() == []
+
+    # The disk goes: the agent ends; it comes back: the agent is there.
+    vm.sh("systemctl stop var-lib-openinfra.mount")
+    assert read_property(vm, "openinfra-agent", "ActiveState") == "inactive"
+    vm.sh("systemctl start var-lib-openinfra.mount")
+    wait_active(vm, "openinfra-agent")
+
+    # The identity is lost and the invite spent: it ends with 78, and systemd leaves it at that.
+    vm.sh("systemctl stop openinfra-agent; rm /var/lib/openinfra/identity.json")
+    vm.sh(f"sed -i 's/{TOKEN}/{TOKEN[:20]}_used/' /etc/openinfra/agent.env")
+    vm.exec(["systemctl", "start", "openinfra-agent"])
+    time.sleep(8)  # longer than RestartSec
+    assert read_property(vm, "openinfra-agent", "ExecMainStatus") == "78"
+    assert read_property(vm, "openinfra-agent", "NRestarts") == "0"
+    assert any("invite already used" in line for line in journal(vm, "openinfra-agent"))

@@ -1,0 +1,362 @@
+"""`agent.py guard` with the kernel's own nftables: what passes the tunnel.
+
+Three namespaces: the home, the hub at the other end of its tunnel, and a machine of the home's LAN.
+The tunnel is a veth of the interface's name, since the rules go by that name; where a handshake
+matters it is WireGuard, by wireguard-go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, Netns, Process, make_netns, wait_for
+from tests.hub import start_wireguard
+
+HOME_WG, HUB_WG = "10.77.0.42", "10.77.0.1"
+HOME_LAN, MACHINE_LAN = "192.0.2.2", "192.0.2.9"
+# Accepts on every address of its namespace, and says which address it saw.
+SERVER = """
+import socket
+with socket.create_server(("0.0.0.0", 8022)) as server:
+    print("listening", flush=True)
+    while True:
+        sock, peer = server.accept()
+        sock.sendall(peer[0].encode())
+        sock.close()
+"""
+# Prints each datagram that comes.
+LISTENER = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind(("0.0.0.0", 8023))
+    print("listening", flush=True)
+    while True:
+        print(sock.recv(100).decode(), flush=True)
+"""
+SENDER = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.sendto(sys.argv[2].encode(), (sys.argv[1], 8023))
+"""
+# Connects to argv[2], from argv[1] when that is not empty; prints what the server saw.
+CLIENT = """
+import socket, sys
+source = (sys.argv[1], 0) if sys.argv[1] else None
+with socket.create_connection((sys.argv[2], 8022), 1.5, source) as sock:
+    print(sock.recv(100).decode())
+"""
+
+
+def ip(netns: Netns, *lines: str) -> None:
+    for line in lines:
+        subprocess.run(["ip", "-n", netns.name, *line.split()], check=True)
+
+
+def say(netns: Netns, *argv: str) -> str:
+    """What a command in the namespace prints; fails the test when the command fails."""
+    return subprocess.run(netns.argv(argv), check=True, capture_output=True, text=True).stdout
+
+
+def reach(netns: Netns, address: str, source: str = "") -> str:
+    """The address that the server saw; empty when it was not reached."""
+    argv = netns.argv([sys.executable, "-c", CLIENT, source, address])
+    return subprocess.run(argv, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def ping(netns: Netns, address: str) -> bool:
+    argv = netns.argv(["ping", "-c", "1", "-W", "1", address])
+    return subprocess.run(argv, check=False, capture_output=True).returncode == 0
+
+
+@dataclass
+class Home:
+    """A home machine, the hub and a machine of the LAN."""
+
+    netns: Netns
+    hub: Netns
+    lan: Netns
+    directory: Path
+    scripts: Path = ROOT
+
+    @property
+    def guard_file(self) -> Path:
+        return self.directory / "run/guard.json"
+
+    def guard(self, *more: str) -> subprocess.CompletedProcess[str]:
+        """One run of the guard."""
+        argv = ["/usr/bin/python3", "-W", "error", str(self.scripts / "agent.py"), "guard"]
+        argv += [f"--guard-file={self.guard_file}", f"--wg-conf={self.directory}/openinfra.conf"]
+        argv = self.netns.argv([*argv, *more])
+        return subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
+
+    def found(self) -> dict[str, object]:
+        """What the last run left."""
+        found = json.loads(self.guard_file.read_bytes())
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    with contextlib.ExitStack() as stack:
+        netns, hub, lan = (stack.enter_context(make_netns()) for _ in range(3))
+        for each in (netns, hub, lan):
+            ip(each, "route del local 10.77.0.0/16 dev lo")
+        ip(netns, f"link add openinfra type veth peer name oi-hub netns {hub.name}")
+        ip(netns, f"link add lan type veth peer name lan netns {lan.name}")
+        ip(netns, f"addr add {HOME_WG}/32 dev openinfra", f"addr add {HOME_LAN}/24 dev lan")
+        ip(netns, "link set openinfra up", "link set lan up", f"route add {HUB_WG} dev openinfra")
+        ip(hub, f"addr add {HUB_WG}/16 dev oi-hub", "link set oi-hub up")
+        ip(hub, f"route add 192.0.2.0/24 via {HOME_WG} dev oi-hub onlink")
+        ip(lan, f"addr add {MACHINE_LAN}/24 dev lan", "link set lan up")
+        ip(lan, f"route add 10.77.0.0/16 via {HOME_LAN}")
+        say(netns, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0")
+        for each in (netns, hub, lan):
+            argv = each.argv([sys.executable, "-c", SERVER])
+            server = Process(argv, tmp_path / f"{each.name}.log", {})
+            stack.callback(server.stop)
+            server.wait_log("listening")
+        yield Home(netns, hub, lan, tmp_path)
+
+
+def test_nothing_of_the_home_is_reached_through_the_tunnel(home: Home) -> None:
+    # Without the guard all of this is open: what is tested below can fail.
+    assert reach(home.hub, HOME_WG) == HUB_WG
+    assert reach(home.hub, HOME_LAN) == HUB_WG
+    assert reach(home.hub, MACHINE_LAN) == HUB_WG
+    assert reach(home.lan, HUB_WG) == MACHINE_LAN
+    assert ping(home.hub, MACHINE_LAN)
+    done = home.guard()
+    assert (done.returncode, done.stderr) == (0, "INFO firewall is in place\n")
+    assert reach(home.hub, HOME_WG) == ""
+    assert reach(home.hub, HOME_LAN) == ""
+    assert reach(home.hub, MACHINE_LAN) == ""
+    assert reach(home.lan, HUB_WG) == ""
+    assert not ping(home.hub, MACHINE_LAN)
+    # What must go on: calls to the hub and their answers, ping, and the home's own network.
+    assert reach(home.netns, HUB_WG) == HOME_WG
+    assert ping(home.hub, HOME_WG)
+    assert ping(home.netns, HUB_WG)
+    assert reach(home.lan, HOME_LAN) == MACHINE_LAN
+    assert reach(home.netns, HOME_WG) == HOME_WG
+    assert reach(home.netns, MACHINE_LAN) == HOME_LAN
+
+
+def test_a_packet_without_an_answer_does_not_pass_either(home: Home, tmp_path: Path) -> None:
+    """Also not one with a source that nobody expects in the tunnel."""
+    ip(home.hub, "addr add 198.51.100.7/32 dev lo")
+    ip(home.netns, "route add 198.51.100.7 dev openinfra")
+    logs = {}
+    with contextlib.ExitStack() as stack:
+        for netns, address in (
+            (home.lan, MACHINE_LAN),
+            (home.hub, HUB_WG),
+            (home.netns, HOME_WG),
+        ):
+            argv = netns.argv([sys.executable, "-c", LISTENER])
+            logs[address] = Process(argv, tmp_path / f"{netns.name}.udp", {})
+            stack.callback(logs[address].stop)
+            logs[address].wait_log("listening")
+        ways = [(home.hub, MACHINE_LAN), (home.lan, HUB_WG), (home.hub, HOME_WG)]
+        for word in ("before", "after"):
+            for netns, address in ways:
+                say(netns, sys.executable, "-c", SENDER, address, word)
+            if word == "before":
+                for process in logs.values():
+                    process.wait_log("before")
+                assert reach(home.hub, HOME_WG, "198.51.100.7") == "198.51.100.7"
+                assert home.guard().returncode == 0
+        assert reach(home.hub, HOME_WG, "198.51.100.7") == ""
+        assert [process.log.split() for process in logs.values()] == [["listening", "before"]] * 3
+
+
+def test_nobody_else_uses_the_tunnels_addresses(home: Home) -> None:
+    ip(home.lan, "addr add 10.77.0.1/32 dev lan")
+    ip(home.netns, f"route replace {HUB_WG} dev lan")  # so that the answer finds its way back
+    assert reach(home.lan, HOME_LAN, "10.77.0.1") == HUB_WG
+    assert reach(home.lan, HOME_WG) == MACHINE_LAN
+    assert home.guard().returncode == 0
+    assert reach(home.lan, HOME_LAN, "10.77.0.1") == ""
+    assert reach(home.lan, HOME_WG) == ""
+    assert reach(home.lan, HOME_LAN) == MACHINE_LAN
+
+
+RULES = ("list", "table", "inet", "openinfra")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "flush ruleset",
+        "delete table inet openinfra",
+        "flush chain inet openinfra input",
+        "insert rule inet openinfra input accept",
+        "add chain inet openinfra more",
+        "add table inet openinfra { flags dormant; }",
+    ],
+)
+def test_a_table_that_was_changed_is_laid_again(home: Home, harm: str) -> None:
+    assert home.guard().returncode == 0
+    rules = say(home.netns, "nft", *RULES)
+    first = home.found()
+    say(home.netns, "nft", *harm.split())
+    done = home.guard()
+    assert done.stderr == "WARN firewall was changed or gone, and is in place again\n"
+    assert done.returncode == 0
+    assert say(home.netns, "nft", *RULES) == rules
+    assert reach(home.hub, HOME_WG) == ""
+    assert {**home.found(), "at_s": 0} == {**first, "at_s": 0}
+
+
+def test_a_table_that_is_right_is_left_alone(home: Home) -> None:
+    assert home.guard().returncode == 0
+    other = "add table ip mine { chain c { type filter hook input priority 0; }; }"
+    say(home.netns, "nft", other)
+    rules, at_s = say(home.netns, "nft", "-a", "list", "ruleset"), home.found()["at_s"]
+    done = home.guard()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert say(home.netns, "nft", "-a", "list", "ruleset") == rules  # handles too
+    assert float(str(home.found()["at_s"])) > float(str(at_s))
+    assert home.guard_file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("left", [b"", b"{", b"[]", b'{"at_s": "x"}', b'{"at_s":1,"more":2}'])
+def test_what_an_earlier_run_left_is_not_trusted(home: Home, left: bytes) -> None:
+    home.guard_file.parent.mkdir()
+    home.guard_file.write_bytes(left)
+    assert home.guard().returncode == 0
+    assert home.found()["error"] == ""
+    assert reach(home.hub, HOME_WG) == ""
+
+
+def test_a_guard_that_cannot_lay_the_table_says_so(home: Home, tmp_path: Path) -> None:
+    """Without CAP_NET_ADMIN, as in a unit that lost it; `doctor` names it too."""
+    argv = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    argv += ["/usr/bin/python3", str(ROOT / "agent.py"), "guard"]
+    argv = home.netns.argv([*argv, f"--guard-file={home.guard_file}"])
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ERROR firewall is not in place: nft --file - ended with 1: ")
+    assert "Operation not permitted" in done.stderr
+    assert "Operation not permitted" in str(home.found()["error"])
+
+
+CONF = """
+[Interface]
+PrivateKey = {key}
+Address = 10.77.0.42/32
+[Peer]
+PublicKey = {hub}
+AllowedIPs = 10.77.0.1/32
+Endpoint = {endpoint}
+PersistentKeepalive = 1
+"""
+
+
+class Tunnel:
+    """WireGuard between the home and the hub, by wireguard-go, through the LAN's wire."""
+
+    def __init__(self, home: Home, stack: contextlib.ExitStack) -> None:
+        self.home = home
+        self.hub_name = f"hub{home.hub.name[-6:]}"
+        ip(home.netns, "link del openinfra")
+        ip(home.lan, "route del 10.77.0.0/16", "addr add 192.0.2.10/24 dev lan")
+        for netns, name in ((home.netns, "openinfra"), (home.lan, self.hub_name)):
+            stack.callback(start_wireguard(netns, name, home.directory).stop)
+        keys = [subprocess.check_output(["wg", "genkey"]) for _ in range(2)]
+        public = [subprocess.check_output(["wg", "pubkey"], input=key) for key in keys]
+        self.home_key, self.hub_key = (key.decode().strip() for key in public)
+        for name, key in zip(("home", "hub"), keys, strict=True):
+            (home.directory / name).write_bytes(key)
+        set_hub = ["wg", "set", self.hub_name, "private-key", str(home.directory / "hub")]
+        set_hub += ["listen-port", "51820", "peer", self.home_key, "allowed-ips", "10.77.0.42/32"]
+        say(home.lan, *set_hub)
+        ip(home.lan, f"addr add 10.77.0.1/16 dev {self.hub_name}", f"link set {self.hub_name} up")
+
+    def call(self, name: str, endpoint: str) -> None:
+        """The home's tunnel, as wg-quick makes it from a file that names the hub."""
+        key = (self.home.directory / "home").read_text().strip()
+        conf = CONF.format(key=key, hub=self.hub_key, endpoint=name)
+        (self.home.directory / "openinfra.conf").write_text(conf)
+        set_home = ["wg", "set", "openinfra", "private-key", str(self.home.directory / "home")]
+        set_home += ["peer", self.hub_key, "allowed-ips", "10.77.0.1/32", "endpoint", endpoint]
+        say(self.home.netns, *set_home, "persistent-keepalive", "1")
+        ip(self.home.netns, "addr add 10.77.0.42/32 dev openinfra", "link set openinfra up")
+        ip(self.home.netns, "route add 10.77.0.1 dev openinfra")
+
+    def endpoint(self) -> str:
+        return say(self.home.netns, "wg", "show", "openinfra", "endpoints").split()[-1]
+
+
+@pytest.fixture
+def tunnel(home: Home) -> Iterator[Tunnel]:
+    hosts = Path("/etc/netns", home.netns.name)
+    with contextlib.ExitStack() as stack:
+        hosts.mkdir(parents=True)
+        stack.callback(subprocess.run, ["rm", "-r", str(hosts)], check=True)
+        (hosts / "hosts").write_text("192.0.2.10 cp.example.org\n")
+        (hosts / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody answers there
+        (hosts / "nsswitch.conf").write_text("hosts: files dns\n")
+        yield Tunnel(home, stack)
+
+
+def test_a_control_plane_that_moved_is_found_again(home: Home, tunnel: Tunnel) -> None:
+    tunnel.call("cp.example.org:51820", "192.0.2.77:51820")  # where it was when the tunnel was made
+    assert not ping(home.netns, HUB_WG)
+    done = home.guard()
+    assert done.returncode == 0
+    said = "INFO control plane has another address endpoint=192.0.2.10:51820\n"
+    assert done.stderr == "INFO firewall is in place\n" + said
+    wait_for("a handshake", lambda: ping(home.netns, HUB_WG) or None)
+    # With a young handshake the name is not looked up.
+    Path("/etc/netns", home.netns.name, "hosts").write_text("192.0.2.11 cp.example.org\n")
+    assert home.guard().stderr == ""
+    assert tunnel.endpoint() == "192.0.2.10:51820"
+
+
+def test_an_old_handshake_makes_it_look_again(home: Home, tunnel: Tunnel, tmp_path: Path) -> None:
+    """A copy of the agent to which a handshake is old after 2 s."""
+    text = (ROOT / "agent.py").read_text()
+    changed = text.replace("ENDPOINT_OLD_S = 150", "ENDPOINT_OLD_S = 2")
+    assert changed != text
+    home.scripts = tmp_path / "scripts"
+    home.scripts.mkdir()
+    (home.scripts / "agent.py").write_text(changed)
+    (home.scripts / "proto").symlink_to(ROOT / "proto")
+    tunnel.call("cp.example.org:51820", "192.0.2.10:51820")
+    wait_for("a handshake", lambda: ping(home.netns, HUB_WG) or None)
+    ip(home.lan, "addr del 192.0.2.10/24 dev lan", "addr add 192.0.2.11/24 dev lan")
+    Path("/etc/netns", home.netns.name, "hosts").write_text("192.0.2.11 cp.example.org\n")
+    time.sleep(3)
+    assert "endpoint=192.0.2.11:51820" in home.guard().stderr
+    wait_for("a packet", lambda: ping(home.netns, HUB_WG) or None, 20)
+
+
+def test_a_dead_name_server_takes_nothing_from_the_firewall(home: Home, tunnel: Tunnel) -> None:
+    tunnel.call("cp.example.net:51820", "192.0.2.77:51820")  # nobody knows that name
+    say(home.netns, "nft", "flush ruleset")
+    began = time.monotonic()
+    done = home.guard()
+    assert time.monotonic() - began < 12
+    assert done.returncode == 0
+    assert "WARN cannot look up the control plane" in done.stderr
+    assert done.stderr.count("\n") == 2
+    assert home.found()["error"] == ""
+    assert "cp.example.net" in str(home.found()["endpoint_error"])
+    assert home.guard().stderr == "", "the same trouble is said once"
+    conf = home.directory / "openinfra.conf"
+    conf.unlink()
+    assert home.guard().returncode == 0
+    assert "cannot read" in str(home.found()["endpoint_error"])
+    conf.write_text("[Peer]\nPublicKey = no\n")
+    assert home.guard().returncode == 0
+    assert home.found()["endpoint_error"] == "openinfra.conf names no control plane"

@@ -1,0 +1,907 @@
+"""install_agent.py: how answers are checked, what it refuses, what is left to do in each state."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import agent
+import install_agent
+from install_agent import (
+    AGENT,
+    BINARY,
+    CA,
+    DROP_IN,
+    ENV,
+    ETC,
+    GUARD,
+    MANIFEST,
+    QUESTIONS,
+    RELEASE_PUB,
+    TIMER,
+    UNIT_DIR,
+    UNITS,
+    WG,
+    WG_CONF,
+    WG_DIR,
+    WG_KEY,
+    WG_PUB,
+    Answers,
+    DataDir,
+    Error,
+    Facts,
+    Found,
+    Manifest,
+    Release,
+    Remove,
+    Run,
+    Unit,
+    WriteFile,
+    check_clock,
+    check_flags,
+    check_version,
+    decide_key,
+    list_foreign,
+    list_kept,
+    list_left,
+    list_problems,
+    parse_arguments,
+    parse_manifest,
+    parse_release,
+    parse_values,
+    plan,
+    plan_forgetting,
+    plan_packages,
+    plan_removal,
+    read_known,
+    read_units,
+    render_conf,
+    render_end,
+    render_env,
+    render_manifest,
+    render_values,
+)
+from tests.e2e.home import TOKEN, TOKEN_ID, UNIT_TEXTS, render_artifact
+from tests.harness import OTHER_WALLET, WALLET
+from tests.harness import WG_KEY as CP_KEY
+
+PRIVATE = "2GfvcIfrLgCQg5aCyFwLpgRD4nJmVXDGwo5QI+Xq5kg="
+PUBLIC = "N0vJcXlrPLs5FXaAH9rJCf0fhCwJw5i2LQ9B3q1v6Ds="
+KEYS = (PRIVATE, PUBLIC)
+URL = "https://cp.coledex.com/dist/openinfra-agent-linux-x86_64"
+USED = f"oi1_{TOKEN_ID}_used"
+ANSWERS = Answers(
+    url=URL,
+    control_plane="10.77.0.1:9092",
+    token=TOKEN,
+    wallet=WALLET,
+    wg_endpoint="cp.coledex.com:51820",
+    wg_public_key=CP_KEY,
+    wg_address="10.77.0.42",
+    ca=b"",
+    allow_unencrypted=False,
+)
+RELEASE = Release("0.1.0", b"{}", b"", b"key\n", render_artifact("0.1.0"))
+NEWER = Release("0.2.0", b"{}", b"", b"key\n", render_artifact("0.2.0"))
+DISK = DataDir("/var/lib/openinfra", 0o700, 0, True, True, True, False)
+FRESH = Facts(
+    arch="x86_64",
+    now_s=1_800_000_000.0,
+    has_systemd=True,
+    has_wireguard=True,
+    has_apt=True,
+    missing=(),
+    absent=(DROP_IN.parent,),
+    is_dpkg_interrupted=False,
+    free_bytes={"/usr": 1 << 40},
+    data=DISK,
+    uses=(),
+    files={},
+    units={name: Unit("inactive", "") for name in (WG, *UNITS)},
+    dangling=(),
+    has_link=False,
+    has_table=False,
+    manifest=Manifest(),
+)
+RUNNING = {
+    WG: Unit("active", "enabled"),
+    AGENT: Unit("active", "enabled"),
+    GUARD: Unit("inactive", "enabled"),
+    TIMER: Unit("active", "enabled"),
+}
+
+
+def play(facts: Facts, steps: list[Any]) -> Facts:
+    """The facts after these steps."""
+    files, manifest = dict(facts.files), facts.manifest
+    for step in steps:
+        if isinstance(step, WriteFile) and step.path == MANIFEST:
+            manifest = parse_manifest(step.content)
+        elif isinstance(step, WriteFile):
+            files[step.path] = Found(step.content, step.mode, 0)
+        elif isinstance(step, Remove) and step.path == MANIFEST:
+            manifest = Manifest()
+        elif isinstance(step, Remove):
+            files.pop(step.path, None)
+    return replace(facts, files=files, manifest=manifest)
+
+
+def installed(answers: Answers = ANSWERS, release: Release = RELEASE) -> Facts:
+    """The facts of a machine on which all went well."""
+    facts = play(FRESH, plan(FRESH, answers, release, KEYS))
+    return replace(facts, units=RUNNING, has_link=True, has_table=True)
+
+
+def changed(facts: Facts, path: Path, content: bytes, mode: int | None = None) -> Facts:
+    """The facts after somebody wrote to one file."""
+    old = facts.files[path]
+    found = Found(content, old.mode if mode is None else mode, old.uid)
+    return replace(facts, files={**facts.files, path: found})
+
+
+def words(steps: list[Any]) -> list[str]:
+    """The steps of a plan, each as the word that tells it."""
+    said = []
+    for step in steps:
+        if isinstance(step, Run):
+            said.append(" ".join(step.argv[1:] if step.argv[0] == "systemctl" else step.argv))
+        else:
+            said.append(step.path.name)
+    return said
+
+
+# The parts that are agent.py's.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Token",
+        "parse_line",
+        "parse_wallet",
+        "parse_token",
+        "parse_address",
+        "parse_control_plane",
+        "parse_env_value",
+        "has_crypt",
+        "is_encrypted",
+    ],
+)
+def test_the_agents_checks_are_the_same_here(name: str) -> None:
+    mine, theirs = (getattr(module, name) for module in (install_agent, agent))
+    assert inspect.getsource(mine) == inspect.getsource(theirs)
+
+
+def test_the_agents_constants_are_the_same_here() -> None:
+    for name in ("TOKEN_RE", "TOKEN_USED_RE", "TOKEN_START_RE", "WG_KEY_RE", "BASE58", "TUNNEL"):
+        assert getattr(install_agent, name) == getattr(agent, name)
+
+
+# Answers.
+
+
+def check_of(name: str) -> Callable[[str], str]:
+    return next(question.check for question in QUESTIONS if question.name == name)
+
+
+BAD_TOKEN = TOKEN[:-1] + ("0" if TOKEN[-1] != "0" else "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "result"),
+    [
+        ("hostname", "cp.coledex.com", "cp.coledex.com"),
+        ("hostname", "cp", "cp"),
+        ("hostname", "192.0.2.1", "192.0.2.1"),
+        ("hostname", "cp.coledex.com:8443", "cp.coledex.com:8443"),
+        ("hostname", "[2001:db8::1]:8443", "[2001:db8::1]:8443"),
+        ("control_plane", "10.77.0.1:9092", "10.77.0.1:9092"),
+        ("token", TOKEN, TOKEN),
+        ("wallet", WALLET, WALLET),
+        ("wg_endpoint", "cp.coledex.com:51820", "cp.coledex.com:51820"),
+        ("wg_endpoint", "[2001:db8::1]:51820", "[2001:db8::1]:51820"),
+        ("wg_public_key", CP_KEY, CP_KEY),
+        ("wg_address", "10.77.0.42", "10.77.0.42"),
+        ("wg_address", "10.77.255.254/32", "10.77.255.254"),
+    ],
+)
+def test_a_good_answer_is_taken(name: str, text: str, result: str) -> None:
+    assert check_of(name)(text) == result
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("hostname", "", "is no name and port"),
+        ("hostname", "https://cp.coledex.com/", "is a URL; give the name alone"),
+        ("hostname", "cp.coledex.com/dist", "is a URL"),
+        ("hostname", "-cp.com", "is no name"),
+        ("hostname", "cp coledex.com", "is no name"),
+        ("hostname", "cp.coledex.com:0", "is no name and port"),
+        ("hostname", "cp.coledex.com:65536", "is no name and port"),
+        ("hostname", "1.2.3", "is no name"),
+        ("hostname", "user@cp.coledex.com", "is no name"),
+        ("hostname", "a" * 300, "is no name"),
+        ("hostname", "cp\x1b[2J.com", "is no name"),
+        ("control_plane", "10.77.0.1", "is not host:port"),
+        ("control_plane", "192.0.2.1:9092", "is outside the tunnel"),
+        ("token", "", "there is no invite"),
+        ("token", BAD_TOKEN, f"mistyped (invite {TOKEN_ID})"),
+        ("token", TOKEN[:-9], "mistyped"),
+        ("token", USED, "there is no invite"),
+        ("token", "hunter2", "mistyped"),
+        ("wallet", "", "earns nothing"),
+        ("wallet", WALLET[:-2], "is not a Solana address"),
+        ("wallet", WALLET[:-1] + "0", "is not a Solana address"),
+        ("wallet", WALLET + "1", "is not a Solana address"),
+        ("wg_endpoint", "cp.coledex.com", "is no name and port"),
+        ("wg_endpoint", "cp.coledex.com:", "is no name and port"),
+        ("wg_endpoint", "2001:db8::1", "is no name"),
+        ("wg_public_key", "", "no WireGuard public key"),
+        ("wg_public_key", CP_KEY[:-1], "no WireGuard public key"),
+        ("wg_public_key", CP_KEY[:-2] + "h=", "no WireGuard public key"),  # not 32 bytes
+        ("wg_address", "", "is no IPv4 address"),
+        ("wg_address", "10.77.0", "is no IPv4 address"),
+        ("wg_address", "10.77.0.42/24", "is no IPv4 address"),
+        ("wg_address", "10.78.0.42", "outside the tunnel's 10.77.0.0/16"),
+        ("wg_address", "192.168.1.5", "outside the tunnel's"),
+        ("wg_address", "10.77.0.1", "is no host's address"),
+        ("wg_address", "10.77.0.0", "is no host's address"),
+        ("wg_address", "10.77.255.255", "is no host's address"),
+    ],
+)
+def test_a_bad_answer_is_refused_with_its_reason(name: str, text: str, said: str) -> None:
+    with pytest.raises(Error, match=re.escape(said)) as caught:
+        check_of(name)(text)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).isprintable()
+
+
+def test_all_wrong_flags_are_named_at_once(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(BAD_TOKEN)
+    argv = [f"--token-file={token}", "--wallet=x", "--wg-address=1.2.3.4", "--hostname=cp.com"]
+    with pytest.raises(Error) as caught:
+        check_flags(parse_arguments(argv))
+    said = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert re.findall(r"--[a-z-]+(?=: )", said) == ["--token-file", "--wallet", "--wg-address"]
+    assert BAD_TOKEN not in said
+
+
+@pytest.mark.parametrize("argv", [[TOKEN], [f"--token={TOKEN}"], ["--token", TOKEN[:9]]])
+def test_an_invite_on_the_command_line_is_refused(argv: list[str]) -> None:
+    with pytest.raises(Error) as caught:
+        parse_arguments(argv)
+    assert caught.value.exit_code == 2
+    assert "--token-file" in str(caught.value)
+    assert TOKEN[:9] not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--purge-packages"],
+        ["--dry-run", "--check"],
+        ["--release-key-sha256=abc"],
+        ["--wal", WALLET],
+        ["cp.coledex.com"],
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(argv)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        (URL, True),
+        ("file:///root/dist/openinfra-agent-linux-x86_64", True),
+        ("", True),
+        ("http://cp.coledex.com/dist/openinfra-agent-linux-x86_64", False),
+        ("https://user:pass@cp.coledex.com/dist/a", False),
+        ("https://cp.coledex.com/dist/", False),
+        ("file://cp/dist/a", False),
+        ("ftp://cp/dist/a", False),
+    ],
+)
+def test_the_agents_url_is_https_or_a_file(
+    monkeypatch: pytest.MonkeyPatch, url: str, good: bool
+) -> None:
+    monkeypatch.setenv("OPENINFRA_AGENT_URL", url)
+    if good:
+        assert parse_arguments([]).url == url
+    else:
+        with pytest.raises(SystemExit):
+            parse_arguments([])
+
+
+# Files of settings.
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"", b"[A]\nX = 1\nY = 2\n"),
+        (b"[A]\nX = 1\nY = 2\n", b"[A]\nX = 1\nY = 2\n"),
+        (b"[a]\nx=1 # mine\ny =2\n", b"[a]\nx=1 # mine\ny =2\n"),
+        (b"# top\n[A]\nX = 3\n\n[B]\nX = 4\n", b"# top\n[A]\nX = 1\nY = 2\n\n[B]\nX = 4\n"),
+        (b"[A]\nX = 3\nX = 4\nZ = 5", b"[A]\nX = 1\nZ = 5\nY = 2\n"),
+        (b"[B]\nX = 4\n", b"[B]\nX = 4\n\n[A]\nX = 1\nY = 2\n"),
+        (b"[A]\r\nX = 1\r\nZ\x0b\xff\r\n", b"[A]\r\nX = 1\r\nZ\x0b\xff\r\nY = 2\n"),
+        (b"[A]\n#X = 9\n", b"[A]\n#X = 9\nX = 1\nY = 2\n"),
+    ],
+)
+def test_keys_are_set_and_all_else_stays(old: bytes, new: bytes) -> None:
+    wanted = (("A", "X", "1"), ("A", "Y", "2"))
+    assert render_values(old, wanted, " = ") == new
+    assert render_values(new, wanted, " = ") == new
+
+
+@given(st.binary(max_size=200))
+def test_any_file_ends_up_with_the_values(old: bytes) -> None:
+    wanted = (("", "KEY", "value"), ("", "OTHER", "1"))
+    new = render_values(old, wanted, "=")
+    assert render_values(new, wanted, "=") == new
+    section_free = parse_values(new)
+    assert (section_free["", "key"], section_free["", "other"]) == ("value", "1")
+
+
+def test_the_env_file_is_what_the_agent_reads() -> None:
+    text = render_env(b"", ANSWERS)
+    assert agent.parse_env(text, "agent.env") == {
+        "INVITE_TOKEN": TOKEN,
+        "SOLANA_PAYOUT_PUBKEY": WALLET,
+        "CONTROL_PLANE": "10.77.0.1:9092",
+        "DATA_DIR": "/var/lib/openinfra",
+    }
+    assert text.count(b"\n") == 4
+    mine = b"# mine\n\nSOLANA_PAYOUT_PUBKEY = 'x'\nDATA_DIR=\"/srv/oi\"\n"
+    kept = render_env(mine, ANSWERS)
+    assert kept.startswith(b"# mine\n\nSOLANA_PAYOUT_PUBKEY=" + WALLET.encode() + b'\nDATA_DIR="')
+    assert agent.parse_env(kept, "agent.env")["DATA_DIR"] == "/srv/oi"
+
+
+def test_the_tunnels_file_is_the_documented_one() -> None:
+    assert (
+        render_conf(b"", ANSWERS, PRIVATE).decode()
+        == f"""[Interface]
+Address = 10.77.0.42/32
+PrivateKey = {PRIVATE}
+
+[Peer]
+PublicKey = {CP_KEY}
+AllowedIPs = 10.77.0.1/32
+PersistentKeepalive = 25
+Endpoint = cp.coledex.com:51820
+"""
+    )
+
+
+def test_what_a_person_added_to_the_tunnel_stays() -> None:
+    old = render_conf(b"", ANSWERS, PRIVATE).replace(b"[Peer]", b"MTU = 1380\n[Peer]")
+    old = old.replace(b"10.77.0.1/32", b"0.0.0.0/0").replace(b"= 25", b"= 15")
+    new = render_conf(old, replace(ANSWERS, wg_endpoint="other:1"), PRIVATE)
+    assert b"MTU = 1380\n" in new
+    assert b"PersistentKeepalive = 15\n" in new
+    assert b"AllowedIPs = 10.77.0.1/32\n" in new  # never more than the control plane
+    assert b"Endpoint = other:1\n" in new
+
+
+def test_what_is_on_disk_is_known() -> None:
+    assert read_known(FRESH) == {question.name: "" for question in QUESTIONS}
+    known = read_known(installed())
+    assert known.pop("hostname") == "cp.coledex.com"
+    assert all(getattr(ANSWERS, name) == value for name, value in known.items())
+
+
+# Manifest and release.
+
+
+def test_the_manifest_is_read_back() -> None:
+    manifest = installed().manifest
+    assert parse_manifest(render_manifest(manifest)) == manifest
+    assert PRIVATE not in repr(manifest)
+
+
+EMPTY = json.loads(render_manifest(Manifest()))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 5000,
+        b'{"format": "1"}',
+        b'{"format": 1}',
+        json.dumps({**EMPTY, "files": {"/etc/passwd": []}}).encode(),
+        json.dumps({**EMPTY, "files": {str(ENV): None}}).encode(),
+        json.dumps({**EMPTY, "version": "new"}).encode(),
+        json.dumps({**EMPTY, "packages": 1}).encode(),
+    ],
+)
+def test_a_damaged_manifest_is_refused(raw: bytes) -> None:
+    with pytest.raises(Error, match="is damaged") as caught:
+        parse_manifest(raw)
+    assert caught.value.exit_code == 3
+
+
+def test_a_newer_manifest_is_refused() -> None:
+    with pytest.raises(Error, match="newer installer"):
+        parse_manifest(b'{"format": 2}')
+
+
+GOOD = {
+    "version": "0.1.0",
+    "created_at": "2026-11-24T20:00:00Z",
+    "files": {"a": {"size_bytes": 5, "sha256": "0" * 64}},
+}
+
+
+def test_a_release_is_read() -> None:
+    found = parse_release(json.dumps(GOOD).encode(), "a")
+    assert found == ("0.1.0", 1795550400, 5, "0" * 64)
+    split = {**GOOD, "created_at": "2026-11-24T20:00:00.25Z"}
+    assert parse_release(json.dumps(split).encode(), "a") == found
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": "1.0-beta"},
+        {"version": 1},
+        {"version": ""},
+        {"created_at": "yesterday"},
+        {"created_at": None},
+        {"files": {}},
+        {"files": {"b": {}}},
+        {"files": {"a": {"size_bytes": "5", "sha256": "0" * 64}}},
+        {"files": {"a": {"size_bytes": True, "sha256": "0" * 64}}},
+        {"files": {"a": {"size_bytes": 5, "sha256": "0" * 63}}},
+        {"files": {"a": {"size_bytes": 5, "sha256": 5}}},
+    ],
+)
+def test_a_release_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(Error, match="does not describe a"):
+        parse_release(json.dumps({**GOOD, **wrong}).encode(), "a")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 5000])
+def test_a_release_that_is_no_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(Error, match="does not describe a"):
+        parse_release(raw, "a")
+
+
+@pytest.mark.parametrize("size_bytes", [0, -1, (64 << 20) + 1])
+def test_a_size_out_of_bounds_is_refused(size_bytes: int) -> None:
+    files = {"a": {"size_bytes": size_bytes, "sha256": "0" * 64}}
+    with pytest.raises(Error, match="bytes by release"):
+        parse_release(json.dumps({**GOOD, "files": files}).encode(), "a")
+
+
+SHA = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # of b"key"
+
+
+@pytest.mark.parametrize(
+    ("pinned", "offered", "sha256", "good"),
+    [
+        (b"", b"key", "", True),
+        (b"", b"key", SHA, True),
+        (b"", b"other", SHA, False),
+        (b"key", b"key", "", True),
+        (b"key", b"key", SHA, True),
+        (b"key", b"other", "", False),
+        (b"other", b"key", SHA, True),  # the person says that this is the new one
+        (b"key", b"other", SHA, False),
+    ],
+)
+def test_the_first_key_is_kept(pinned: bytes, offered: bytes, sha256: str, good: bool) -> None:
+    if good:
+        assert decide_key(pinned, offered, sha256) == offered
+    else:
+        with pytest.raises(Error, match=r"release\.pub") as caught:
+            decide_key(pinned, offered, sha256)
+        assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "good"),
+    [
+        ("", "0.1.0", True),
+        ("0.1.0", "0.1.0", True),
+        ("0.9.0", "0.10.0", True),
+        ("0.10.0", "0.9.0", False),
+        ("1.0", "0.9.9", False),
+        ("0.1.0", "0.1", False),
+    ],
+)
+def test_an_older_release_is_refused(old: str, new: str, good: bool) -> None:
+    release = replace(RELEASE, version=new)
+    check_version(Manifest(version=old), release, True)
+    if good:
+        check_version(Manifest(version=old), release, False)
+    else:
+        with pytest.raises(Error, match="--allow-downgrade") as caught:
+            check_version(Manifest(version=old), release, False)
+        assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("off_s", "good"), [(0, True), (-300, True), (301, False), (-9e8, False)])
+def test_a_wrong_clock_is_refused(off_s: float, good: bool) -> None:
+    if good:
+        check_clock(1.8e9, 1.8e9 + off_s, "that of the control plane")
+    else:
+        with pytest.raises(Error, match=r"2027-01-15 08:00 UTC.*timedatectl set-ntp true"):
+            check_clock(1.8e9, 1.8e9 + off_s, "that of the control plane")
+
+
+def test_units_come_out_of_the_artifact() -> None:
+    assert read_units(RELEASE.artifact) == {n: t.encode() for n, t in UNIT_TEXTS.items()}
+    for wrong in (b"", b"#!/bin/sh\n", render_artifact("1", {}), RELEASE.artifact[:-40]):
+        with pytest.raises(Error, match="no zip with its units"):
+            read_units(wrong)
+
+
+# Preflight.
+
+GONE = replace(DISK, mode=-1, is_mount=False, is_encrypted=False, is_expected=False)
+PLAIN = replace(DISK, is_encrypted=False, is_expected=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"has_systemd": False}, "systemd does not run here"),
+        ({"arch": "armv7l"}, "no agent for armv7l, only for x86_64 and aarch64"),
+        ({"has_wireguard": False}, "the kernel has no WireGuard"),
+        ({"missing": ("openssl", "nftables"), "has_apt": False}, "not installed: openssl nftables"),
+        ({"data": replace(DISK, is_mount=False)}, "is not mounted: unlock its disk"),
+        ({"data": GONE}, "nothing is mounted at /var/lib/openinfra: make its encrypted disk"),
+        ({"data": PLAIN}, "is not on an encrypted disk"),
+        ({"data": replace(DISK, mode=0o755)}, "chmod 0700 /var/lib/openinfra"),
+        ({"data": replace(DISK, uid=1000)}, "chown root /var/lib/openinfra"),
+        ({"uses": ("10.77.3.1 on eth0",)}, "10.77.0.0/16 is the tunnel's, and here it is in use"),
+        ({"free_bytes": {"/usr": 1 << 20}}, "the disk of /usr is full: 1 MiB are free, 64"),
+        (
+            {"free_bytes": {"/usr": 1 << 27}, "missing": ("openssl",)},
+            "128 MiB are free, 256 are needed",
+        ),
+    ],
+)
+def test_a_machine_is_refused(wrong: dict[str, Any], said: str) -> None:
+    problems = list(list_problems(replace(FRESH, **wrong), False))
+    assert len(problems) == 1
+    assert said in problems[0]
+
+
+def test_all_problems_are_named_at_once() -> None:
+    facts = replace(FRESH, arch="sparc", has_wireguard=False, data=GONE, uses=("a", "b"))
+    assert len(list(list_problems(facts, False))) == 5
+
+
+def test_a_good_machine_has_no_problem() -> None:
+    assert list(list_problems(FRESH, False)) == []
+    assert list(list_problems(replace(FRESH, data=PLAIN), True)) == []
+    assert len(list(list_problems(replace(FRESH, data=GONE), True))) == 1
+
+
+@pytest.mark.parametrize("path", [WG_CONF, WG_KEY, ENV, BINARY, UNIT_DIR / AGENT, DROP_IN])
+def test_what_others_made_is_refused(path: Path) -> None:
+    facts = replace(FRESH, files={path: Found(b"theirs", 0o644, 0)})
+    assert list(list_foreign(facts)) == [
+        f"{path} was not made by this installer: move it away (mv {path} {path}.old)"
+    ]
+    assert list(list_foreign(replace(facts, manifest=Manifest(files={str(path): ()})))) == []
+
+
+def test_an_interface_or_table_of_others_is_refused() -> None:
+    found = list(list_foreign(replace(FRESH, has_link=True, has_table=True)))
+    assert [each.split(": ")[1] for each in found] == [
+        "ip link delete dev openinfra",
+        "nft delete table inet openinfra",
+    ]
+    assert list(list_foreign(installed())) == []
+
+
+def test_a_tunnel_that_cannot_be_kept_is_refused() -> None:
+    facts = installed()
+    conf = facts.files[WG_CONF].content
+    two = changed(facts, WG_CONF, conf + b"[Peer]\nPublicKey = x\n")
+    assert "has a second [Peer]" in next(list_foreign(two))
+    other = changed(facts, WG_KEY, f"{PUBLIC}\n".encode())
+    assert "hold two different keys" in next(list_foreign(other))
+
+
+# Plan.
+
+FILES = ["release.pub", "openinfra-agent", "openinfra.key", "openinfra.pub", "openinfra.conf"]
+FILES += ["agent.env", AGENT, GUARD, TIMER]
+ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {AGENT}", "daemon-reload"]
+START = [f"start {GUARD}", f"restart {WG}", f"restart {TIMER}", f"restart {AGENT}"]
+NOTED = "install.json"
+
+
+def test_a_fresh_machine() -> None:
+    steps = plan(FRESH, ANSWERS, RELEASE, KEYS)
+    assert words(steps) == [NOTED, *FILES, *ENABLE, *START, NOTED]
+    modes = {step.path: step.mode for step in steps if isinstance(step, WriteFile)}
+    secret = {path for path, mode in modes.items() if mode == 0o600}
+    assert secret == {WG_KEY, WG_CONF, ENV}
+    assert {path for path, mode in modes.items() if mode == 0o755} == {BINARY}
+    absent = replace(FRESH, absent=(ETC, WG_DIR, UNIT_DIR))
+    first, second = words(plan(absent, ANSWERS, RELEASE, KEYS))[:2]
+    assert first == "install --directory --mode=0755 /etc/openinfra"
+    assert second == "install --directory --mode=0700 /etc/wireguard"
+
+
+def test_no_secret_is_shown() -> None:
+    shown = repr(plan(FRESH, ANSWERS, RELEASE, KEYS)) + repr(ANSWERS) + repr(installed())
+    shown += "\n".join(map(str, plan(FRESH, ANSWERS, RELEASE, KEYS)))
+    assert TOKEN not in shown
+    assert PRIVATE not in shown
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, replace(ANSWERS, ca=b"PEM", allow_unencrypted=True)])
+def test_an_installed_machine_is_left_alone(answers: Answers) -> None:
+    assert plan(installed(answers), answers, RELEASE, KEYS) == []
+
+
+def test_each_file_is_listed_before_it_is_there() -> None:
+    answers = replace(ANSWERS, ca=b"PEM", allow_unencrypted=True)
+    listed: set[str] = set()
+    for step in plan(FRESH, answers, RELEASE, KEYS):
+        if isinstance(step, WriteFile) and step.path == MANIFEST:
+            listed = set(parse_manifest(step.content).files)
+        elif isinstance(step, WriteFile):
+            assert str(step.path) in listed
+
+
+@pytest.mark.parametrize("release", [RELEASE, NEWER])
+def test_a_run_that_is_cut_anywhere_goes_on(release: Release) -> None:
+    """After each step: nothing counts as foreign, and the rest of the work is still planned."""
+    before = FRESH if release is RELEASE else installed()
+    steps = plan(before, ANSWERS, release, KEYS)
+    for cut in range(len(steps) + 1):
+        facts = play(before, steps[:cut])
+        if cut == 0:
+            facts = before
+        assert list(list_foreign(replace(facts, has_link=False, has_table=False))) == [] or cut == 0
+        again = plan(facts, ANSWERS, release, KEYS)
+        done, rest = words(steps[:cut]), words(again)
+        for command in words(steps):
+            if command.startswith(("restart", "start")) and cut < len(steps) and cut > 0:
+                assert command in rest, (cut, done)
+        assert list_kept(facts) == []
+        end = replace(play(facts, again), units=RUNNING, has_link=True, has_table=True)
+        assert plan(end, ANSWERS, release, KEYS) == []
+        assert end.files == play(before, steps).files
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        ({"units": {**RUNNING, AGENT: Unit("failed", "enabled")}}, [f"restart {AGENT}"]),
+        (
+            {"units": {**RUNNING, AGENT: Unit("active", "disabled")}},
+            [f"--no-reload reenable {AGENT}", "daemon-reload", f"start {GUARD}"],
+        ),
+        ({"units": {**RUNNING, TIMER: Unit("inactive", "enabled")}}, [f"restart {TIMER}"]),
+        ({"has_table": False}, [f"start {GUARD}"]),
+        ({"has_link": False}, [f"start {GUARD}", f"restart {WG}"]),
+        (
+            {"units": {**RUNNING, WG: Unit("inactive", "enabled")}},
+            [f"start {GUARD}", "ip link delete dev openinfra", f"restart {WG}"],
+        ),
+        (
+            {"units": {**RUNNING, WG: Unit("failed", "enabled")}, "has_link": False},
+            [f"start {GUARD}", f"restart {WG}"],
+        ),
+    ],
+)
+def test_what_is_down_is_started_and_nothing_else(change: dict[str, Any], steps: list[str]) -> None:
+    found = words(plan(replace(installed(), **change), ANSWERS, RELEASE, KEYS))
+    assert found == [NOTED, *steps, NOTED]
+
+
+@pytest.mark.parametrize(
+    ("path", "steps"),
+    [
+        (RELEASE_PUB, ["release.pub"]),
+        (BINARY, ["openinfra-agent", f"start {GUARD}", f"restart {AGENT}"]),
+        (WG_PUB, ["openinfra.pub", f"restart {AGENT}"]),
+        (
+            UNIT_DIR / AGENT,
+            [
+                AGENT,
+                f"--no-reload reenable {AGENT}",
+                "daemon-reload",
+                f"start {GUARD}",
+                f"restart {AGENT}",
+            ],
+        ),
+        (
+            UNIT_DIR / GUARD,
+            [GUARD, f"--no-reload reenable {GUARD}", "daemon-reload", f"start {GUARD}"],
+        ),
+    ],
+)
+def test_a_changed_file_is_mended(path: Path, steps: list[str]) -> None:
+    facts = changed(installed(), path, b"by hand\n")
+    found = plan(facts, ANSWERS, RELEASE, KEYS)
+    assert [word for word in words(found) if word != NOTED] == steps
+    mended = next(step for step in found if isinstance(step, WriteFile) and step.path == path)
+    assert mended.why.endswith("; CHANGED BY HAND")
+    assert list_kept(facts) == [path]
+
+
+def test_a_mode_is_mended() -> None:
+    facts = changed(installed(), ENV, installed().files[ENV].content, 0o644)
+    assert "agent.env" in words(plan(facts, ANSWERS, RELEASE, KEYS))
+    facts = replace(facts, files={**installed().files, WG_KEY: Found(b"", -1, 0)})
+    assert "openinfra.key" in words(plan(facts, ANSWERS, RELEASE, KEYS))
+
+
+@pytest.mark.parametrize(
+    ("answers", "steps"),
+    [
+        (replace(ANSWERS, wallet=OTHER_WALLET), ["agent.env", f"restart {AGENT}"]),
+        (replace(ANSWERS, token=USED), ["agent.env", f"restart {AGENT}"]),
+        (
+            replace(ANSWERS, wg_address="10.77.0.43"),
+            ["openinfra.conf", f"start {GUARD}", f"restart {WG}"],
+        ),
+        (
+            replace(ANSWERS, allow_unencrypted=True),
+            [
+                "install --directory --mode=0755 /etc/systemd/system/openinfra-agent.service.d",
+                "allow-unencrypted.conf",
+                "daemon-reload",
+                f"start {GUARD}",
+                f"restart {AGENT}",
+            ],
+        ),
+        (replace(ANSWERS, ca=b"PEM"), ["ca.pem"]),
+        (replace(ANSWERS, url="file:///x/openinfra-agent-linux-x86_64"), []),
+    ],
+)
+def test_a_new_answer_changes_what_it_must(answers: Answers, steps: list[str]) -> None:
+    found = words(plan(installed(), answers, RELEASE, KEYS))
+    assert [word for word in found if word != NOTED] == steps
+    assert found[-1] == NOTED
+
+
+def test_the_drop_in_repeats_the_units_command() -> None:
+    content = installed(replace(ANSWERS, allow_unencrypted=True)).files[DROP_IN].content
+    start = "ExecStart=/usr/local/bin/openinfra-agent run --env-file /etc/openinfra/agent.env"
+    assert start in UNIT_TEXTS[AGENT]
+    assert content.decode() == f"[Service]\nExecStart=\n{start} --allow-unencrypted\n"
+
+
+def test_an_upgrade_restarts_the_agent() -> None:
+    steps = plan(installed(), ANSWERS, NEWER, KEYS)
+    assert words(steps) == [
+        NOTED,
+        "openinfra-agent",
+        f"start {GUARD}",
+        f"restart {AGENT}",
+        NOTED,
+    ]
+    begun, final = (parse_manifest(steps[at].content) for at in (0, -1))  # type: ignore[union-attr]
+    assert (begun.version, final.version) == ("0.2.0", "0.2.0")
+    assert len(begun.files[str(BINARY)]) == 2
+    assert begun.pending == (GUARD, AGENT)
+    assert (len(final.files[str(BINARY)]), final.pending) == (1, ())
+
+
+def test_packages_are_noted_before_they_are_installed() -> None:
+    facts = replace(FRESH, missing=("nftables",))
+    steps = plan_packages(facts, ["nftables", "libnftables1"])
+    assert words(steps)[0] == NOTED
+    assert words(steps)[1].startswith("apt-get install --yes --no-install-recommends ")
+    assert words(steps)[1].endswith(" nftables")
+    noted = play(facts, steps).manifest
+    assert noted.packages == ("nftables", "libnftables1")
+    end = play(replace(facts, manifest=noted), plan(replace(facts, manifest=noted), *GIVEN))
+    assert end.manifest.packages == noted.packages
+
+
+GIVEN = (ANSWERS, RELEASE, KEYS)
+
+
+# Uninstall.
+
+
+def test_all_that_is_ours_is_removed() -> None:
+    facts = replace(installed(replace(ANSWERS, ca=b"PEM", allow_unencrypted=True)), absent=())
+    steps = [*plan_removal(facts), *plan_forgetting(facts)]
+    assert words(steps)[:4] == [
+        f"stop {TIMER}",
+        f"stop {AGENT} {WG} {GUARD}",
+        f"disable {AGENT} {GUARD} {TIMER} {WG}",
+        "nft delete table inet openinfra",
+    ]
+    removed = {step.path for step in steps if isinstance(step, Remove)}
+    assert removed == {*facts.files, MANIFEST}
+    assert CA in removed
+    assert words(steps)[-3:] == [
+        NOTED,
+        "rmdir --ignore-fail-on-non-empty /etc/systemd/system/openinfra-agent.service.d",
+        "rmdir --ignore-fail-on-non-empty /etc/openinfra",
+    ]
+    assert play(facts, steps).files == {}
+    assert not any("luks" in word for word in words(steps))
+
+
+def test_a_file_that_was_changed_stays_and_is_still_listed() -> None:
+    path = UNIT_DIR / AGENT
+    facts = changed(installed(), path, b"by hand\n")
+    after = play(facts, [*plan_removal(facts), *plan_forgetting(facts)])
+    left = replace(after, has_link=False, has_table=False)
+    assert list(list_left(facts, left)) == [f"{path}: somebody changed it; to remove it: rm {path}"]
+    assert len(list(list_left(facts, after))) == 3  # the interface and the table, if they stay
+    assert list(after.files) == [path]
+    assert list(after.manifest.files) == [str(path)]
+    assert list_kept(after) == [path]
+    assert f"stop {AGENT}" in words(plan_removal(facts))[1]
+
+
+def test_nothing_of_others_is_removed() -> None:
+    """What a killed first run had listed and not yet made may be somebody else's by now."""
+    facts = replace(FRESH, has_link=True, has_table=True, manifest=Manifest(packages=("nftables",)))
+    steps = [*plan_removal(facts), *plan_forgetting(facts)]
+    assert list(list_left(facts, facts)) == []
+    assert [word for word in words(steps) if "openinfra" in word] == [
+        "rm -rf -- /run/openinfra",
+        "rmdir --ignore-fail-on-non-empty /etc/openinfra",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"units": {**RUNNING, WG: Unit("inactive", "enabled")}}, "ip link delete dev openinfra"),
+        (
+            {"units": {**RUNNING, AGENT: Unit("activating", "")}},  # its file is gone
+            f"disable {GUARD} {TIMER} {WG}",
+        ),
+        ({"dangling": (UNIT_DIR / "multi-user.target.wants" / AGENT,)}, AGENT),
+    ],
+)
+def test_half_an_installation_is_removed(change: dict[str, Any], word: str) -> None:
+    assert word in words(plan_removal(replace(installed(), **change)))
+
+
+@pytest.mark.parametrize("cut", range(19))
+def test_an_uninstall_that_is_cut_anywhere_goes_on(cut: int) -> None:
+    steps = [*plan_removal(installed()), *plan_forgetting(installed())]
+    facts = play(installed(), steps[:cut])
+    assert play(facts, [*plan_removal(facts), *plan_forgetting(facts)]).files == {}
+
+
+def test_the_operator_gets_the_exact_lines() -> None:
+    said = render_end(ANSWERS, PUBLIC)
+    assert f"\n    {PUBLIC}\n" in said
+    assert f"\n    sudo wg set wg0 peer {PUBLIC} allowed-ips 10.77.0.42/32\n" in said
+    assert "\n    sudo wg-quick save wg0\n" in said
+
+
+def test_every_path_is_in_the_manual() -> None:
+    manual = (install_agent.__doc__ or "").replace("and openinfra.", "/etc/wireguard/openinfra.")
+    manual = manual.replace("0600, openinfra.", "0600, /etc/wireguard/openinfra.")
+    for path in (MANIFEST, RELEASE_PUB, CA, ENV, WG_KEY, WG_PUB, WG_CONF, BINARY):
+        assert str(path) in manual, path
