@@ -351,6 +351,7 @@ HTTP_QUEUE = 64
 HTTP_DEADLINE_S = 10.0
 HTTP_HEAD_BYTES = 2 * 65_536  # more than http.server takes in one line
 HTTP_WAITING_MAX = 512  # connections whose head is not there yet; the oldest makes room
+HTTP_LINGER_READS = 64  # of at most 64 KiB
 HTTP_LINGER_S = 0.2  # after an answer, for the client to close: a worker does nothing else then
 HTTP_CALLS_S = 20.0  # of one client address for long: with HTTP_LINGER_S each, half the workers
 HTTP_BURST = 48.0  # requests of one address at once; the queue has room for others beside them
@@ -4158,8 +4159,8 @@ class HttpServer(http.server.HTTPServer):
             self.finish_request(request, client_address)
             request.shutdown(socket.SHUT_WR)
             until = time.monotonic() + HTTP_LINGER_S
-            while (left := until - time.monotonic()) > 0:  # what was not read would reset the
-                request.settimeout(left)  # answer away
+            for _ in range(HTTP_LINGER_READS):  # what was not read would reset the answer away
+                request.settimeout(max(0.001, until - time.monotonic()))
                 if not request.recv(65_536):
                     break
         except OSError:
