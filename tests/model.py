@@ -261,6 +261,8 @@ class Model:
             host.wallet = asked.wallet or invite.wallet
             self.name_wallet(host.wallet, invite)
         else:
+            if host.key not in (None, asked.key):
+                host.changes.append(self.now_s)
             host.invite, host.secret = invite, asked.secret
             host.address, host.key = asked.address, asked.key
             self.set_wallet(host, asked.wallet, invite)

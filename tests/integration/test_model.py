@@ -344,6 +344,7 @@ class Fleet(RuleBasedStateMachine):
             got = "accepted"
         except Refused as refused:
             reply, got = None, refused.reason or str(refused)
+            note(f"  {what}: {refused.message}")
             if lose and LOST in refused.message:
                 got = "lost"
         self.world.seen[f"{what} {got}"] += 1
