@@ -351,7 +351,6 @@ HTTP_QUEUE = 64
 HTTP_DEADLINE_S = 10.0
 HTTP_HEAD_BYTES = 2 * 65_536  # more than http.server takes in one line
 HTTP_WAITING_MAX = 512  # connections whose head is not there yet; the oldest makes room
-HTTP_LINGER_READS = 64  # of at most 64 KiB
 HTTP_LINGER_S = 0.2  # after an answer, for the client to close: a worker does nothing else then
 HTTP_CALLS_S = 20.0  # of one client address for long: with HTTP_LINGER_S each, half the workers
 HTTP_BURST = 48.0  # requests of one address at once; the queue has room for others beside them
@@ -4159,7 +4158,7 @@ class HttpServer(http.server.HTTPServer):
             self.finish_request(request, client_address)
             request.shutdown(socket.SHUT_WR)
             until = time.monotonic() + HTTP_LINGER_S
-            for _ in range(HTTP_LINGER_READS):  # what was not read would reset the answer away
+            for _ in range(64):  # 4 MiB at most; what was not read would reset the answer
                 request.settimeout(max(0.001, until - time.monotonic()))
                 if not request.recv(65_536):
                     break
@@ -4194,7 +4193,8 @@ async def serve(settings: Settings) -> None:
     dsn = read_dsn(settings.dsn_file)
     # A plan made once for any filter reads the whole table for some of them (test_hosts_api.py).
     admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options="-c plan_cache_mode=force_custom_plan")
-    pools = (Database(dsn, 4), Database(dsn, 2), admin_db)
+    # A heartbeat may wait behind a sweep and then itself: together less than its call's 10 s.
+    pools = (Database(dsn, 4, wait_s=3), Database(dsn, 2), admin_db)
     cp = ControlPlane(settings, *pools)
     try:
         for pool in pools:
