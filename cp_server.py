@@ -4193,9 +4193,9 @@ async def serve(settings: Settings) -> None:
     dsn = read_dsn(settings.dsn_file)
     # A plan made once for any filter reads the whole table for some of them (test_hosts_api.py).
     admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options="-c plan_cache_mode=force_custom_plan")
-    # A heartbeat may wait behind a sweep and then itself: together less than its call's 10 s.
-    pools = (Database(dsn, 4, wait_s=3), Database(dsn, 2), admin_db)
-    cp = ControlPlane(settings, *pools)
+    beat_db = Database(dsn, 2, rest_s=1)  # batches and sweeps do not wait for it one by one
+    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db)
+    pools = (cp.db, beat_db, admin_db)
     try:
         for pool in pools:
             await pool.open()

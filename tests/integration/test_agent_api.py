@@ -976,6 +976,27 @@ def test_a_postgresql_that_was_down_marks_nobody_offline(
         check_silence_forgiven(cp, client)
 
 
+def test_heartbeats_behind_others_hear_that_the_database_is_away(
+    spare_postgres: Postgres, tmp_path: Path
+) -> None:
+    """Each batch and each sweep waits for a connection; not one after the other."""
+    flag = f"--heartbeat-s={INTERVAL_S}"
+    with serving(spare_postgres, tmp_path / "cp", flag) as cp, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(cp)) for _ in range(3)]
+        for client in clients:
+            client.register(cp.mint(payout_pubkey=WALLET))
+        spare_postgres.stop()
+
+        def beat(number: int) -> Refused:
+            time.sleep(number * INTERVAL_S)
+            return check_refused("TRY_LATER", clients[number].heartbeat)
+
+        with ThreadPoolExecutor(len(clients)) as workers:
+            for refused in workers.map(beat, range(len(clients))):
+                assert "database" in refused.message
+        spare_postgres.start()
+
+
 def test_a_control_plane_that_stood_still_marks_nobody_offline(quick: ControlPlane) -> None:
     """As after a suspend of the machine, or a disk that hung."""
     with Client(quick) as client, Client(quick) as silent:
