@@ -187,15 +187,15 @@ def make_host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
 
 
 def run_lanes(jobs: Mapping[str, Callable[[], T]], lanes: int = 4) -> list[T]:
-    """Run jobs beside each other, since they wait more than they work; fails with the first's name.
+    """Run jobs beside each other, since they wait more than they work; fails with what failed.
 
     A child dies with the thread that started it.
     """
     with ThreadPoolExecutor(lanes) as workers:
         futures = {name: workers.submit(job) for name, job in jobs.items()}
     errors = {name: future.exception() for name, future in futures.items() if future.exception()}
-    for name, error in errors.items():
-        raise AssertionError(f"{name}: {error}\nfailed: {', '.join(errors)}") from error
+    for error in errors.values():
+        raise AssertionError("\n".join(f"{name}: {e}" for name, e in errors.items())) from error
     return [future.result() for future in futures.values()]
 
 

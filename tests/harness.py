@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import secrets
@@ -55,11 +56,21 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10) ->
     raise AssertionError(f"{what}: not within {timeout_s} s")
 
 
+# Ports below those that the kernel gives to whoever asks for any (ip_local_port_range, from 32768
+# on), so that no other test and no client's connection has one before it is used; each worker of
+# pytest-xdist has two thousand of its own, and begins anywhere, for two runs at a time.
+_FIRST_PORT = 12_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = (_FIRST_PORT + number % 2_000 for number in itertools.count(os.getpid()))
+
+
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody has now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port of 127.0.0.1 that nobody has now, and nobody else is given."""
+    for port in _PORTS:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 class Postgres:

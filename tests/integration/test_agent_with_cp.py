@@ -139,6 +139,7 @@ def test_a_wallet_that_is_not_the_invites_is_said_everywhere_and_healed(
     agent.start()
     host = wait_status(cp, "online")
     assert host["assignable"] is False
+    agent.process.wait_log("WARN not assignable")
     for place in (host["reasons"][0], agent.log, str(agent.status()["reasons"])):
         assert WALLET in place, place
         assert OTHER_WALLET in place, place

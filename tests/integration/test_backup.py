@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,14 +115,16 @@ def decrypt(path: Path) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    """No agent of gpg's, none of its homes, and no plaintext is left behind."""
-    yield
-    assert [p for p in Path("/tmp").glob("openinfra-*") if "gpg" in p.name or "wg" in p.name] == []
-    done = subprocess.run(
-        ["pgrep", "-fa", "gpg-agent --homedir /tmp/openinfra-gpg"], capture_output=True, check=False
-    )
-    assert done.stdout == b""
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The test's own /tmp; no agent of gpg's, none of its homes, and no plaintext is left there."""
+    with tempfile.TemporaryDirectory(prefix="oi-", dir="/tmp") as name:
+        monkeypatch.setenv("TMPDIR", name)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+        assert os.listdir(name) == []
+        argv = ["pgrep", "-fa", f"gpg-agent --homedir {name}"]
+        done = subprocess.run(argv, capture_output=True, check=False)
+        assert done.stdout == b""
 
 
 # The drill
@@ -544,7 +547,7 @@ def test_a_database_that_refuses_in_the_middle(backup: Path, target: Machine) ->
 
 
 def test_kill_9_at_any_time_and_then_the_same_command(
-    source: Machine, backup: Path, target: Machine
+    source: Machine, backup: Path, target: Machine, temporary: Path
 ) -> None:
     """The database is the old one or the restored one; the same command with --replace goes on."""
     empty = target.rows()
@@ -560,16 +563,18 @@ def test_kill_9_at_any_time_and_then_the_same_command(
         assert target.rows() in (empty, wanted)
     target.restore(backup, "--replace")
     assert target.rows() == wanted
-    for path in Path("/tmp").glob("openinfra-gpg-*"):  # of those that were killed
+    for path in temporary.glob("openinfra-gpg-*"):  # of those that were killed
         os.utime(path, (0, 0))
-    target.restore(backup, "--replace")  # and nothing is left, which _nothing_left sees
+    target.restore(backup, "--replace")  # and nothing is left, which `temporary` sees
 
 
-def test_only_own_and_old_homes_of_gpg_are_removed(source: Machine, tmp_path: Path) -> None:
-    old, young, shared, other = (Path(f"/tmp/openinfra-gpg-test{number}") for number in range(4))
+def test_only_own_and_old_homes_of_gpg_are_removed(
+    source: Machine, tmp_path: Path, temporary: Path
+) -> None:
+    old, young, shared, other = (temporary / f"openinfra-gpg-test{number}" for number in range(4))
     kept = tmp_path / "kept"
     kept.mkdir(mode=0o700)
-    link = Path("/tmp/openinfra-gpg-test-link")
+    link = temporary / "openinfra-gpg-test-link"
     link.symlink_to(kept)
     for path in (old, young, shared, other):
         path.mkdir(mode=0o700)

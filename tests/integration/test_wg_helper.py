@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import ROOT, make_netns, new_wg_key
+from tests.harness import ROOT, WG_KEY, make_netns, new_wg_key
 from tests.hub import SYSTEM_PYTHON, Hub, make_hub
 
 UNITS = ROOT / "systemd"
@@ -101,7 +101,7 @@ def test_many_changes_at_once(hub: Hub) -> None:
     }
 
 
-KEY = new_wg_key()
+KEY = WG_KEY  # the same in each worker of pytest-xdist: it is in names of tests
 BAD = {
     "no JSON": b"peers please\n",
     "not UTF-8": b"\xff\xfe\n",
