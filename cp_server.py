@@ -340,6 +340,11 @@ PEERS_LOOK_S = 1.0  # between two looks for hosts that were revoked, whoever rev
 PEERS_GONE_S = 300  # how far such a look goes back; no transaction is open this long
 PEERS_PAGE = 5_000  # rows at a time, so that heartbeats come between
 PEERS_RETRY_S = 5.0
+# The hub refuses the handshake of a host whose clock went back (WireGuard's protection from
+# replays), but the host takes the hub's: so each comparison sends a datagram to some of the hosts
+# that are silent. WireGuard repeats a handshake for 90 s: not more than so many at a time.
+KNOCKS_MAX = 10
+KNOCK_PORT = 9  # discard, RFC 863; a host's firewall drops it
 PEERS_DEADLINE_S = 240.0  # for a whole comparison: 65,000 peers set anew take one or two minutes
 HUB_S = 30.0  # for one answer of the WireGuard helper
 HUB_ANSWER_BYTES = 32 << 20  # 10 MB at 65,000 peers
@@ -595,6 +600,7 @@ class PeerPlan:
     changes: tuple[PeerChange, ...]
     unknown: tuple[str, ...]  # peers that nobody knows: set by hand for a host that comes later
     conflicts: tuple[PeerChange, ...]  # not made: an unknown peer has the address of a silent host
+    silent: tuple[str, ...] = ()  # addresses of hosts that were connected once and are not up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1257,6 +1263,12 @@ def plan_peers(
         change = PeerChange("set", peer.key, peer.ip, "" if other == peer.key else other)
         (changes if peer.is_up or other in keys else conflicts).append(change)
     return PeerPlan(len(wanted), tuple(changes), tuple(unknown), tuple(conflicts))
+
+
+def list_silent(wanted: Sequence[WantedPeer], peers: Sequence[Row]) -> list[str]:
+    """Addresses of the hosts that were connected once and are not up."""
+    reached = {peer["key"] for peer in peers if peer["endpoint"]}
+    return [peer.ip for peer in wanted if not peer.is_up and peer.key in reached]
 
 
 def render_peer_change(change: PeerChange) -> dict[str, str]:
@@ -2934,7 +2946,18 @@ async def read_peer_plan(db: Database, path: str) -> PeerPlan:
     async with db.transaction() as tx:
         rows = await tx.dicts(SQL_PEERS_LOST, keys=keys) if keys else []
     lost = {row["key"]: row["state"] for row in rows}
-    return await asyncio.to_thread(plan_peers, wanted, on_hub, lost)
+    plan = await asyncio.to_thread(plan_peers, wanted, on_hub, lost)
+    silent = await asyncio.to_thread(list_silent, wanted, dump["peers"])
+    return dataclasses.replace(plan, silent=tuple(silent))
+
+
+def knock(addresses: Sequence[str]) -> None:
+    """Let WireGuard begin a handshake with hosts: an empty datagram to each, wherever it ends."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        for address in addresses:
+            with contextlib.suppress(OSError):
+                sock.sendto(b"", (address, KNOCK_PORT))
 
 
 class Peers:
@@ -3031,6 +3054,7 @@ class Peers:
         for state, count in {**counts, "set": plan.wanted - missing}.items():
             self._metrics.set("openinfra_peers", count, state=state)
         await self._apply(plan.changes)
+        knock(random.sample(plan.silent, min(len(plan.silent), KNOCKS_MAX)))
         self._metrics.set("openinfra_peers", plan.wanted - len(plan.conflicts), state="set")
         self._metrics.set("openinfra_peers_checked_time_seconds", time.time())
         if self._trouble:

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.harness import (
     ControlPlane,
     Netns,
     Postgres,
+    Process,
     RemoteClient,
     RpcTool,
     make_netns,
@@ -30,6 +32,7 @@ from tests.harness import (
 from tests.hub import Hub, make_hub
 
 GONE_S = 2.0  # a revoked host's peer is gone within this time
+SILENCE = "UPDATE hosts SET status = 'offline' WHERE host_id = %s"
 
 
 class World:
@@ -159,6 +162,42 @@ def test_a_hub_that_rebooted_without_a_save(world: World) -> None:
         client.heartbeat()
 
 
+# Says to which address each datagram came, IP_PKTINFO of ip(7).
+LISTEN = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.setsockopt(socket.IPPROTO_IP, 8, 1)
+    sock.bind(("0.0.0.0", 9))
+    print("listening", flush=True)
+    while True:
+        raw, said, _, _ = sock.recvmsg(100, 100)
+        print("knocked at", socket.inet_ntoa(said[0][2][8:12]), len(raw), "bytes", flush=True)
+"""
+
+
+def test_a_host_that_is_silent_is_knocked_at(world: World, tmp_path: Path) -> None:
+    """Only one that was connected once; what WireGuard makes of it is in e2e/test_fleet.py."""
+    assert world.cp.netns
+    never, up, once = (world.host() for _ in range(3))
+    for host in (up, once):
+        world.hub.wg("set", "peer", host.wg_key, "endpoint", "192.0.2.9:51820")
+    for host in (never, once):
+        world.cp.postgres.execute(world.cp.database, SILENCE, host.host_id)
+    argv = world.cp.netns.argv([sys.executable, "-c", LISTEN])
+    listener = Process(argv, tmp_path / "listener.log", {})
+    try:
+        listener.wait_log("listening")
+        world.restart()
+        listener.wait_log(f"knocked at {once.address} 0 bytes")
+        up.heartbeat()
+        assert listener.log.count("knocked") == 1
+    finally:
+        listener.stop(signal.SIGKILL)
+    for host in (up, once):
+        world.hub.remove(host.wg_key)
+        world.hub.set(host.wg_key, host.address)
+
+
 # Revocation
 
 
@@ -264,8 +303,7 @@ def test_two_hosts_whose_addresses_were_exchanged(world: World) -> None:
 def test_a_new_key_by_hand_for_a_host_that_is_silent(world: World) -> None:
     """The operator's `wg set` is left alone, said, and right once the host comes with that key."""
     client, key = world.host(), new_wg_key()
-    silent = "UPDATE hosts SET status = 'offline' WHERE host_id = %s"
-    world.cp.postgres.execute(world.cp.database, silent, client.host_id)
+    world.cp.postgres.execute(world.cp.database, SILENCE, client.host_id)
     world.hub.set(key, client.address)
     world.restart()
     said = "WARN an unknown peer has the address of a host that is silent"

@@ -7,7 +7,14 @@ import random
 
 import pytest
 
-from cp_server import PeerChange, PeerPlan, WantedPeer, plan_peers, render_peer_change
+from cp_server import (
+    PeerChange,
+    PeerPlan,
+    WantedPeer,
+    list_silent,
+    plan_peers,
+    render_peer_change,
+)
 from systemd import openinfra_wg
 
 
@@ -146,3 +153,18 @@ def test_a_dump_is_read_without_its_secrets() -> None:
         {"key": key, "allowed_ips": [], "endpoint": None, "latest_handshake_at": 0},
     ]
     assert openinfra_wg.parse_dump("PRIVATE\tPUBLIC\t51820\toff\n") == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "endpoint", "expected"),
+    [
+        (silent("a", A), "192.0.2.9:51820", [A]),
+        (silent("a", A), None, []),  # never seen: nobody knows where it is
+        (silent("b", A), "192.0.2.9:51820", []),  # of another one
+        (up("a", A), "192.0.2.9:51820", []),
+    ],
+)
+def test_silent_hosts_are_listed(
+    wanted: WantedPeer, endpoint: str | None, expected: list[str]
+) -> None:
+    assert list_silent([wanted], [{"key": "a", "endpoint": endpoint}]) == expected
