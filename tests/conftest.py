@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import signal
 import tempfile
@@ -13,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Agent, ControlPlane, Netns, Postgres, RpcTool, make_netns, serving
+from tests.harness import (
+    Agent,
+    ControlPlane,
+    Netns,
+    Postgres,
+    RpcTool,
+    make_netns,
+    read_seed,
+    serving,
+)
 
 # What it asserts is shown like a test's own.
 pytest.register_assert_rewrite("tests.faults")
@@ -55,9 +62,7 @@ def spare_postgres(stoppable_postgres: Postgres) -> Postgres:
 @pytest.fixture
 def seed() -> str:
     """Where the random choices of a test come from; the environment repeats them."""
-    found = os.environ.get("OPENINFRA_SEED") or secrets.token_hex(4)
-    print(f"OPENINFRA_SEED={found} repeats this test's choices")
-    return found
+    return str(read_seed())
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,13 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10) ->
     raise AssertionError(f"{what}: not within {timeout_s} s")
 
 
+def read_seed() -> int:
+    """Where the random choices of a test come from: OPENINFRA_SEED, or a new one, printed."""
+    seed = int(os.environ.get("OPENINFRA_SEED") or secrets.randbelow(2**31 - 1) + 1)
+    print(f"OPENINFRA_SEED={seed} repeats this test's choices")
+    return seed
+
+
 # Ports below those that the kernel gives to whoever asks for any (ip_local_port_range, from 32768
 # on), so that no other test and no client's connection has one before it is used; each worker of
 # pytest-xdist has two thousand of its own, and begins anywhere, for two runs at a time.

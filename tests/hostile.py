@@ -29,6 +29,7 @@ from tests.harness import (
     Netns,
     facts,
     new_wg_key,
+    read_seed,
     wait_for,
 )
 
@@ -184,13 +185,6 @@ def count_files(cp: ControlPlane) -> int:
 def read_seconds(default: float) -> float:
     """How long fuzzing takes in all, by OPENINFRA_FUZZ_S."""
     return float(os.environ.get("OPENINFRA_FUZZ_S", default))
-
-
-def read_seed() -> int:
-    """OPENINFRA_SEED, which repeats a run, or a new one."""
-    seed = int(os.environ.get("OPENINFRA_SEED", "0")) or secrets.randbelow(2**31 - 1) + 1
-    print(f"OPENINFRA_SEED={seed}")
-    return seed
 
 
 def fuzz(name: str, seconds: float, directory: Path) -> int:

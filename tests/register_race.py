@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import secrets
 import signal
@@ -42,6 +41,7 @@ from tests.harness import (
     Postgres,
     facts,
     new_wg_key,
+    read_seed,
     wait_for,
 )
 
@@ -85,13 +85,6 @@ class Answer:
     lost: int
     began: float
     ended: float
-
-
-def read_seed() -> int:
-    """The seed of this run, printed."""
-    seed = int(os.environ.get("OPENINFRA_SEED") or secrets.randbelow(2**32))
-    print(f"OPENINFRA_SEED={seed}")
-    return seed
 
 
 def mint(cp: ControlPlane, orders: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from tests.bench.conftest import Record
 from tests.e2e.disk import cut_power, kill, prepare
 from tests.e2e.image import ensure_image
 from tests.e2e.vm import FAILED, Vm
-from tests.hostile import read_seed
+from tests.harness import read_seed
 
 CUTS = 50  # of each kind
 

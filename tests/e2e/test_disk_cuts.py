@@ -22,7 +22,7 @@ from tests.e2e.disk import (
 )
 from tests.e2e.scripts import said
 from tests.e2e.vm import Vm
-from tests.hostile import read_seed
+from tests.harness import read_seed
 
 MakeVm = Callable[..., Vm]
 CUTS = 6  # of each kind

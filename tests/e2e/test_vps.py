@@ -27,8 +27,7 @@ from tests.e2e.vps import (
     probe,
     setup,
 )
-from tests.harness import wait_for
-from tests.hostile import read_seed
+from tests.harness import read_seed, wait_for
 from tests.readme import block
 
 MakeVm = Callable[..., Vm]

@@ -20,8 +20,8 @@ import grpc
 import pytest
 
 from tests import hostile_tool as tool
-from tests.harness import Client, ControlPlane, Postgres, serving, unchanged
-from tests.hostile import HEARTBEAT, read_peak_mb, read_rss_mb, read_seed, reset_peak
+from tests.harness import Client, ControlPlane, Postgres, read_seed, serving, unchanged
+from tests.hostile import HEARTBEAT, read_peak_mb, read_rss_mb, reset_peak
 
 GREETING = tool.PREFACE + tool.frame(tool.SETTINGS, 0, 0)
 CALL = tool.headers("Heartbeat")

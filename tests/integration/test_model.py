@@ -19,7 +19,6 @@ import base64
 import contextlib
 import dataclasses
 import math
-import os
 import secrets
 import signal
 import sys
@@ -62,6 +61,7 @@ from tests.harness import (
     RpcTool,
     facts,
     make_netns,
+    read_seed,
 )
 from tests.model import DAY_S, HOUR_S, Asked, Invite, Model
 from tests.model import Answer as Expected
@@ -952,8 +952,7 @@ def make_world(postgres: Postgres, directory: Path, tunnel: bool) -> Iterator[Wo
 def test_the_fleet_is_what_the_model_says(
     kind: str, spare_postgres: Postgres, tmp_path: Path
 ) -> None:
-    seed = int(os.environ.get("OPENINFRA_SEED") or secrets.randbelow(2**32))
-    print(f"OPENINFRA_SEED={seed}")
+    seed = read_seed()
     options = settings(
         stateful_step_count=STEPS_IN_EXAMPLE,
         deadline=None,
