@@ -340,11 +340,7 @@ PEERS_LOOK_S = 1.0  # between two looks for hosts that were revoked, whoever rev
 PEERS_GONE_S = 300  # how far such a look goes back; no transaction is open this long
 PEERS_PAGE = 5_000  # rows at a time, so that heartbeats come between
 PEERS_RETRY_S = 5.0
-# The hub refuses the handshake of a host whose clock went back (WireGuard's protection from
-# replays), but the host takes the hub's: so each comparison sends a datagram to some of the hosts
-# that are silent. WireGuard repeats a handshake for 90 s: not more than so many at a time.
-KNOCKS_MAX = 10
-KNOCK_PORT = 9  # discard, RFC 863; a host's firewall drops it
+PEERS_RENEW_S = 180  # a session is dead by then (REJECT_AFTER_TIME of the WireGuard paper)
 PEERS_DEADLINE_S = 240.0  # for a whole comparison: 65,000 peers set anew take one or two minutes
 HUB_S = 30.0  # for one answer of the WireGuard helper
 HUB_ANSWER_BYTES = 32 << 20  # 10 MB at 65,000 peers
@@ -600,7 +596,7 @@ class PeerPlan:
     changes: tuple[PeerChange, ...]
     unknown: tuple[str, ...]  # peers that nobody knows: set by hand for a host that comes later
     conflicts: tuple[PeerChange, ...]  # not made: an unknown peer has the address of a silent host
-    silent: tuple[str, ...] = ()  # addresses of hosts that were connected once and are not up
+    renewals: tuple[PeerChange, ...] = ()  # of silent hosts, removed and set again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1265,10 +1261,20 @@ def plan_peers(
     return PeerPlan(len(wanted), tuple(changes), tuple(unknown), tuple(conflicts))
 
 
-def list_silent(wanted: Sequence[WantedPeer], peers: Sequence[Row]) -> list[str]:
-    """Addresses of the hosts that were connected once and are not up."""
-    reached = {peer["key"] for peer in peers if peer["endpoint"]}
-    return [peer.ip for peer in wanted if not peer.is_up and peer.key in reached]
+def plan_renewals(
+    wanted: Sequence[WantedPeer], peers: Sequence[Row], now_s: float
+) -> Iterator[PeerChange]:
+    """Make the hub forget when silent hosts were connected last, each once.
+
+    It refuses a handshake that is earlier by the host's clock than the last one (section 5.1 of the
+    WireGuard paper): a host whose clock went back would be away until that time comes again.
+    """
+    dead = {p["key"]: p for p in peers if 0 < p["latest_handshake_at"] < now_s - PEERS_RENEW_S}
+    found = [peer for peer in wanted if not peer.is_up and peer.key in dead]
+    for peer in found[:PEERS_PAGE]:
+        if list(dead[peer.key]["allowed_ips"]) == [f"{peer.ip}/32"]:
+            yield PeerChange("remove", peer.key)
+            yield PeerChange("set", peer.key, peer.ip)
 
 
 def render_peer_change(change: PeerChange) -> dict[str, str]:
@@ -2947,17 +2953,8 @@ async def read_peer_plan(db: Database, path: str) -> PeerPlan:
         rows = await tx.dicts(SQL_PEERS_LOST, keys=keys) if keys else []
     lost = {row["key"]: row["state"] for row in rows}
     plan = await asyncio.to_thread(plan_peers, wanted, on_hub, lost)
-    silent = await asyncio.to_thread(list_silent, wanted, dump["peers"])
-    return dataclasses.replace(plan, silent=tuple(silent))
-
-
-def knock(addresses: Sequence[str]) -> None:
-    """Let WireGuard begin a handshake with hosts: an empty datagram to each, wherever it ends."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        for address in addresses:
-            with contextlib.suppress(OSError):
-                sock.sendto(b"", (address, KNOCK_PORT))
+    renewals = tuple(plan_renewals(wanted, dump["peers"], time.time()))
+    return dataclasses.replace(plan, renewals=renewals)
 
 
 class Peers:
@@ -3054,14 +3051,14 @@ class Peers:
         for state, count in {**counts, "set": plan.wanted - missing}.items():
             self._metrics.set("openinfra_peers", count, state=state)
         await self._apply(plan.changes)
-        knock(random.sample(plan.silent, min(len(plan.silent), KNOCKS_MAX)))
+        await self._apply(plan.renewals, is_routine=True)
         self._metrics.set("openinfra_peers", plan.wanted - len(plan.conflicts), state="set")
         self._metrics.set("openinfra_peers_checked_time_seconds", time.time())
         if self._trouble:
             self._trouble = ""
             log("INFO", "the hub is as the database says again")
 
-    async def _apply(self, changes: Sequence[PeerChange]) -> None:
+    async def _apply(self, changes: Sequence[PeerChange], is_routine: bool = False) -> None:
         """Let the hub make changes, each verified by the helper; raises Error."""
         refused: list[Row] = []
         for start in range(0, len(changes), HUB_CHANGES_MAX):
@@ -3073,9 +3070,9 @@ class Peers:
                 ]
                 order = {"verb": "apply", "changes": [render_peer_change(c) for c in part]}
                 refused += (await ask_hub(self._path, order))["refused"]
-        for change in changes[:20]:
+        for change in () if is_routine else changes[:20]:
             log("INFO", f"peer {change.verb}", key=change.key, ip=change.ip or "-")
-        if len(changes) > 20:
+        if len(changes) > 20 and not is_routine:
             log("WARN", "many peers changed at once", peers=len(changes))
         if refused:
             what = f"the hub did not take {len(refused)} peers: {refused[0]['error']}"

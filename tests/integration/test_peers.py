@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ import pytest
 
 import cp_server
 from tests.harness import (
+    ROOT,
     WALLET,
     ControlPlane,
     Netns,
@@ -29,7 +30,7 @@ from tests.harness import (
     serving,
     wait_for,
 )
-from tests.hub import Hub, make_hub
+from tests.hub import Hub, make_hub, start_wireguard
 
 GONE_S = 2.0  # a revoked host's peer is gone within this time
 SILENCE = "UPDATE hosts SET status = 'offline' WHERE host_id = %s"
@@ -162,40 +163,61 @@ def test_a_hub_that_rebooted_without_a_save(world: World) -> None:
         client.heartbeat()
 
 
-# Says to which address each datagram came, IP_PKTINFO of ip(7).
-LISTEN = """
-import socket
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-    sock.setsockopt(socket.IPPROTO_IP, 8, 1)
-    sock.bind(("0.0.0.0", 9))
-    print("listening", flush=True)
-    while True:
-        raw, said, _, _ = sock.recvmsg(100, 100)
-        print("knocked at", socket.inet_ntoa(said[0][2][8:12]), len(raw), "bytes", flush=True)
-"""
-
-
-def test_a_host_that_is_silent_is_knocked_at(world: World, tmp_path: Path) -> None:
-    """Only one that was connected once; what WireGuard makes of it is in e2e/test_fleet.py."""
+def connect(world: World, private: str, directory: Path) -> Process:
+    """A host's end of the tunnel, beside the hub; it begins a handshake at once."""
     assert world.cp.netns
-    never, up, once = (world.host() for _ in range(3))
-    for host in (up, once):
-        world.hub.wg("set", "peer", host.wg_key, "endpoint", "192.0.2.9:51820")
-    for host in (never, once):
-        world.cp.postgres.execute(world.cp.database, SILENCE, host.host_id)
-    argv = world.cp.netns.argv([sys.executable, "-c", LISTEN])
-    listener = Process(argv, tmp_path / "listener.log", {})
+    name = f"oi{secrets.token_hex(4)}"
+    interface = start_wireguard(world.cp.netns, name, directory)
+    (directory / "key").write_text(private)
+    world.hub.wg("set", "listen-port", "51820")
+    peer = ["peer", world.hub.wg("show", "public-key").strip(), "allowed-ips", "10.77.0.1/32"]
+    peer += ["endpoint", "127.0.0.1:51820", "persistent-keepalive", "1"]
+    subprocess.run(["wg", "set", name, "private-key", str(directory / "key"), *peer], check=True)
+    for each in (world.hub.name, name):
+        subprocess.run(["ip", "-n", world.cp.netns.name, "link", "set", each, "up"], check=True)
+    return interface
+
+
+def test_a_silent_host_may_begin_with_an_earlier_time(world: World, tmp_path: Path) -> None:
+    """The hub forgets its last handshake, once; e2e/test_fleet.py turns the clock of a machine.
+
+    A copy of the control plane to which a session is dead after 3 s.
+    """
+    text = (ROOT / "cp_server.py").read_text()
+    changed = text.replace("PEERS_RENEW_S = 180", "PEERS_RENEW_S = 3")
+    assert changed != text
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "cp_server.py").write_text(changed)
+    (scripts / "proto").symlink_to(ROOT / "proto")
+    private = world.hub.wg_key()
+    argv = ["wg", "pubkey"]
+    key = subprocess.run(argv, input=private, capture_output=True, text=True, check=True).stdout
+    client = RemoteClient(world.cp, world.tool, world.new_ip(), key.strip())
+    world.hub.set(client.wg_key, client.address)
+    client.host_id = client.register(world.cp.mint(payout_pubkey=WALLET)).host_id
+    client.heartbeat()
+
+    def read_handshake() -> int:
+        rows = (line.split() for line in world.hub.wg("show", "latest-handshakes").splitlines())
+        return int(dict(rows)[client.wg_key])
+
+    interface = connect(world, private, tmp_path)
+    wait_for("a handshake", read_handshake)
+    interface.stop(signal.SIGKILL)
+    time.sleep(4)
+    world.cp.scripts = scripts
     try:
-        listener.wait_log("listening")
         world.restart()
-        listener.wait_log(f"knocked at {once.address} 0 bytes")
-        up.heartbeat()
-        assert listener.log.count("knocked") == 1
+        time.sleep(2)
+        assert read_handshake() > 0  # it is up
+        world.cp.postgres.execute(world.cp.database, SILENCE, client.host_id)
+        world.restart()
+        wait_for("a hub that has forgotten", lambda: read_handshake() == 0)
+        world.wait_peer(client.wg_key, client.address)
     finally:
-        listener.stop(signal.SIGKILL)
-    for host in (up, once):
-        world.hub.remove(host.wg_key)
-        world.hub.set(host.wg_key, host.address)
+        world.cp.scripts = ROOT
+        world.restart()
 
 
 # Revocation

@@ -11,8 +11,8 @@ from cp_server import (
     PeerChange,
     PeerPlan,
     WantedPeer,
-    list_silent,
     plan_peers,
+    plan_renewals,
     render_peer_change,
 )
 from systemd import openinfra_wg
@@ -156,15 +156,19 @@ def test_a_dump_is_read_without_its_secrets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "endpoint", "expected"),
+    ("wanted", "handshake_at", "nets", "renewed"),
     [
-        (silent("a", A), "192.0.2.9:51820", [A]),
-        (silent("a", A), None, []),  # never seen: nobody knows where it is
-        (silent("b", A), "192.0.2.9:51820", []),  # of another one
-        (up("a", A), "192.0.2.9:51820", []),
+        (silent("a", A), 819, [f"{A}/32"], True),
+        (silent("a", A), 820, [f"{A}/32"], False),  # its session may live
+        (silent("a", A), 0, [f"{A}/32"], False),  # never connected, or renewed already
+        (up("a", A), 819, [f"{A}/32"], False),
+        (silent("b", A), 819, [f"{A}/32"], False),  # of another one
+        (silent("a", A), 819, [], False),  # is set in any case, or a conflict
     ],
 )
-def test_silent_hosts_are_listed(
-    wanted: WantedPeer, endpoint: str | None, expected: list[str]
+def test_silent_hosts_are_renewed(
+    wanted: WantedPeer, handshake_at: int, nets: list[str], renewed: bool
 ) -> None:
-    assert list_silent([wanted], [{"key": "a", "endpoint": endpoint}]) == expected
+    peer = {"key": "a", "allowed_ips": nets, "latest_handshake_at": handshake_at}
+    expected = [drop("a"), put("a", A)] if renewed else []
+    assert list(plan_renewals([wanted], [peer], 1000)) == expected
