@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.e2e.disk import (
     AGAIN,
     MAPPER,
@@ -31,6 +33,7 @@ MakeVm = Callable[..., Vm]
 SECOND_RUN_S = 10.0
 
 
+@pytest.mark.alone
 def test_the_document(make_vm: MakeVm) -> None:
     """First run, second run, and each thing that a second run has to mend."""
     vm = make_vm("home")

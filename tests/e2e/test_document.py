@@ -53,6 +53,7 @@ def answer(home: Vm, question: str, text: str) -> float:
     began = time.monotonic()
     home.wait_console(question, 180)
     took_s = time.monotonic() - began
+    print(f"{took_s:5.1f} s until: {question}")
     home.sh("sleep 0.3")
     home.type(f"{text}\n")
     return took_s
@@ -98,6 +99,10 @@ def install(home: Vm, operator: Operator, token: str) -> tuple[str, float]:
     began = time.monotonic()
     home.wait_console("code=0", 120)
     took_s += time.monotonic() - began
+    print(f"{time.monotonic() - began:5.1f} s until the end")
+    print(
+        home.sh("date +%s.%N; journalctl -b -o short-unix --no-pager | grep -v kernel | tail -60")
+    )
     key = home.sh("cat /etc/wireguard/openinfra.pub").strip()
     assert key in home.console.text
     return key, took_s

@@ -123,6 +123,7 @@ def read_runs(vm: Vm) -> str:
     )
 
 
+@pytest.mark.alone
 def test_the_first_run_and_those_after_it(vm: Vm) -> None:
     before = read_tree(vm)
     dry = install(vm, *ANSWERS, "--dry-run")
