@@ -100,9 +100,6 @@ def install(home: Vm, operator: Operator, token: str) -> tuple[str, float]:
     home.wait_console("code=0", 120)
     took_s += time.monotonic() - began
     print(f"{time.monotonic() - began:5.1f} s until the end")
-    print(
-        home.sh("date +%s.%N; journalctl -b -o short-unix --no-pager | grep -v kernel | tail -60")
-    )
     key = home.sh("cat /etc/wireguard/openinfra.pub").strip()
     assert key in home.console.text
     return key, took_s
