@@ -405,6 +405,10 @@ class Refusal(Error):
         self.field = field
 
 
+class UnprovenKeyError(Exception):
+    """A host came with a WireGuard key that is new for it: only the hub knows whether it has it."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Types: what the rules and operations hand to each other. Pure, no behaviour.
 # ---------------------------------------------------------------------------------------------
@@ -690,7 +694,7 @@ def check_wg_pubkey(text: str, field: str) -> str:
     """A WireGuard public key: base64 of 32 bytes, as `wg pubkey` prints it; raises Refusal."""
     try:
         raw = base64.b64decode(text, validate=True)
-        good = len(raw) == 32 and base64.b64encode(raw).decode() == text
+        good = len(raw) == 32 and base64.b64encode(raw).decode() == text and any(raw)
     except ValueError:
         good = False
     if not good:
@@ -2429,11 +2433,18 @@ def check_invite_key(invite: Row, registration: Registration) -> None:
         raise Refusal("INVITE_FOR_OTHER_KEY", "this invite is for another WireGuard key", todo)
 
 
-async def register(db: Database, registration: Registration, interval_ms: int) -> Host:
-    """Redeem an invite; raises Refusal. A repeated request gets the same host."""
+async def register(
+    db: Database, registration: Registration, interval_ms: int, is_proven: bool = True
+) -> Host:
+    """Redeem an invite; raises Refusal. A repeated request gets the same host.
+
+    Raises UnprovenKeyError, with nothing done, when all is well but for the proof of its key.
+    """
     try:
         async with db.transaction() as tx:
             outcome = await _redeem(tx, registration, interval_ms)
+            if not (is_proven or isinstance(outcome, Refusal)):
+                raise UnprovenKeyError
             failpoint("Register.before_commit")
     except psycopg.errors.UniqueViolation:
         what = "another registration with the same key or address came at the same time"
@@ -2614,11 +2625,16 @@ async def _open_session(tx: Transaction, host_no: int, session: bytes, opened_by
     await tx.execute(SQL_SESSION_OPEN, session_sha256=session, host_no=host_no, opened_by=opened_by)
 
 
-async def resume(db: Database, res: Resumption, peer_check: bool) -> Host:
-    """Open a session for a host; raises Refusal. A repeated request changes nothing."""
+async def resume(
+    db: Database, res: Resumption, peer_check: bool, is_proven: bool = True
+) -> Host:
+    """Open a session for a host; raises Refusal. A repeated request changes nothing.
+
+    Raises UnprovenKeyError, with nothing done, when it comes with another key than it had.
+    """
     try:
         async with db.transaction() as tx:
-            outcome = await _resume(tx, res, peer_check)
+            outcome = await _resume(tx, res, peer_check, is_proven)
             failpoint("Resume.before_commit")
     except psycopg.errors.UniqueViolation:
         what = "another host has this WireGuard key"
@@ -2629,7 +2645,9 @@ async def resume(db: Database, res: Resumption, peer_check: bool) -> Host:
     return outcome
 
 
-async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | Refusal:
+async def _resume(
+    tx: Transaction, res: Resumption, peer_check: bool, is_proven: bool = True
+) -> Host | Refusal:
     secret = res.host_secret_sha256
     found = await tx.rows(SQL_HOST_LOCK_BY_SECRET, Host, host_secret_sha256=secret)
     if not found:
@@ -2648,6 +2666,8 @@ async def _resume(tx: Transaction, res: Resumption, peer_check: bool) -> Host | 
     if refused:
         return refused
     await _check_changes(tx, host, res)
+    if not is_proven and res.wg_pubkey not in (None, host.wg_pubkey):
+        raise UnprovenKeyError
     first = host.payout_pubkey is None  # then the invite may say that it is approved
     invite = await tx.one(SQL_INVITE_GET, invite_id=host.invite_id) if first else None
     await _set_wallet(tx, host, res.payout_pubkey, invite)
@@ -2965,7 +2985,9 @@ class Peers:
         self._db = db
         self._metrics = metrics
         self._look_now, self._compare_now = asyncio.Event(), asyncio.Event()
-        self._asking = asyncio.Lock()
+        self._asking, self._reading = asyncio.Lock(), asyncio.Lock()
+        self._holders: dict[str, str] = {}  # network -> the peer that has it, as last read
+        self._read_s, self._reading_took_s = 0.0, 0.0
         self._revoked: set[str] = set()  # of late: a comparison begun before must not set them
         self._removed: set[str] = set()  # of those, the ones that the hub has forgotten
         self._trouble, self._told_s = "", 0.0
@@ -2978,6 +3000,29 @@ class Peers:
     def host_revoked(self) -> None:
         """A host was revoked here: look at once."""
         self._look_now.set()
+
+    async def check_key(self, ip: str, key: str) -> None:
+        """Raises Refusal unless what comes from this address is encrypted with this key.
+
+        A host could claim the key of another, and the hub would move that to the host's address.
+        Callers that wait share an answer, and the hub is asked for a tenth of the time at most.
+        """
+        came_s = time.monotonic()
+        async with self._reading:
+            if self._read_s < came_s:
+                await asyncio.sleep(self._read_s + 10 * self._reading_took_s - came_s)
+                began_s = time.monotonic()
+                try:
+                    peers = (await ask_hub(self._path, {"verb": "dump"}))["peers"]
+                except Error as error:
+                    what = "the control plane cannot read the peers of its tunnel now"
+                    raise Refusal("TRY_LATER", what, error.todo) from None
+                self._holders = {net: peer["key"] for peer in peers for net in peer["allowed_ips"]}
+                self._read_s, self._reading_took_s = began_s, time.monotonic() - began_s
+            if self._holders.get(f"{ip}/32") != key:
+                what = f"the tunnel's peer with the address {ip} has another key than the agent says"
+                todo = "does /etc/wireguard/openinfra.pub belong to openinfra.conf? see: wg show"
+                raise Refusal("WRONG_ADDRESS", what, todo)
 
     def loops(self) -> list[asyncio.Task[None]]:
         """Start the loops; none without a helper."""
@@ -3403,7 +3448,13 @@ class AgentEdge:
     async def _register(self, request: pb.RegisterRequest, peer: str) -> Message:
         settings = self.cp.settings
         registration = parse_register(request, peer, settings.peer_check)
-        host = await register(self.cp.db, registration, int(settings.heartbeat_s * 1000))
+        interval_ms = int(settings.heartbeat_s * 1000)
+        is_proven = not (settings.peer_check and settings.wg_socket)
+        try:
+            host = await register(self.cp.db, registration, interval_ms, is_proven)
+        except UnprovenKeyError:
+            await self.cp.peers.check_key(peer, request.wg_pubkey)
+            host = await register(self.cp.db, registration, interval_ms)
         self.cp.peers.host_came()
         log("INFO", "host registered", host_id=host.host_id, invite_id=host.invite_id, peer=peer)
         return pb.RegisterReply(
@@ -3417,7 +3468,12 @@ class AgentEdge:
     async def _resume(self, request: pb.ResumeRequest, peer: str) -> Message:
         settings = self.cp.settings
         resumption = parse_resume(request, peer, settings.peer_check)
-        host = await resume(self.cp.db, resumption, settings.peer_check)
+        is_proven = not (settings.peer_check and settings.wg_socket)
+        try:
+            host = await resume(self.cp.db, resumption, settings.peer_check, is_proven)
+        except UnprovenKeyError:
+            await self.cp.peers.check_key(peer, request.wg_pubkey)
+            host = await resume(self.cp.db, resumption, settings.peer_check)
         self.cp.peers.host_came()
         return pb.ResumeReply(
             host_id=str(host.host_id),

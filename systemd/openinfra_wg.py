@@ -128,8 +128,8 @@ def parse_change(change: Any) -> dict[str, str]:
     return found
 
 
-def parse_request(line: bytes) -> list[dict[str, str]] | None:
-    """The checked changes that a line asks for, or None for a dump."""
+def parse_request(line: bytes) -> tuple[list[dict[str, str]], list[dict[str, str]]] | None:
+    """The checked changes that a line asks for, and what is refused; or None for a dump."""
     try:
         request = json.loads(line)
     except (ValueError, RecursionError):
@@ -142,8 +142,15 @@ def parse_request(line: bytes) -> list[dict[str, str]] | None:
             raise ValueError("apply takes a list of changes")
         if len(changes) > CHANGES_MAX:
             raise ValueError(f"apply takes at most {CHANGES_MAX} changes")
-        return [parse_change(change) for change in changes]
-    return [parse_change(request)]
+        good, refused = [], []
+        for change in changes:  # what one caller wrote must not hold up the others
+            try:
+                good.append(parse_change(change))
+            except ValueError as error:
+                key = change.get("key") if isinstance(change, dict) else None
+                refused.append({"key": str(key)[:64], "error": str(error)})
+        return good, refused
+    return [parse_change(request)], []
 
 
 def plan_changes(
@@ -229,7 +236,7 @@ def answer(interface: str, line: bytes) -> dict[str, Any]:
         if changes is None:
             dump = run(["wg", "show", interface, "dump"], timeout_s=WG_S, echo=False)
             return {"ok": True, "peers": parse_dump(dump)}
-        refused = apply_changes(interface, changes)
+        refused = changes[1] + apply_changes(interface, changes[0])
         if json.loads(line)["verb"] == "apply":
             return {"ok": True, "refused": refused}
         return {"ok": False, "error": refused[0]["error"]} if refused else {"ok": True}

@@ -23,6 +23,7 @@ from tests.harness import (
     Netns,
     Postgres,
     Process,
+    Refused,
     RemoteClient,
     RpcTool,
     make_netns,
@@ -50,11 +51,10 @@ class World:
         self.used += 1
         return f"10.77.0.{self.used}"
 
-    def host(self, *, by_hand: bool = True) -> RemoteClient:
+    def host(self) -> RemoteClient:
         """A host that is online; its peer was set by hand, as the document says."""
         client = RemoteClient(self.cp, self.tool, self.new_ip())
-        if by_hand:
-            self.hub.set(client.wg_key, client.address)
+        self.hub.set(client.wg_key, client.address)
         client.host_id = client.register(self.cp.mint(payout_pubkey=WALLET)).host_id
         client.heartbeat()
         return client
@@ -143,11 +143,12 @@ def test_a_peer_set_by_hand_is_adopted(world: World) -> None:
 
 
 def test_a_host_whose_peer_is_missing_or_has_more_than_its_address(world: World) -> None:
-    bare = world.host(by_hand=False)
-    world.wait_peer(bare.wg_key, bare.address)  # by the comparison after its Register
+    bare = world.host()
+    world.hub.remove(bare.wg_key)
     wide = world.host()
     world.hub.set(wide.wg_key, wide.address, "10.77.9.9")
     world.restart()
+    world.wait_peer(bare.wg_key, bare.address)
     world.wait_peer(wide.wg_key, wide.address)
 
 
@@ -291,6 +292,7 @@ def test_a_revoked_hosts_address_goes_to_the_next(world: World) -> None:
     world.revoke(old)
     world.wait_peer(old.wg_key, None, GONE_S)
     new = RemoteClient(world.cp, world.tool, old.address)
+    world.hub.set(new.wg_key, new.address)
     new.register(world.cp.mint(payout_pubkey=WALLET))
     new.heartbeat()
     world.wait_peer(new.wg_key, new.address)
@@ -346,6 +348,7 @@ def test_a_host_that_says_another_key(world: World) -> None:
     """Resume with a new key: its peer is replaced, the former key is gone."""
     client = world.host()
     former, client.wg_key = client.wg_key, new_wg_key()
+    world.hub.set(client.wg_key, client.address)
     client.resume()
     world.wait_peer(client.wg_key, client.address)
     world.wait_peer(former, None)
@@ -362,9 +365,83 @@ def test_a_host_that_says_another_key(world: World) -> None:
 def test_a_lost_identity_that_comes_with_its_secret_and_another_key(world: World) -> None:
     client = world.host()
     former, client.wg_key = client.wg_key, new_wg_key()
+    world.hub.set(client.wg_key, client.address)
     client.register(world.cp.mint(payout_pubkey=WALLET))
     world.wait_peer(client.wg_key, client.address)
     world.wait_peer(former, None)
+
+
+# Keys that a host has not
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "a peer set by hand", "the hub's", "another host's"])
+def test_a_host_that_claims_a_key_that_is_not_its_own(world: World, whose: str) -> None:
+    """Neither at its first call nor later; the hub stays as it is, and others are set."""
+    stranger = RemoteClient(world.cp, world.tool, world.new_ip())
+    world.hub.set(stranger.wg_key, stranger.address)
+    thief, ip = world.host(), world.new_ip()
+    own = new_wg_key()
+    world.hub.set(own, ip)
+    claimed = {
+        "nobody's": new_wg_key(),
+        "a peer set by hand": stranger.wg_key,
+        "the hub's": world.hub.wg("show", "public-key").strip(),
+        "another host's": world.host().wg_key,
+    }[whose]
+    before = world.hub.peers()
+    newcomer = RemoteClient(world.cp, world.tool, ip, claimed)
+    token = world.cp.mint(payout_pubkey=WALLET)
+    with pytest.raises(Refused) as caught:
+        newcomer.register(token)
+    assert caught.value.reason == ("KEY_TAKEN" if whose == "another host's" else "WRONG_ADDRESS")
+    with pytest.raises(Refused) as caught:
+        thief.resume(wg_pubkey=claimed)
+    assert caught.value.reason == "WRONG_ADDRESS"
+    thief.heartbeat()  # its session is the one of before
+    newcomer.wg_key = own
+    newcomer.register(token)  # the invite is unspent
+    world.restart()
+    world.wait_peer(own, ip)
+    assert world.hub.peers() == before
+    world.hub.remove(stranger.wg_key)
+
+
+def test_a_key_that_no_tunnel_can_have(world: World) -> None:
+    """32 zero bytes: refused at the door; in the database by whatever way, it holds up nobody."""
+    client = RemoteClient(world.cp, world.tool, world.new_ip(), "A" * 43 + "=")
+    with pytest.raises(Refused) as caught:
+        client.register(world.cp.mint(payout_pubkey=WALLET))
+    assert caught.value.reason == "BAD_REQUEST"
+    odd, client = world.host(), world.host()
+    key = "UPDATE hosts SET wg_pubkey = %s WHERE host_id = %s"
+    world.cp.postgres.execute(world.cp.database, key, "A" * 43 + "=", odd.host_id)
+    world.hub.remove(client.wg_key)
+    try:
+        world.restart()
+        world.wait_peer(client.wg_key, client.address)
+        said = "the hub did not take 1 peers: a key is not base64 of 32 bytes"
+        wait_for(said, lambda: said in world.cp.log)
+    finally:
+        world.cp.postgres.execute(world.cp.database, key, odd.wg_key, odd.host_id)
+        world.restart()
+
+
+def test_a_new_key_while_the_helper_is_away(world: World) -> None:
+    """It cannot be proved, so it waits; the key that is known needs no proof."""
+    client, key = world.host(), new_wg_key()
+    world.hub.set(key, client.address)
+    assert world.hub.helper
+    world.hub.helper.stop(signal.SIGKILL)
+    try:
+        client.resume()
+        with pytest.raises(Refused) as caught:
+            client.resume(wg_pubkey=key)
+        assert caught.value.reason == "TRY_LATER"
+    finally:
+        world.hub.start_helper()
+    client.wg_key = key
+    client.resume()
+    world.wait_peer(key, client.address)
 
 
 # Faults
@@ -431,7 +508,7 @@ def test_an_interface_that_is_away(world: World) -> None:
 
 @pytest.mark.parametrize("who", ["cp", "helper"])
 def test_kill_9_in_the_middle_of_many_changes(world: World, who: str) -> None:
-    hosts = [world.host(by_hand=False) for _ in range(12)]
+    hosts = [world.host() for _ in range(12)]
     for turn in range(3):
         world.hub.stop_interface()
         world.hub.start_interface()
