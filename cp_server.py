@@ -4794,7 +4794,7 @@ SCRIPTS = ("install_agent.py", "setup_luks2.py")
 
 def render_artifact(sources: Mapping[str, bytes]) -> bytes:
     """One file that Python runs: the same bytes for the same sources, on any machine."""
-    buffer = io.BytesIO(b"#!/usr/bin/python3\n")
+    buffer = io.BytesIO(b"#!/usr/bin/python3 -I\n")
     buffer.seek(0, io.SEEK_END)
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(sources):

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 """Make this machine a host of an OpenInfra fleet: the agent, its tunnel, its units.
 
   install_agent.py              asks what it must; installs, mends or upgrades; starts the agent
@@ -1036,7 +1036,7 @@ def read_missing(has_apt: bool) -> tuple[str, ...]:
         argv = ["dpkg-query", "--show", form, *PACKAGES]
         shown = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
         return tuple(name for name in PACKAGES if f"{name} installed" not in shown.splitlines())
-    python = ("/usr/bin/python3", "-c")
+    python = ("/usr/bin/python3", "-I", "-c")
     return tuple(
         name
         for name, probe in PACKAGES.items()
@@ -1571,7 +1571,7 @@ def main(argv: list[str]) -> int:
     try:
         args = parse_arguments(argv)
         if os.geteuid() != 0:
-            raise Error("this needs root", f"run: sudo {shlex.join([sys.argv[0], *argv])}")
+            raise Error("this needs root", f"run: sudo python3 -I {shlex.join([sys.argv[0], *argv])}")
         if not (args.dry_run or args.check):
             take_lock()
         return uninstall(args) if args.uninstall else install(args)

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 """Make one encrypted disk for the OpenInfra agent: LUKS2 and ext4, mounted at /var/lib/openinfra.
 
   setup_luks2.py /dev/sdb1             asks what it must, formats the partition, mounts it
@@ -1175,7 +1175,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         if os.geteuid() != 0:
-            raise Error("this needs root", f"run: sudo {shlex.join([sys.argv[0], *argv])}")
+            raise Error("this needs root", f"run: sudo python3 -I {shlex.join([sys.argv[0], *argv])}")
         check_tools()
         handle, node = hold_device(find_device(args))
         if not (args.status or args.dry_run):

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 """openinfra_wg.py - reads and sets the peers of the hub for the control plane, which may not.
 
 It listens on a unix socket (from openinfra-wg.socket), takes one line of JSON from each connection,

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 """Make this fresh Debian the control plane of an OpenInfra fleet, from a checkout, in one command.
 
   setup_cp.py --hostname cp.example.org                   certificates by ACME (Let's Encrypt)
@@ -1044,7 +1044,7 @@ def make_venv(name: str) -> None:
     keep = os.readlink(VENV) if os.path.islink(VENV) else ""
     old = [str(path) for path in CODE.glob("venv-*") if path.name != keep]
     run(["rm", "--recursive", "--force", "--", str(link), *old], timeout_s=120)
-    run([*die, "/usr/bin/python3", "-m", "venv", "--without-pip", str(new)], timeout_s=120)
+    run([*die, "/usr/bin/python3", "-I", "-m", "venv", "--without-pip", str(new)], timeout_s=120)
     # Debian's own pip, out of its wheel: to copy it into the virtualenv takes longer than all else.
     wheel = max(glob.glob("/usr/share/python-wheels/pip-*.whl"), default="/no-python3-pip-whl")
     argv = [*die, str(new / "bin/python"), f"{wheel}/pip", "install", "--quiet", "--require-hashes"]

@@ -295,7 +295,7 @@ def test_the_artifact_on_debians_python(tree: Tree, tmp_path: Path) -> None:
     tree.make()
     path = tmp_path / "openinfra-agent"
     shutil.copy(tree.out / AGENT, path)
-    assert path.read_bytes().startswith(b"#!/usr/bin/python3\n")
+    assert path.read_bytes().startswith(b"#!/usr/bin/python3 -I\n")
     clean = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
 
     def run(*words: str) -> Done:

@@ -62,7 +62,7 @@ def test_an_artifact_is_the_same_bytes_in_any_order() -> None:
     sources = {"b.py": b"2", "__main__.py": b"1", "a/c.py": b"3" * 1000}
     one = cp_server.render_artifact(sources)
     assert one == cp_server.render_artifact(dict(reversed(sources.items())))
-    assert one.startswith(b"#!/usr/bin/python3\nPK")
+    assert one.startswith(b"#!/usr/bin/python3 -I\nPK")
     with zipfile.ZipFile(io.BytesIO(one)) as archive:
         assert archive.testzip() is None
         assert {info.filename: archive.read(info) for info in archive.infolist()} == sources

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
     "agent.py": 2200,
-    "cp_server.py": 5721,
+    "cp_server.py": 5850,
     "install_agent.py": 1600,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
@@ -95,3 +97,20 @@ def test_a_shell_is_found(source: str, found: list[str]) -> None:
 def test_a_long_function_is_found(start: str, lines: int, found: list[str]) -> None:
     source = f"{start} f():\n" + "    pass\n" * (lines - 1)
     assert list(find_long_functions(source)) == found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["install_agent.py", "setup_luks2.py", "systemd/setup_cp.py", "systemd/openinfra_wg.py"],
+)
+def test_a_script_of_root_takes_no_module_from_its_directory(name: str, tmp_path: Path) -> None:
+    """Somebody else may have put one beside it: `curl -O` in /tmp, then sudo."""
+    script = tmp_path / Path(name).name
+    shutil.copy(ROOT / name, script)
+    script.chmod(0o755)
+    for module in ("__future__", "argparse"):
+        (tmp_path / f"{module}.py").write_text(f"open('{tmp_path}/taken', 'w')\n")
+    for argv in ([str(script), "--help"], ["/usr/bin/python3", "-I", script.name, "--help"]):
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, "usage: " in done.stdout) == (0, True), done.stderr
+        assert not (tmp_path / "taken").exists()
