@@ -2625,9 +2625,7 @@ async def _open_session(tx: Transaction, host_no: int, session: bytes, opened_by
     await tx.execute(SQL_SESSION_OPEN, session_sha256=session, host_no=host_no, opened_by=opened_by)
 
 
-async def resume(
-    db: Database, res: Resumption, peer_check: bool, is_proven: bool = True
-) -> Host:
+async def resume(db: Database, res: Resumption, peer_check: bool, is_proven: bool = True) -> Host:
     """Open a session for a host; raises Refusal. A repeated request changes nothing.
 
     Raises UnprovenKeyError, with nothing done, when it comes with another key than it had.
@@ -3020,7 +3018,7 @@ class Peers:
                 self._holders = {net: peer["key"] for peer in peers for net in peer["allowed_ips"]}
                 self._read_s, self._reading_took_s = began_s, time.monotonic() - began_s
             if self._holders.get(f"{ip}/32") != key:
-                what = f"the tunnel's peer with the address {ip} has another key than the agent says"
+                what = f"the tunnel's peer at {ip} has another key than the agent says"
                 todo = "does /etc/wireguard/openinfra.pub belong to openinfra.conf? see: wg show"
                 raise Refusal("WRONG_ADDRESS", what, todo)
 
@@ -5485,6 +5483,8 @@ def command_token(args: argparse.Namespace, settings: Settings) -> int:
     path = settings.jwt_keys_file
     keys = read_jwt_keys(path) if path.exists() or not args.new_key else []
     key = add_jwt_key(path, keys) if args.new_key else keys[-1]
+    if args.new_key:  # systemd gives it a copy of the file
+        print("The service takes the new key: systemctl restart openinfra-cp", file=sys.stderr)
     print(mint_jwt(key, args.sub or getpass.getuser(), args.scope, args.ttl_hours * 3600))
     return 0
 

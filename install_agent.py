@@ -13,14 +13,15 @@ What it does to this machine
   WireGuard key, which never leaves this machine. What others made is refused, not overwritten.
   A second run asks nothing, changes nothing and restarts nothing, or mends what is missing.
 Files (mode)
-  /etc/openinfra/install.json          0644  all that is installed, written before it is there
-  /etc/openinfra/release.pub           0644  the key that signs releases, kept from the first one
-  /etc/openinfra/ca.pem                0644  with --ca-file: who vouches for the control plane
-  /etc/openinfra/agent.env             0600  invite, wallet, CONTROL_PLANE and DATA_DIR
-  /etc/wireguard/openinfra.key         0600  and openinfra.conf 0600, openinfra.pub 0644
-  /usr/local/bin/openinfra-agent       0755  the agent: a zip that Python runs
-  /etc/systemd/system/openinfra-*            the units that lie in that zip
-  /run/openinfra-install.lock          0600  held while this changes anything
+  /etc/openinfra/agent.env               0600  invite, wallet, CONTROL_PLANE and DATA_DIR
+  /etc/openinfra/installer/              0755  what the agent itself may not write:
+  /etc/openinfra/installer/install.json  0644  all that is installed, written before it is there
+  /etc/openinfra/installer/release.pub   0644  the key that signs releases, kept from the first one
+  /etc/openinfra/installer/ca.pem        0644  with --ca-file: who vouches for the control plane
+  /etc/wireguard/openinfra.key           0600  and openinfra.conf 0600, openinfra.pub 0644
+  /usr/local/bin/openinfra-agent         0755  the agent: a zip that Python runs
+  /etc/systemd/system/openinfra-*              the units that lie in that zip
+  /run/openinfra-install.lock            0600  held while this changes anything
 Runs: apt-get dpkg dpkg-query install ip modprobe nft openssl python3 rm rmdir systemctl wg
 
 The invite is typed at the prompt or comes from --token-file, never from the command line.
@@ -67,7 +68,9 @@ from pathlib import Path
 
 BINARY = Path("/usr/local/bin/openinfra-agent")
 ETC = Path("/etc/openinfra")
-MANIFEST, RELEASE_PUB, CA = ETC / "install.json", ETC / "release.pub", ETC / "ca.pem"
+# The agent has to write agent.env, and thus into ETC; its unit keeps it out of this one.
+KEPT = ETC / "installer"
+MANIFEST, RELEASE_PUB, CA = KEPT / "install.json", KEPT / "release.pub", KEPT / "ca.pem"
 ENV, LUKS_JOURNAL = ETC / "agent.env", ETC / "luks.json"
 WG_DIR = Path("/etc/wireguard")
 WG_KEY, WG_PUB = WG_DIR / "openinfra.key", WG_DIR / "openinfra.pub"
@@ -119,7 +122,9 @@ TOKEN_USED_RE = re.compile(r"oi1_([a-z2-7]{16})_used")
 TOKEN_START_RE = re.compile(r"oi1_([a-z2-7]{16})_")
 WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 HOST_RE = re.compile(r"(?=.{1,253}(?::|$))[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*")
+CERTIFICATE_RE = re.compile(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----")
 SHA256_RE = re.compile(r"[0-9a-f]{64}")
+URL_RE = re.compile(r"(https://[^/@\s]+|file://)/\S*[^/\s]")
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
@@ -455,6 +460,7 @@ def check_host_port(text: str, default_port: str) -> str:
     try:
         if host.startswith("["):
             ipaddress.IPv6Address(host.strip("[]"))
+            number *= "%" not in host  # anything could follow, a line of openinfra.conf too
         elif not HOST_RE.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
             ipaddress.IPv4Address(host)
     except ValueError:
@@ -462,6 +468,15 @@ def check_host_port(text: str, default_port: str) -> str:
     if not 1 <= number <= 65_535:
         raise Error(f"{parse_line(text, 80)!r} is no name and port", "copy it again", USAGE)
     return text
+
+
+def parse_ca(raw: bytes) -> bytes:
+    """The certificates of a PEM file, which everybody may read, and nothing else of it."""
+    found = re.findall(CERTIFICATE_RE, raw)
+    if not found:
+        todo = "give the PEM file of the control plane's CA"
+        raise Error("the CA file holds no certificate", todo, USAGE)
+    return b"".join(block + b"\n" for block in found)
 
 
 def check_hostname(text: str) -> str:
@@ -630,7 +645,10 @@ def parse_manifest(raw: bytes) -> Manifest:
         version = str(data["version"])
         if not set(map(str, OURS)).issuperset(files) or (version and not parse_version(version)):
             raise ValueError
-        return Manifest(str(data["url"]), version, files, packages, pending)
+        url = str(data["url"])
+        if url and not URL_RE.fullmatch(url):
+            raise ValueError
+        return Manifest(url, version, files, packages, pending)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Error(f"{MANIFEST} is damaged", todo, REFUSED) from None
 
@@ -960,7 +978,7 @@ def plan_forgetting(facts: Facts) -> list[Step]:
     steps: list[Step] = [Remove(MANIFEST, "nothing is left")]
     if kept:
         steps = [plan_manifest(replace(facts.manifest, files=kept, pending=()), "what is left")]
-    for path in (DROP_IN.parent, ETC):
+    for path in (DROP_IN.parent, KEPT, ETC):
         if path not in facts.absent:
             argv = ("rmdir", "--ignore-fail-on-non-empty", str(path))
             steps.append(Run(argv, "if it is empty"))
@@ -1135,7 +1153,12 @@ def read_facts() -> Facts:
         uses=read_uses(),
         files=files,
         absent=tuple(path for path in {each.parent for each in OURS} if not path.is_dir()),
-        dangling=tuple(link for link in UNIT_DIR.glob("*.wants/*") if link.name in names),
+        dangling=tuple(
+            link
+            for kind in ("wants", "requires")
+            for link in UNIT_DIR.glob(f"*.{kind}/*")
+            if link.name in names
+        ),
         units=units,
         has_link=Path("/sys/class/net", LINK).exists(),
         has_table=read_command("nft", "list", "table", "inet", TABLE) is not None,
@@ -1152,7 +1175,7 @@ def make_opener(ca: bytes) -> urllib.request.OpenerDirector:
             context = ssl.create_default_context(cadata=ca.decode("ascii"))
         except (ssl.SSLError, ValueError):
             todo = "give the PEM file of the control plane's CA"
-            raise Error("the CA file holds no certificate", todo, USAGE) from None
+            raise Error("the CA file holds no good certificate", todo, USAGE) from None
     for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.HTTPSHandler(context=context),
@@ -1187,25 +1210,39 @@ def decide_fetch_error(url: str, error: Exception, now_s: float) -> Error:
     return Error(f"{url} is answered with what cannot be read: {said}", "tell the operator")
 
 
+@contextlib.contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block when it takes longer, wherever it waits."""
+
+    def end(_number: int, _frame: object) -> None:
+        raise TimeoutError("it comes too slowly")
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 def fetch(opener: urllib.request.OpenerDirector, url: str, limit_bytes: int) -> tuple[bytes, float]:
     """Download into memory, at most so many bytes; also the server's clock, or 0."""
-    content, until_s = bytearray(), time.monotonic() + DOWNLOAD_MAX_S
+    content = bytearray()
     try:
-        with opener.open(url, timeout=SILENCE_MAX_S) as response:
+        with deadline(DOWNLOAD_MAX_S), opener.open(url, timeout=SILENCE_MAX_S) as response:
             date = email.utils.parsedate_tz(response.headers.get("Date") or "")
+            clock_s = email.utils.mktime_tz(date) if date else 0.0
             size_bytes = int(response.headers.get("Content-Length") or -1)
             while chunk := response.read1(1 << 16):
                 content += chunk
                 if len(content) > limit_bytes:
                     raise Error(f"{url} is larger than {limit_bytes} bytes", "tell the operator")
-                if time.monotonic() > until_s:
-                    raise UnreachableError(f"{url} comes too slowly", "try again later")
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         raise decide_fetch_error(url, error, time.time()) from None
     if size_bytes not in (-1, len(content)):
         what = f"{url} broke off after {len(content)} of {size_bytes} bytes"
         raise UnreachableError(what, "run this again")
-    return bytes(content), email.utils.mktime_tz(date) if date else 0.0
+    return bytes(content), clock_s
 
 
 def read_release(facts: Facts, answers: Answers, key_sha256: str) -> Release:
@@ -1408,7 +1445,8 @@ def settle_answers(args: argparse.Namespace, facts: Facts, given: Mapping[str, s
         raise Error(f"there is no file {args.ca_file}", "give the CA's PEM file", USAGE)
     values.pop("hostname", None)
     allow = args.allow_unencrypted or DROP_IN in facts.files
-    return Answers(url=url, ca=ca.content if ca else b"", allow_unencrypted=allow, **values)
+    pem = parse_ca(ca.content) if ca else b""
+    return Answers(url=url, ca=pem, allow_unencrypted=allow, **values)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1447,7 +1485,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.release_key_sha256 and not SHA256_RE.fullmatch(args.release_key_sha256):
         parser.error("--release-key-sha256 takes 64 digits 0-9a-f")
     args.url = os.environ.get("OPENINFRA_AGENT_URL", "")
-    if args.url and not re.match(r"(https://[^/@]+|file://)/.*[^/]$", args.url):
+    if args.url and not URL_RE.fullmatch(args.url):
         parser.error("OPENINFRA_AGENT_URL is the https or file URL of the agent itself")
     return args
 
@@ -1571,7 +1609,8 @@ def main(argv: list[str]) -> int:
     try:
         args = parse_arguments(argv)
         if os.geteuid() != 0:
-            raise Error("this needs root", f"run: sudo python3 -I {shlex.join([sys.argv[0], *argv])}")
+            command = shlex.join([sys.argv[0], *argv])
+            raise Error("this needs root", f"run: sudo python3 -I {command}")
         if not (args.dry_run or args.check):
             take_lock()
         return uninstall(args) if args.uninstall else install(args)

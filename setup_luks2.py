@@ -1175,7 +1175,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         if os.geteuid() != 0:
-            raise Error("this needs root", f"run: sudo python3 -I {shlex.join([sys.argv[0], *argv])}")
+            command = shlex.join([sys.argv[0], *argv])
+            raise Error("this needs root", f"run: sudo python3 -I {command}")
         check_tools()
         handle, node = hold_device(find_device(args))
         if not (args.status or args.dry_run):

@@ -42,6 +42,7 @@ import json
 import os
 import pwd
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -83,8 +84,10 @@ REFUSED, LATER = 3, 75
 # Debian packages, and what each is for.
 PACKAGES = {
     "caddy": "https",
+    "curl": "to ask the control plane, as the document does",
     "docker-registry": "container images",
     "gnupg": "backups",
+    "jq": "to read its answers",
     "nftables": "the firewall",
     "openssl": "signs releases",
     "postgresql": "the database",
@@ -347,7 +350,7 @@ class Facts:
     edited: tuple[Path, ...]  # of PACKAGED, by somebody else
     missing: tuple[str, ...]  # packages
     user_no: int | None
-    directories: Mapping[Path, int]
+    directories: Mapping[Path, tuple[int, int, int]]  # mode, user, group
     files: Mapping[Path, File]
     venv: str  # the directory that VENV leads to
     hub: Hub
@@ -579,16 +582,20 @@ def render_caddyfile(template: bytes, hostname: str, tls: str) -> bytes:
     return template.replace(b"@HOSTNAME@", hostname.encode()).replace(b"@TLS@", line)
 
 
+CERTIFICATE_MAX_BYTES = 16 << 10
+CERTIFICATE_RE = re.compile(
+    rb"-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n"
+)
 SSH_PORTS = re.compile(rb"^define ssh_ports = \{ ([0-9, ]+) \}$", re.MULTILINE)
 
 
 def list_ssh_ports(facts: Facts) -> list[int]:
-    """Ports of sshd, and those that systemd has for it by ssh.socket."""
+    """Ports of sshd, and those that systemd has for it by ssh.socket; not what a login forwards."""
     by_socket = re.findall(r":([0-9]+) \(Stream\)$", facts.ssh_socket, re.MULTILINE)
     return [
         each.port
         for each in facts.listeners
-        if each.process.startswith("sshd ")
+        if (each.process.startswith("sshd ") and not each.unit.endswith(".scope"))
         or (each.process.endswith("(pid 1)") and str(each.port) in by_socket)
     ]
 
@@ -635,7 +642,11 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
     if facts.missing:
         steps.append(Install(facts.missing))
     wanted = (FIREWALL, WG_UNIT, *SERVICES)
-    disabled = [name for name in wanted if not facts.units.get(name, Unit()).enabled]
+    disabled = [
+        name
+        for name in wanted
+        if not facts.units.get(name, Unit()).enabled or UNITS / name in written
+    ]
     if disabled:
         steps.append(Run(("systemctl", "enable", *disabled), "at each boot"))
     if not facts.has_table or NFT in written:
@@ -663,9 +674,9 @@ def plan_places(facts: Facts) -> Iterator[Step]:
         options = ("--system", "--user-group", "--no-create-home", "--home-dir=/nonexistent")
         yield Run(("useradd", *options, "--shell=/usr/sbin/nologin", USER), "the daemon's user")
     for path, mode in DIRECTORIES.items():
-        if facts.directories.get(path) != mode:
-            argv = ("install", "--directory", f"--mode={mode:04o}", str(path))
-            yield Run(argv, "a directory")
+        if facts.directories.get(path) != (mode, 0, 0):
+            owner = ("--owner=root", "--group=root")
+            yield Run(("install", "--directory", f"--mode={mode:04o}", *owner, str(path)), "root's")
 
 
 def plan_files(config: Config, facts: Facts) -> Iterator[Step]:
@@ -794,10 +805,11 @@ def read_config(args: argparse.Namespace) -> Config:
     laid[WRAPPER] = File(WRAPPER_TEXT, 0o755)
     program = laid[CODE / "cp_server.py"].content
     pins = laid[CODE / "systemd/cp-requirements.txt"].content
+    here = CADDYFILE.read_bytes() if CADDYFILE.exists() else b""
     key = hashlib.sha256(pins + str(sys.version_info[:2]).encode()).hexdigest()[:16]
     return Config(
         hostname=args.hostname,
-        tls=args.tls,
+        tls=args.tls or ("internal" if b"\n\ttls internal\n" in here else "acme"),
         laid=laid,
         release=read_release(args.dist) if args.dist else None,
         version=parse_version(program),
@@ -847,9 +859,7 @@ def read_facts(config: Config) -> Facts:
         edited=tuple(read_edited()),
         missing=missing,
         user_no=next((each.pw_uid for each in pwd.getpwall() if each.pw_name == USER), None),
-        directories={
-            path: stat.S_IMODE(path.stat().st_mode) for path in DIRECTORIES if path.is_dir()
-        },
+        directories=read_directories(),
         files=files,
         venv=os.readlink(VENV) if os.path.exists(VENV / "bin/python") else "",
         hub=read_hub(),
@@ -871,6 +881,12 @@ def read_files(config: Config) -> dict[Path, File]:
             by_root = (seen.st_uid, seen.st_gid) == (0, 0)
             found[path] = File(content, stat.S_IMODE(seen.st_mode), seen.st_mtime, by_root)
     return found
+
+
+def read_directories() -> dict[Path, tuple[int, int, int]]:
+    """Mode, user and group of each directory that is there and no link."""
+    seen = {path: path.lstat() for path in DIRECTORIES if path.is_dir() and not path.is_symlink()}
+    return {path: (stat.S_IMODE(it.st_mode), it.st_uid, it.st_gid) for path, it in seen.items()}
 
 
 def can_resolve(hostname: str) -> bool:
@@ -1009,10 +1025,19 @@ def lay(step: WriteFile | MakeHub | CopyCa) -> None:
             until = time.monotonic() + READY_S
             while not CADDY_ROOT.exists() and time.monotonic() < until:
                 time.sleep(0.2)
-            write_file(CA_FILE, CADDY_ROOT.read_bytes(), 0o644)
+            write_file(CA_FILE, read_certificate(CADDY_ROOT), 0o644)
     except OSError as error:
         todo = "mend that and run this again; it goes on from here"
         raise Error(f"cannot write {error.filename}: {error.strerror}", todo) from None
+
+
+def read_certificate(path: Path) -> bytes:
+    """One certificate from a directory of Caddy's, which could have put anything there."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        content = file.read(CERTIFICATE_MAX_BYTES)
+    if not CERTIFICATE_RE.fullmatch(content):
+        raise Error(f"{path} is no certificate", "look what it is; Caddy makes it")
+    return content
 
 
 def wait_dpkg() -> None:
@@ -1122,6 +1147,8 @@ def print_next(config: Config, changed: bool) -> None:
     """Print what the operator and the hosts need from here."""
     key = run(["wg", "show", "wg0", "public-key"], echo=False).strip()
     print(f"WireGuard public key: {key}\nWireGuard endpoint:   {config.hostname}:{WG_PORT}")
+    release = hashlib.sha256((DIST / "release.pub").read_bytes()).hexdigest()
+    print(f"sha256 of release.pub: {release}")
     trust = ""
     if config.tls == "internal":
         trust = f" --cacert {CA_FILE}"
@@ -1152,7 +1179,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="setup_cp.py", description=summary)
     add = parser.add_argument
     add("--hostname", required=True, help="the name that people and hosts reach this machine by")
-    add("--tls", choices=("acme", "internal"), default="acme", help="internal: on a LAN")
+    add("--tls", choices=("acme", "internal"), help="internal: on a LAN (else as it is, or acme)")
     add("--dist", type=Path, metavar="DIR", help="a signed release to serve; else one is made here")
     add("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(argv)
@@ -1175,6 +1202,7 @@ def take_lock() -> None:
 def main(argv: list[str]) -> int:
     """Exit codes are in the docstring of this file."""
     args = parse_arguments(argv)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file with a password or a key in it
     os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", DEBIAN_FRONTEND="noninteractive")
     os.umask(0o022)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -48,9 +48,9 @@ AGENT, WG = "openinfra-agent.service", "wg-quick@openinfra.service"
 TIMER, AGENT_FILE = "openinfra-guard.timer", "/usr/local/bin/openinfra-agent"
 MODES = {
     "/etc/openinfra/agent.env": "600 root",
-    "/etc/openinfra/ca.pem": "644 root",
-    "/etc/openinfra/install.json": "644 root",
-    "/etc/openinfra/release.pub": "644 root",
+    "/etc/openinfra/installer/ca.pem": "644 root",
+    "/etc/openinfra/installer/install.json": "644 root",
+    "/etc/openinfra/installer/release.pub": "644 root",
     "/etc/systemd/system/openinfra-agent.service": "644 root",
     "/etc/systemd/system/openinfra-guard.service": "644 root",
     "/etc/systemd/system/openinfra-guard.timer": "644 root",
@@ -176,7 +176,7 @@ DAMAGE = (
     "systemctl stop openinfra-agent",
     "systemctl disable --now openinfra-agent openinfra-guard.timer wg-quick@openinfra",
     f"ip link delete dev openinfra; rm {AGENT_FILE}; chmod 644 /etc/openinfra/agent.env",
-    "wg-quick down openinfra; rm /etc/wireguard/openinfra.pub /etc/openinfra/release.pub",
+    "wg-quick down openinfra; rm /etc/wireguard/openinfra.pub /etc/openinfra/installer/release.pub",
     "systemctl stop wg-quick@openinfra; wg-quick up openinfra; rm /etc/wireguard/openinfra.key",
     f"systemctl stop {TIMER}; nft delete table inet openinfra; rm /etc/systemd/system/{AGENT}",
     "rm /etc/wireguard/openinfra.conf; printf x >> /usr/local/bin/openinfra-agent",
@@ -316,7 +316,7 @@ def test_packages_are_installed_and_purged(vm: Vm) -> None:
     assert f"not installed: {gone}; apt-get installs them now" in said(done)
     check_installed(vm)
     new = set(vm.sh("dpkg-query -Wf '${Package}\\n'").split()) - set(packages.split())
-    listed = json.loads(vm.get("/etc/openinfra/install.json"))["packages"]
+    listed = json.loads(vm.get("/etc/openinfra/installer/install.json"))["packages"]
     assert new <= set(listed)
     kept = install(vm, "--uninstall", "--dry-run")
     assert "purge" not in kept.text

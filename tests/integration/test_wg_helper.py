@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,8 +151,9 @@ def test_a_bad_key(hub: Hub, key: str) -> None:
     for request in ({"verb": "set", "key": key, "ip": "10.77.0.2"}, {"verb": "remove", "key": key}):
         assert "key" in hub.ask(**request)["error"]
     assert hub.peers() == {}
-    changes = [{"verb": "set", "key": key, "ip": "10.77.0.2"}, {"verb": "remove", "key": key}]
-    changes += [{"verb": "apply", "changes": []}, {"verb": "set", "key": KEY, "ip": "10.77.0.2"}]
+    changes: list[dict[str, Any]] = [{"verb": "remove", "key": key}]
+    changes += [{"verb": "set", "key": key, "ip": "10.77.0.2"}, {"verb": "apply", "changes": []}]
+    changes += [{"verb": "set", "key": KEY, "ip": "10.77.0.2"}]
     answer = hub.ask(verb="apply", changes=changes)
     assert (answer["ok"], len(answer["refused"])) == (True, 3)
     assert hub.peers() == {KEY: "10.77.0.2"}  # what is wrong in a list holds up nothing of it

@@ -22,8 +22,8 @@ from install_agent import (
     CA,
     DROP_IN,
     ENV,
-    ETC,
     GUARD,
+    KEPT,
     MANIFEST,
     QUESTIONS,
     RELEASE_PUB,
@@ -55,6 +55,7 @@ from install_agent import (
     list_left,
     list_problems,
     parse_arguments,
+    parse_ca,
     parse_manifest,
     parse_release,
     parse_values,
@@ -245,6 +246,8 @@ def test_a_good_answer_is_taken(name: str, text: str, result: str) -> None:
         ("wallet", WALLET + "1", "is not a Solana address"),
         ("wg_endpoint", "cp.coledex.com", "is no name and port"),
         ("wg_endpoint", "cp.coledex.com:", "is no name and port"),
+        ("wg_endpoint", "[fe80::1%eth0]:51820", "is no name and port"),
+        ("wg_endpoint", "[fe80::1%x\nPostUp = id\n]:51820", "is no name and port"),
         ("wg_endpoint", "2001:db8::1", "is no name"),
         ("wg_public_key", "", "no WireGuard public key"),
         ("wg_public_key", CP_KEY[:-1], "no WireGuard public key"),
@@ -643,9 +646,9 @@ def test_a_fresh_machine() -> None:
     secret = {path for path, mode in modes.items() if mode == 0o600}
     assert secret == {WG_KEY, WG_CONF, ENV}
     assert {path for path, mode in modes.items() if mode == 0o755} == {BINARY}
-    absent = replace(FRESH, absent=(ETC, WG_DIR, UNIT_DIR))
+    absent = replace(FRESH, absent=(KEPT, WG_DIR, UNIT_DIR))
     first, second = words(plan(absent, ANSWERS, RELEASE, KEYS))[:2]
-    assert first == "install --directory --mode=0755 /etc/openinfra"
+    assert first == "install --directory --mode=0755 /etc/openinfra/installer"
     assert second == "install --directory --mode=0700 /etc/wireguard"
 
 
@@ -838,9 +841,10 @@ def test_all_that_is_ours_is_removed() -> None:
     removed = {step.path for step in steps if isinstance(step, Remove)}
     assert removed == {*facts.files, MANIFEST}
     assert CA in removed
-    assert words(steps)[-3:] == [
+    assert words(steps)[-4:] == [
         NOTED,
         "rmdir --ignore-fail-on-non-empty /etc/systemd/system/openinfra-agent.service.d",
+        "rmdir --ignore-fail-on-non-empty /etc/openinfra/installer",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra",
     ]
     assert play(facts, steps).files == {}
@@ -867,6 +871,7 @@ def test_nothing_of_others_is_removed() -> None:
     assert list(list_left(facts, facts)) == []
     assert [word for word in words(steps) if "openinfra" in word] == [
         "rm -rf -- /run/openinfra",
+        "rmdir --ignore-fail-on-non-empty /etc/openinfra/installer",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra",
     ]
 
@@ -905,3 +910,23 @@ def test_every_path_is_in_the_manual() -> None:
     manual = manual.replace("0600, openinfra.", "0600, /etc/wireguard/openinfra.")
     for path in (MANIFEST, RELEASE_PUB, CA, ENV, WG_KEY, WG_PUB, WG_CONF, BINARY):
         assert str(path) in manual, path
+
+
+def test_of_a_ca_file_the_certificates_are_taken() -> None:
+    """It is copied to where everybody may read; a key that lies in it stays away."""
+    one = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"
+    key = b"-----BEGIN PRIVATE KEY-----\nMC4C\n-----END PRIVATE KEY-----"
+    assert parse_ca(b"\n".join([key, one, b"words", one, key])) == one + b"\n" + one + b"\n"
+    assert parse_ca(parse_ca(one)) == one + b"\n"
+    for bad in (b"", key, b"-----BEGIN CERTIFICATE-----\nMIIB"):
+        with pytest.raises(Error, match="holds no certificate"):
+            parse_ca(bad)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://x/y", "x", "https://user@x/y", "https://x/y z", "https://x/"]
+)
+def test_a_manifest_with_another_url_is_damaged(url: str) -> None:
+    raw = render_manifest(Manifest(url=URL)).replace(URL.encode(), url.encode())
+    with pytest.raises(Error, match="is damaged"):
+        parse_manifest(raw)

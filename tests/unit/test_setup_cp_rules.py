@@ -31,6 +31,7 @@ from systemd.setup_cp import (
     PACKAGES,
     REGISTRY,
     RELEASE_KEY,
+    SECRETS,
     SERVICES,
     SOURCE,
     UNITS,
@@ -57,8 +58,10 @@ from systemd.setup_cp import (
     parse_version,
     plan,
     plan_files,
+    read_certificate,
     read_config,
     read_release,
+    render_caddyfile,
     render_cp_env,
     render_nft,
     render_wg_conf,
@@ -109,7 +112,7 @@ def settle(config: Config, facts: Facts) -> Facts:
         facts,
         missing=(),
         user_no=105,
-        directories=DIRECTORIES,
+        directories={path: (mode, 0, 0) for path, mode in DIRECTORIES.items()},
         files=files | {path: File(content, 0o600, 100.0) for path, content in made.items()},
         venv=config.venv,
         hub=Hub(INTERFACE, 0o600, True, True),
@@ -143,10 +146,10 @@ def test_a_fresh_machine_gets_everything_in_order() -> None:
         f"write {CADDY_UNIT} (mode 0644)",
         "systemctl daemon-reload",
         (
-            "install these packages, and what they need: caddy (https), docker-registry "
-            "(container images), gnupg (backups), nftables (the firewall), openssl (signs "
-            "releases), postgresql (the database), python3-venv (the virtualenv), "
-            "wireguard-tools (the tunnel's hub)"
+            "install these packages, and what they need: caddy (https), curl (to ask the control "
+            "plane, as the document does), docker-registry (container images), gnupg (backups), jq "
+            "(to read its answers), nftables (the firewall), openssl (signs releases), postgresql "
+            "(the database), python3-venv (the virtualenv), wireguard-tools (the tunnel's hub)"
         ),
         f"systemctl start {FIREWALL}",
         f"write {WG_CONF} (mode 0600)",
@@ -175,6 +178,38 @@ def test_no_secret_is_shown_or_on_a_command_line() -> None:
     assert PASSWORD not in repr(steps) + " ".join(map(str, steps))
     told = [step.stdin for step in steps if isinstance(step, Run) and step.stdin]
     assert [PASSWORD.encode() in text for text in told] == [True]
+
+
+@pytest.mark.parametrize("tls", ["acme", "internal"])
+def test_where_the_certificate_comes_from_stays(
+    tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --tls, also for a hub on a LAN that was set up with it."""
+    monkeypatch.setattr(setup_cp, "CADDYFILE", tmp_path / "Caddyfile")
+    args = parse_arguments(["--hostname=cp.example.org"])
+    assert read_config(args).tls == "acme"
+    template = (SOURCE / "systemd/Caddyfile").read_bytes()
+    (tmp_path / "Caddyfile").write_bytes(render_caddyfile(template, "cp.example.org", tls))
+    assert read_config(args).tls == tls
+    other = "acme" if tls == "internal" else "internal"
+    assert read_config(parse_arguments(["--hostname=x.example.org", f"--tls={other}"])).tls == other
+
+
+def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path) -> None:
+    """Whoever is Caddy may lay a link to a secret there, and the copy is for everybody."""
+    good = b"-----BEGIN CERTIFICATE-----\nMIIB+/=\n-----END CERTIFICATE-----\n"
+    path, other = tmp_path / "root.crt", tmp_path / "other"
+    path.write_bytes(good)
+    assert read_certificate(path) == good
+    key = b"-----BEGIN PRIVATE KEY-----\nMC4C\n-----END PRIVATE KEY-----\n"
+    for bad in (b"", key, good + key, key + good, good + good, b"A" * 20_000):
+        path.write_bytes(bad)
+        with pytest.raises(Error, match="is no certificate"):
+            read_certificate(path)
+    path.rename(other)
+    path.symlink_to(other)
+    with pytest.raises(OSError, match="symbolic links"):
+        read_certificate(path)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +254,7 @@ def test_no_secret_is_shown_or_on_a_command_line() -> None:
             [
                 f"write {UNITS}/openinfra-wg.socket (mode 0644)",
                 "systemctl daemon-reload",
+                "systemctl enable openinfra-wg.socket",
                 "systemctl stop openinfra-wg.service",
                 "systemctl restart openinfra-wg.socket",
             ],
@@ -236,6 +272,10 @@ def test_no_secret_is_shown_or_on_a_command_line() -> None:
             [f"chmod 0600 {DSN}"],
         ),
         (replace(DONE, has_table=False), [f"systemctl start {FIREWALL}"]),
+        (
+            replace(DONE, directories={**DONE.directories, SECRETS: (0o700, 1000, 0)}),
+            [f"install --directory --mode=0700 --owner=root --group=root {SECRETS}"],
+        ),
         (replace(DONE, hub=Hub(INTERFACE, 0o644, True, True)), [f"chmod 0600 {WG_CONF}"]),
         (
             replace(DONE, hub=Hub(INTERFACE, 0o600, False, False)),
@@ -429,6 +469,7 @@ ListenPort = 1
 
 
 SSHD = Listener("tcp", 2022, "ssh.service", "sshd (pid 601)")
+FORWARDED = Listener("tcp", 8443, "session-7.scope", "sshd (pid 702)")  # ssh -R 8443:…
 SYSTEMD = [Listener("tcp", port, "init.scope", "systemd (pid 1)") for port in (111, 2222, 2223)]
 
 
@@ -445,6 +486,7 @@ SYSTEMD = [Listener("tcp", port, "init.scope", "systemd (pid 1)") for port in (1
         (SYSTEMD, "[::]:2222 (Datagram)\n/run/x:2223\n[::]:12222 (Stream)\n", []),
         ((SSHD, *SYSTEMD), "[::]:2222 (Stream)\n", [2022, 2222]),
         ((LOOSE,), "[::]:443 (Stream)\n", []),  # another program's, whatever the unit says
+        ((FORWARDED, SSHD), "", [2022]),
     ],
 )
 def test_ports_of_sshd(listeners: Sequence[Listener], ssh_socket: str, ports: list[int]) -> None:
