@@ -759,7 +759,7 @@ REFUSALS = {
     "UNKNOWN_HOST": Refusal(
         MINUTE,
         "control plane knows no host with this identity",
-        "ask the operator, who may be restoring a backup",
+        "ask the operator for a fresh invite, for: install_agent.py --new-invite",
     ),
     "HOST_REVOKED": Refusal(STOP, "operator revoked this host", "ask the operator why"),
     "HOST_QUARANTINED": Refusal(
@@ -966,7 +966,8 @@ def decide_findings(seen: Snapshot) -> list[Finding]:
 
 def list_host_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
     """Judge what lies on this machine: the disk, the identity, the invite."""
-    edit, start = f"sudoedit {seen.env_file}", "sudo systemctl start openinfra-agent"
+    start, restart = (f"sudo systemctl {verb} openinfra-agent" for verb in ("start", "restart"))
+    edit = f"sudoedit {seen.env_file} && {restart}"
     if seen.encrypted is False and seen.allow_unencrypted:
         said = f"{seen.data_dir} is not encrypted, which --allow-unencrypted permits."
         yield "INFO", said, "setup_luks2.py --help"

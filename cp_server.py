@@ -1079,7 +1079,7 @@ def decide_redemption(
         raise Refusal(
             "KEY_TAKEN",
             "this WireGuard key belongs to a host that was revoked",
-            "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again",
+            "make a new key: install_agent.py --new-key",
         )
     host = by_secret or (by_key if by_key == by_address else None)
     if by_key is not None and by_key != host:
@@ -1187,7 +1187,8 @@ def decide_reasons(host: Host) -> list[HostReason]:
         found.append(HostReason(what, "stop the copy, then release the host"))
     if host.status == "revoked":
         what = f"the operator revoked it at {since}"
-        found.append(HostReason(what, "to join again it needs a new key and a fresh invite"))
+        todo = "to join again it needs a fresh invite: install_agent.py --new-invite --new-key"
+        found.append(HostReason(what, todo))
     if host.payout_pubkey is None:
         what = "it has no payout wallet"
         todo = "set SOLANA_PAYOUT_PUBKEY in /etc/openinfra/agent.env, then restart openinfra-agent"
@@ -2636,7 +2637,7 @@ async def resume(db: Database, res: Resumption, peer_check: bool, is_proven: boo
             failpoint("Resume.before_commit")
     except psycopg.errors.UniqueViolation:
         what = "another host has this WireGuard key"
-        todo = "make a new key: remove /etc/wireguard/openinfra.key and run install_agent.py again"
+        todo = "make a new key: install_agent.py --new-key"
         raise Refusal("KEY_TAKEN", what, todo) from None
     if isinstance(outcome, Refusal):  # the quarantine is committed
         raise outcome
@@ -5657,7 +5658,7 @@ def command_restore(args: argparse.Namespace, settings: Settings) -> int:
     print(
         f"Start it: systemctl restart openinfra-cp. Every host comes back by itself, but:\n"
         f"- a host that registered after {at}, or got a new secret, address or key by an invite\n"
-        "  since, is not known: mint a fresh invite for it;\n"
+        "  since, is not known: mint a fresh invite for install_agent.py --new-invite there;\n"
         f"- a host that was revoked after {at} on a machine that is gone is active again: revoke it"
     )
     return 0

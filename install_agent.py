@@ -5,6 +5,8 @@
   install_agent.py --dry-run    prints what it would do and changes nothing
   install_agent.py --check      prints what is not as it should be: exit 1 when anything is
   install_agent.py --uninstall  removes what it installed, and nothing else
+  install_agent.py --new-invite the operator gave a fresh invite: asks for it, and joins with it
+  install_agent.py --new-key    makes a new WireGuard key, which the operator has to be told
 
 What it does to this machine
   It installs the Debian packages of the table PACKAGES that are missing, after naming them. It
@@ -22,9 +24,11 @@ Files (mode)
   /usr/local/bin/openinfra-agent         0755  the agent: a zip that Python runs
   /etc/systemd/system/openinfra-*              the units that lie in that zip
   /run/openinfra-install.lock            0600  held while this changes anything
-Runs: apt-get dpkg dpkg-query install ip modprobe nft openssl python3 rm rmdir systemctl wg
+Runs: apt-get dpkg dpkg-query install ip modprobe mv nft openssl python3 rm rmdir systemctl wg
 
 The invite is typed at the prompt or comes from --token-file, never from the command line.
+--new-invite moves the identity of before to identity.json.replaced. A host that the control plane
+  still knows stays the same host, by its key and address; a revoked one needs --new-key as well.
 --uninstall keeps /var/lib/openinfra (the identity, on the encrypted disk), the packages (but for
   --purge-packages) and each file that was changed by hand since; it names what it keeps.
 Needs: Debian 12 or newer with systemd, root, an encrypted disk (setup_luks2.py).
@@ -393,6 +397,7 @@ class Answers:
     wg_address: str
     ca: bytes
     allow_unencrypted: bool
+    is_new_host: bool = False  # a fresh invite takes the place of an identity that is there
 
 
 @dataclass(frozen=True)
@@ -753,7 +758,7 @@ def list_data_problems(data: DataDir, allow_unencrypted: bool) -> Iterator[str]:
         yield f"{path} is not root's alone: chown root {path}; chmod 0700 {path}"
 
 
-def list_foreign(facts: Facts) -> Iterator[str]:
+def list_foreign(facts: Facts, new_key: bool = False) -> Iterator[str]:
     """Name what stands in our places and is not ours, or not as we can keep it."""
     for path in facts.files:
         if str(path) not in facts.manifest.files:
@@ -766,7 +771,7 @@ def list_foreign(facts: Facts) -> Iterator[str]:
     if len(re.findall(rb"(?im)^\s*\[peer\]", read_content(facts, WG_CONF))) > 1:
         yield f"{WG_CONF} has a second [Peer]: give that one an interface of its own"
     key, used = read_wg_keys(facts)
-    if key and used and key != used:
+    if key and used and key != used and not new_key:
         yield f"{WG_KEY} and {WG_CONF} hold two different keys: remove the one that is not in use"
 
 
@@ -877,10 +882,19 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
     steps: list[Step] = [*plan_directories(facts, [MANIFEST, *(file.path for file in changed)])]
     if (changed or commands) and begun != manifest:
         steps.append(plan_manifest(begun, "what will be there"))
+    if answers.is_new_host and facts.data.is_registered:
+        steps += plan_new_identity(facts.data.path)
     steps += [*changed, *commands]
     if steps or final != manifest:
         steps.append(plan_manifest(final, "what is there"))
     return steps
+
+
+def plan_new_identity(data_dir: str) -> Iterator[Run]:
+    """Put the identity aside, while no agent has it: the next one redeems the invite."""
+    yield Run(("systemctl", "stop", AGENT), "it holds the identity")
+    there = f"{data_dir}/identity.json"
+    yield Run(("mv", "--backup=numbered", "--", there, f"{there}.replaced"), "of before")
 
 
 def plan_directories(facts: Facts, paths: Sequence[Path]) -> Iterator[Run]:
@@ -1305,9 +1319,10 @@ def check_resolves(endpoint: str) -> None:
         raise Error(what, "look at --wg-endpoint and at this machine's network") from None
 
 
-def read_keys(facts: Facts) -> tuple[str, str]:
+def read_keys(facts: Facts, new_key: bool) -> tuple[str, str]:
     """This host's WireGuard keys: those that are there, or new ones, which are nowhere yet."""
-    private_key = next(filter(None, read_wg_keys(facts)), "") or run(["wg", "genkey"]).strip()
+    there = "" if new_key else next(filter(None, read_wg_keys(facts)), "")
+    private_key = there or run(["wg", "genkey"]).strip()
     return private_key, run(["wg", "pubkey"], stdin=private_key.encode(), echo=False).strip()
 
 
@@ -1412,13 +1427,15 @@ def check_flags(args: argparse.Namespace) -> dict[str, str]:
 def settle_answers(args: argparse.Namespace, facts: Facts, given: Mapping[str, str]) -> Answers:
     """Flag, else what is on disk, else ask; raises Error 2 naming the flags of what is missing."""
     known, values, missing = read_known(facts), dict(given), []
-    needs_token = not (facts.data.is_registered or args.dry_run or args.check)
+    has_no_need = facts.data.is_registered or args.dry_run or args.check
+    needs_token = args.new_invite or not has_no_need
     for question in QUESTIONS:
         name = question.name
         if name in values or (name == "hostname" and args.url):
             continue
         try:
-            values[name] = known[name] and question.check(known[name])
+            is_old = name == "token" and args.new_invite
+            values[name] = "" if is_old else known[name] and question.check(known[name])
         except Error as error:
             if name == "token" and TOKEN_USED_RE.fullmatch(known[name]):
                 values[name] = known[name]
@@ -1446,7 +1463,8 @@ def settle_answers(args: argparse.Namespace, facts: Facts, given: Mapping[str, s
     values.pop("hostname", None)
     allow = args.allow_unencrypted or DROP_IN in facts.files
     pem = parse_ca(ca.content) if ca else b""
-    return Answers(url=url, ca=pem, allow_unencrypted=allow, **values)
+    new = args.new_invite
+    return Answers(url=url, ca=pem, allow_unencrypted=allow, is_new_host=new, **values)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1477,11 +1495,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     looks = parser.add_mutually_exclusive_group()
     looks.add_argument("--dry-run", action="store_true", help="print what would be done")
     looks.add_argument("--check", action="store_true", help="the same; exit 1 when it is anything")
+    add("--new-invite", action="store_true", help="join with a fresh invite, as if it were new")
+    add("--new-key", action="store_true", help="make a new WireGuard key")
     add("--uninstall", action="store_true", help="remove what this installed")
     add("--purge-packages", action="store_true", help="and the packages that it installed")
     args = parser.parse_args(argv)
     if args.purge_packages and not args.uninstall:
         parser.error("--purge-packages goes with --uninstall")
+    if args.uninstall and (args.new_invite or args.new_key):
+        parser.error("--uninstall goes with neither --new-invite nor --new-key")
     if args.release_key_sha256 and not SHA256_RE.fullmatch(args.release_key_sha256):
         parser.error("--release-key-sha256 takes 64 digits 0-9a-f")
     args.url = os.environ.get("OPENINFRA_AGENT_URL", "")
@@ -1501,7 +1523,7 @@ def take_lock() -> None:
 
 def check_machine(facts: Facts, args: argparse.Namespace) -> None:
     """Raises Error with all that stands in the way, a line each."""
-    foreign = list(list_foreign(facts))
+    foreign = list(list_foreign(facts, args.new_key))
     allow = args.allow_unencrypted or DROP_IN in facts.files
     problems = [*list_problems(facts, allow), *foreign]
     if problems:
@@ -1548,7 +1570,7 @@ def install(args: argparse.Namespace) -> int:
         check_machine(facts, args)
         check_signature(release)
     is_blind = "wireguard-tools" in facts.missing
-    keys = ("", "made by wg genkey") if is_blind else read_keys(facts)
+    keys = ("", "made by wg genkey") if is_blind else read_keys(facts, args.new_key)
     if answers.wg_public_key == keys[1]:
         todo = "the operator's `wg show wg0 public-key` prints theirs"
         raise Error("that public key is this machine's own, not the control plane's", todo, USAGE)

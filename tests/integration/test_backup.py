@@ -260,9 +260,18 @@ def drill(old: Machine, new: Machine, fleet: Fleet, hub1: Hub, hub2: Hub, backup
     fleet.agents["revoked"].start()
     assert fleet.agents["revoked"].process.child.wait(30) == 78
     # Who came after the backup is told so, and healed by a fresh invite.
-    late = fleet.agents["late"]
+    late, address = fleet.agents["late"], f"10.77.0.{40 + list(fleet.agents).index('late')}"
     wait_for("told", lambda: "reason=UNKNOWN_HOST" in late.log, 60)
     assert late.process.child.poll() is None
+    # As install_agent.py --new-invite does it.
+    assert late.process.stop() == 0
+    (late.data / "identity.json").rename(late.data / "identity.json.replaced")
+    hub2.set(fleet.key("late"), address)
+    late.write_env(new.cp.mint(payout_pubkey=WALLET), WALLET, f"{address}:9092")
+    late.start()
+    wait_for("it is a host again", lambda: late.log.count("INFO agent running") == 2)
+    sql = "SELECT 1 FROM hosts WHERE host_id = %s AND status = 'online'"
+    wait_for("online", lambda: new.cp.query(sql, fleet.host_id("late")))
     # Its files are those of yesterday; what the new machine had is beside them.
     assert new.env_file.read_bytes() == old.env_file.read_bytes()
     assert new.cp.keys_file.read_bytes() == old.cp.keys_file.read_bytes()

@@ -196,6 +196,21 @@ def test_a_host_that_has_its_identity_needs_no_invite(tmp_path: Path) -> None:
     assert said.rstrip().endswith("token")
 
 
+def test_a_fresh_invite_is_asked_for(tmp_path: Path) -> None:
+    """Also of a host that has its identity; of an unspent invite too."""
+    for env in (ENV, ENV.replace(f"oi1_{TOKEN_ID}_used", TOKEN)):
+        lay(tmp_path, env=env)
+        argv = make_argv(tmp_path, "--new-invite", registered=True)
+        code, said = without_terminal(argv)
+        assert (code, "these are missing: --token-file;" in said) == (2, True)
+        code, said = at_terminal(argv, f"{TOKEN}\n")
+        assert (code, "token the invite" in said, "is_new_host=True" in said) == (0, True, True)
+        code, said = without_terminal([*argv, "--token-file=-"], TOKEN.encode())
+        assert (code, "token the invite" in said) == (0, True)
+    code, said = without_terminal(make_argv(tmp_path, "--uninstall", "--new-key"))
+    assert (code, "--uninstall goes with neither" in said) == (2, True)
+
+
 def test_what_is_wrong_on_disk_is_said_and_asked_for(tmp_path: Path) -> None:
     lay(tmp_path, ENV.replace(WALLET, "x"), CONF.replace("10.77.0.42", "10.99.0.42"))
     code, said = without_terminal(make_argv(tmp_path))

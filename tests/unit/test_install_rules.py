@@ -652,6 +652,37 @@ def test_a_fresh_machine() -> None:
     assert second == "install --directory --mode=0700 /etc/wireguard"
 
 
+def test_a_fresh_invite_puts_the_identity_aside() -> None:
+    """While no agent runs, and before the agent starts with the invite."""
+    old = replace(ANSWERS, token=USED)
+    there = replace(installed(old), data=replace(DISK, is_registered=True))
+    steps = words(plan(there, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
+    identity = "/var/lib/openinfra/identity.json"
+    assert steps == [
+        NOTED,
+        f"stop {AGENT}",
+        f"mv --backup=numbered -- {identity} {identity}.replaced",
+        "agent.env",
+        f"restart {AGENT}",
+        NOTED,
+    ]
+    lost = replace(there, data=DISK)
+    again = words(plan(lost, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
+    assert again == [NOTED, "agent.env", f"restart {AGENT}", NOTED]
+
+
+def test_a_new_wireguard_key() -> None:
+    """Tunnel and agent get it; a run that was killed between its files goes on."""
+    there, new = installed(), (CP_KEY, PUBLIC[::-1][1:] + "=")
+    steps = plan(there, ANSWERS, RELEASE, new)
+    files = ["openinfra.key", "openinfra.pub", "openinfra.conf"]
+    restarts = [f"start {GUARD}", f"restart {WG}", f"restart {AGENT}"]
+    assert words(steps) == [NOTED, *files, *restarts, NOTED]
+    cut = play(there, steps[:2])
+    assert list(list_foreign(cut, new_key=True)) == []
+    assert "two different keys" in "".join(list_foreign(cut))
+
+
 def test_no_secret_is_shown() -> None:
     shown = repr(plan(FRESH, ANSWERS, RELEASE, KEYS)) + repr(ANSWERS) + repr(installed())
     shown += "\n".join(map(str, plan(FRESH, ANSWERS, RELEASE, KEYS)))
