@@ -20,6 +20,8 @@ Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/cp/owner-dsn        0600  the same of the owner: migrate, backup, restore read it
   /etc/openinfra/cp/jwt-keys.json    0600  of operators' tokens; `token --new-key`, `restore` write
   /etc/wireguard/wg0.conf            0600  `backup` reads it, `restore` writes its key and peers
+  /etc/openinfra/release/key.pem     0600  signs releases; `dist`, `backup` read, `restore` writes
+  *.before-restore                         beside each of these: what `restore` found
   /var/lib/openinfra-pilot/          0711  pilot: all it has; ~/.local/share/… for a user, or --dir
   /tmp/openinfra-gpg-*/              0700  backup, restore: gpg's home; they remove what stayed
   ~/.cache/openinfra/cp-<hash>/      0755  pilot: its Python packages; beside it a .lock file
@@ -4943,7 +4945,7 @@ def is_same_file(one: Path, other: Path) -> bool:
 
 BACKUP_FORMAT = 1
 BACKUP_DUMP = "database.dump"
-BACKUP_FILES = ("wg0.conf", "jwt-keys.json", "cp.env")
+BACKUP_FILES = ("wg0.conf", "jwt-keys.json", "cp.env", "release-key.pem")
 BACKUP_FILE_MAX_BYTES = 64 << 20  # but for the dump; wg0.conf has 8 MB at 65,000 peers
 CHUNK_BYTES = 1 << 20
 DUMP_S = 3600.0
@@ -5313,6 +5315,20 @@ def apply_wg_conf(path: Path) -> str:
     return f"{path.stem} has the key and the peers of the backup"
 
 
+def sign_again(dist: Path, key: Path) -> str:
+    """Make the release anew that setup_cp.py made with a key of its own, which no host knows."""
+    public = ensure_release_key(key, False)
+    pinned, described = dist / "release.pub", dist / "release.json"
+    if not pinned.exists():
+        return f"{dist} holds no release yet: setup_cp.py makes it"
+    if pinned.read_bytes() == public:
+        return f"unchanged: {dist}"
+    described.unlink(missing_ok=True)  # first: without it there is nothing to refuse, or to install
+    pinned.unlink()
+    version, _, _ = make_release(dist, key, False)
+    return f"release {version} in {dist} is signed with the key of the backup"
+
+
 def restore(
     backup: Backup, settings: Settings, paths: Mapping[str, Path], replace: bool
 ) -> Iterator[str]:
@@ -5625,8 +5641,11 @@ def command_dist(args: argparse.Namespace, _settings: Settings) -> int:
 def list_backup_paths(args: argparse.Namespace, settings: Settings) -> dict[str, Path]:
     """Where the files of a backup lie on this machine."""
     env_file = args.env_file or "/etc/openinfra/cp.env"
-    paths = (args.wg_conf, settings.jwt_keys_file, env_file)
-    return {name: Path(path) for name, path in zip(BACKUP_FILES, paths, strict=True) if path}
+    paths = (args.wg_conf, settings.jwt_keys_file, env_file, args.release_key)
+    found = {name: Path(path) for name, path in zip(BACKUP_FILES, paths, strict=True) if path}
+    if args.command == "backup" and not Path(args.release_key).exists():  # it is elsewhere
+        found.pop("release-key.pem", None)
+    return found
 
 
 def command_backup(args: argparse.Namespace, settings: Settings) -> int:
@@ -5651,6 +5670,8 @@ def command_restore(args: argparse.Namespace, settings: Settings) -> int:
         with read_backup(Path(args.file), passphrase, Path("/var/tmp")) as backup:  # noqa: S108
             for line in restore(backup, settings, paths, args.replace):
                 print(line, flush=True)
+            if "release-key.pem" in backup.files and "release-key.pem" in paths:
+                print(sign_again(Path(args.dist), paths["release-key.pem"]), flush=True)
     except OSError as error:
         what = f"cannot restore: {error.filename or args.file}: {error.strerror}"
         raise Error(what, "mend that and run this again, with --replace if it was begun") from None
@@ -5748,10 +5769,14 @@ def make_parser() -> argparse.ArgumentParser:
     backup.add_argument("--out", required=True, help="the file to write, mode 0600")
     restore = add("restore", command_restore)
     restore.add_argument("file", help="what `backup` wrote")
+    text = "the release that was made here is signed again"
+    restore.add_argument("--dist", default="/srv/openinfra/dist", metavar="DIR", help=text)
     restore.add_argument("--replace", action="store_true", help="also over a database with hosts")
     for command in (backup, restore):
         command.add_argument("--passphrase-file", required=True, help="one line, mode 0600")
         command.add_argument("--wg-conf", default="/etc/wireguard/wg0.conf", help="empty: no hub")
+        text = "what signs releases, when it is here"
+        command.add_argument("--release-key", default="/etc/openinfra/release/key.pem", help=text)
     pilot = add("pilot", command_pilot)
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import os
@@ -61,6 +62,9 @@ class Machine:
         argv = self.cp.argv(command, *more)
         argv[argv.index(os.devnull)] = str(self.env_file)
         files = [f"--owner-dsn-file={self.owner_dsn}", f"--passphrase-file={self.passphrase}"]
+        files.append(f"--release-key={self.directory / 'release' / 'key.pem'}")
+        if command == "restore":
+            files.append(f"--dist={self.directory / 'dist'}")
         return [*argv, *files, f"--wg-conf={self.wg_conf if self.wg_conf.exists() else ''}"]
 
     def run(self, command: str, *more: str, prefix: tuple[str, ...] = ()) -> Done:
@@ -72,6 +76,15 @@ class Machine:
             timeout=120,
             check=False,
         )
+
+    def make_release(self) -> bytes:
+        """A release with a key of this machine's own; gives back the public half."""
+        directory = self.directory / "release"
+        directory.mkdir(mode=0o700)
+        flags = [f"--out={self.directory / 'dist'}", f"--key={directory / 'key.pem'}"]
+        done = self.cp.command("dist", *flags, "--new-key")
+        assert done.returncode == 0, done.stderr
+        return (self.directory / "dist" / "release.pub").read_bytes()
 
     def back_up(self, out: Path) -> Path:
         """A good backup."""
@@ -115,8 +128,11 @@ def decrypt(path: Path) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def temporary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """The test's own /tmp; no agent of gpg's, none of its homes, and no plaintext is left there."""
+    tmp_path_factory.getbasetemp()  # this one is pytest's, for all tests
     with tempfile.TemporaryDirectory(prefix="oi-", dir="/tmp") as name:
         monkeypatch.setenv("TMPDIR", name)
         monkeypatch.setattr(tempfile, "tempdir", name)
@@ -192,9 +208,12 @@ def test_yesterdays_backup_on_a_new_machine(
             machine.wg_conf = machine.directory / f"{hub.name}.conf"
             save(hub, machine.wg_conf)
         assert hub1.wg("show", "public-key") != hub2.wg("show", "public-key")
+        pinned = old.make_release()
+        assert new.make_release() != pinned
         fleet = Fleet(old, hub1, netns, tmp_path)
         try:
             drill(old, new, fleet, hub1, hub2, tmp_path / "backup.gpg")
+            check_release(new.directory / "dist", pinned)
         finally:
             fleet.stop()
             for machine in (old, new):
@@ -282,6 +301,17 @@ def drill(old: Machine, new: Machine, fleet: Fleet, hub1: Hub, hub2: Hub, backup
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(kept.stat().st_mode) == wanted
     done = new.cp.command("doctor", "--invariants", *new.cp.flags[1:])
     assert done.returncode == 0, done.stdout
+
+
+def check_release(dist: Path, pinned: bytes) -> None:
+    """What a host installs from there is signed with the key that it has pinned."""
+    assert (dist / "release.pub").read_bytes() == pinned
+    argv = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(dist / "release.pub")]
+    argv += ["-rawin", "-in", str(dist / "release.json"), "-sigfile", f"{dist}/release.json.sig"]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    described = json.loads((dist / "release.json").read_text())["files"]
+    for name, row in described.items():
+        assert hashlib.sha256((dist / name).read_bytes()).hexdigest() == row["sha256"]
 
 
 def hub1_public(old: Machine) -> str:
