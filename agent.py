@@ -68,11 +68,17 @@ from typing import Any, NoReturn, TypeVar, cast
 if sys.argv[1:2] != ["guard"]:  # it runs each 10 s and would spend most of its time on these
     import asyncio
 
-    import grpc
-    import grpc.aio
+    try:
+        import grpc
+        import grpc.aio
 
-    from proto import openinfra_pb2 as pb
-    from proto import openinfra_pb2_grpc
+        from proto import openinfra_pb2 as pb
+        from proto import openinfra_pb2_grpc
+    except ImportError as error:
+        if not {"-h", "--help"} & set(sys.argv):  # to read what it does must not need it
+            todo = "type: apt-get install python3-grpcio python3-protobuf; proto/ lies beside it"
+            print(f"ERROR agent.py lacks a Python package: {error} ; {todo}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 VERSION = "0.1.0"
 

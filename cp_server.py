@@ -267,6 +267,9 @@ def has_ensurepip() -> bool:
 
 def find_runtime(missing: ImportError) -> None:
     """Start this program again where its packages are, or end with what to type."""
+    if {"-h", "--help"} & set(sys.argv):  # to read what it does must not need it
+        print((__doc__ or "").strip())
+        raise SystemExit(0) from None
     try:
         if sys.argv[1:2] != ["pilot"] or os.environ.get("OPENINFRA_RUNTIME") == "1":
             raise Error(
@@ -5761,22 +5764,21 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     dist = add("dist", command_dist)
     dist.add_argument("--out", required=True, help="the directory that Caddy serves as /dist/")
-    dist.add_argument(
-        "--key", required=True, help="file with the Ed25519 key that signs, mode 0600"
-    )
+    dist.add_argument("--key", required=True, help="file with the Ed25519 key that signs, 0600")
     dist.add_argument("--new-key", action="store_true", help="make that file when it is missing")
     backup = add("backup", command_backup)
     backup.add_argument("--out", required=True, help="the file to write, mode 0600")
     restore = add("restore", command_restore)
     restore.add_argument("file", help="what `backup` wrote")
-    text = "the release that was made here is signed again"
-    restore.add_argument("--dist", default="/srv/openinfra/dist", metavar="DIR", help=text)
+    restore.add_argument("--dist", default="/srv/openinfra/dist", help="signed again when need be")
     restore.add_argument("--replace", action="store_true", help="also over a database with hosts")
     for command in (backup, restore):
         command.add_argument("--passphrase-file", required=True, help="one line, mode 0600")
         command.add_argument("--wg-conf", default="/etc/wireguard/wg0.conf", help="empty: no hub")
-        text = "what signs releases, when it is here"
-        command.add_argument("--release-key", default="/etc/openinfra/release/key.pem", help=text)
+        key = "/etc/openinfra/release/key.pem"
+        command.add_argument(
+            "--release-key", default=key, help="what signs releases, if it is here"
+        )
     pilot = add("pilot", command_pilot)
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")

@@ -278,19 +278,7 @@ def drill(old: Machine, new: Machine, fleet: Fleet, hub1: Hub, hub2: Hub, backup
         assert hub2.peers()[fleet.key(name)] == f"10.77.0.{number}"
     fleet.agents["revoked"].start()
     assert fleet.agents["revoked"].process.child.wait(30) == 78
-    # Who came after the backup is told so, and healed by a fresh invite.
-    late, address = fleet.agents["late"], f"10.77.0.{40 + list(fleet.agents).index('late')}"
-    wait_for("told", lambda: "reason=UNKNOWN_HOST" in late.log, 60)
-    assert late.process.child.poll() is None
-    # As install_agent.py --new-invite does it.
-    assert late.process.stop() == 0
-    (late.data / "identity.json").rename(late.data / "identity.json.replaced")
-    hub2.set(fleet.key("late"), address)
-    late.write_env(new.cp.mint(payout_pubkey=WALLET), WALLET, f"{address}:9092")
-    late.start()
-    wait_for("it is a host again", lambda: late.log.count("INFO agent running") == 2)
-    sql = "SELECT 1 FROM hosts WHERE host_id = %s AND status = 'online'"
-    wait_for("online", lambda: new.cp.query(sql, fleet.host_id("late")))
+    heal(new, fleet, hub2)
     # Its files are those of yesterday; what the new machine had is beside them.
     assert new.env_file.read_bytes() == old.env_file.read_bytes()
     assert new.cp.keys_file.read_bytes() == old.cp.keys_file.read_bytes()
@@ -301,6 +289,22 @@ def drill(old: Machine, new: Machine, fleet: Fleet, hub1: Hub, hub2: Hub, backup
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(kept.stat().st_mode) == wanted
     done = new.cp.command("doctor", "--invariants", *new.cp.flags[1:])
     assert done.returncode == 0, done.stdout
+
+
+def heal(new: Machine, fleet: Fleet, hub: Hub) -> None:
+    """Who came after the backup is told so, and joins by a fresh invite."""
+    late, address = fleet.agents["late"], f"10.77.0.{40 + list(fleet.agents).index('late')}"
+    wait_for("told", lambda: "reason=UNKNOWN_HOST" in late.log, 60)
+    assert late.process.child.poll() is None
+    # As install_agent.py --new-invite does it.
+    assert late.process.stop() == 0
+    (late.data / "identity.json").rename(late.data / "identity.json.replaced")
+    hub.set(fleet.key("late"), address)
+    late.write_env(new.cp.mint(payout_pubkey=WALLET), WALLET, f"{address}:9092")
+    late.start()
+    wait_for("it is a host again", lambda: late.log.count("INFO agent running") == 2)
+    sql = "SELECT 1 FROM hosts WHERE host_id = %s AND status = 'online'"
+    wait_for("online", lambda: new.cp.query(sql, fleet.host_id("late")))
 
 
 def check_release(dist: Path, pinned: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -114,3 +115,18 @@ def test_a_script_of_root_takes_no_module_from_its_directory(name: str, tmp_path
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, "usage: " in done.stdout) == (0, True), done.stderr
         assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize("name", ["cp_server.py", "agent.py"])
+def test_help_needs_no_package(name: str, tmp_path: Path) -> None:
+    """On a machine where nothing is installed; -S leaves Debian's and pip's packages away."""
+    argv = ["/usr/bin/python3", "-S", str(ROOT / name)]
+    for words in (["--help"], ["pilot" if name == "cp_server.py" else "status", "-h"]):
+        done = subprocess.run(
+            [*argv, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout) > 300
+    done = subprocess.run([*argv, "status"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"ERROR {name} lacks a Python package: .* ; .*\n", done.stderr)
