@@ -21,7 +21,7 @@ Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/cp/jwt-keys.json    0600  of operators' tokens; `token --new-key`, `restore` write
   /etc/wireguard/wg0.conf            0600  `backup` reads it, `restore` writes its key and peers
   /etc/openinfra/release/key.pem     0600  signs releases; `dist`, `backup` read, `restore` writes
-  *.before-restore                         beside each of these: what `restore` found
+  /etc/…/*.before-restore                  beside each of these: what `restore` found
   /var/lib/openinfra-pilot/          0711  pilot: all it has; ~/.local/share/… for a user, or --dir
   /tmp/openinfra-gpg-*/              0700  backup, restore: gpg's home; they remove what stayed
   ~/.cache/openinfra/cp-<hash>/      0755  pilot: its Python packages; beside it a .lock file
@@ -4949,6 +4949,7 @@ def is_same_file(one: Path, other: Path) -> bool:
 BACKUP_FORMAT = 1
 BACKUP_DUMP = "database.dump"
 BACKUP_FILES = ("wg0.conf", "jwt-keys.json", "cp.env", "release-key.pem")
+RELEASE_KEY = "/etc/openinfra/release/key.pem"
 BACKUP_FILE_MAX_BYTES = 64 << 20  # but for the dump; wg0.conf has 8 MB at 65,000 peers
 CHUNK_BYTES = 1 << 20
 DUMP_S = 3600.0
@@ -5775,10 +5776,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (backup, restore):
         command.add_argument("--passphrase-file", required=True, help="one line, mode 0600")
         command.add_argument("--wg-conf", default="/etc/wireguard/wg0.conf", help="empty: no hub")
-        key = "/etc/openinfra/release/key.pem"
-        command.add_argument(
-            "--release-key", default=key, help="what signs releases, if it is here"
-        )
+        command.add_argument("--release-key", default=RELEASE_KEY, help="if it is on this machine")
     pilot = add("pilot", command_pilot)
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")

@@ -50,6 +50,33 @@ def wait_active(vm: Vm, unit: str, timeout_s: float = 60) -> None:
     vm.sh(f"until systemctl is-active -q {unit}; do sleep 0.2; done", timeout_s=timeout_s)
 
 
+def check_sandbox(vm: Vm, pid: str) -> None:
+    """What the agent can do to this machine, were it another program: as root, in its namespace."""
+    for script in AGENT_MAY_NOT:
+        assert vm.exec(["nsenter", f"--target={pid}", "--mount", "sh", "-c", script]).code, script
+    vm.sh(
+        "cd /etc/openinfra/installer && cp release.pub new && mv new release.pub"
+    )  # as on upgrade
+    inside = f"nsenter --target={pid} --mount"
+    assert vm.exec([*inside.split(), "sh", "-c", AGENT_MAY_NOT[0]]).code
+    vm.sh(
+        f"{inside} sh -c 'cp /etc/openinfra/agent.env /etc/openinfra/new && rm /etc/openinfra/new'"
+    )
+
+
+def check_fails_closed(vm: Vm) -> None:
+    """Without the firewall there is no tunnel, and with it again there is."""
+    vm.sh(
+        "systemctl stop openinfra-guard.timer wg-quick@openinfra; mv /usr/sbin/nft /usr/sbin/away"
+    )
+    assert vm.exec(["systemctl", "start", "wg-quick@openinfra"]).code
+    assert vm.exec(["ip", "link", "show", "openinfra"]).code
+    vm.sh(
+        "mv /usr/sbin/away /usr/sbin/nft; systemctl start wg-quick@openinfra openinfra-guard.timer"
+    )
+    vm.sh("ip link show openinfra; systemctl reset-failed")
+
+
 def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> None:
     vm = make_vm("home", snapshot=home)
     release = make_release(tmp_path / "dist", make_key(tmp_path))
@@ -68,13 +95,7 @@ def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> 
     status = {row[0]: row[1].strip() for row in rows}
     assert {status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
-    # What the agent can do to this machine, were it another program: as root, in its namespace.
-    for script in AGENT_MAY_NOT:
-        assert vm.exec(["nsenter", f"--target={pid}", "--mount", "sh", "-c", script]).code, script
-    vm.sh("cd /etc/openinfra/installer && cp release.pub new && mv new release.pub")  # as on upgrade
-    inside = f"nsenter --target={pid} --mount"
-    assert vm.exec([*inside.split(), "sh", "-c", AGENT_MAY_NOT[0]]).code
-    vm.sh(f"{inside} sh -c 'cp /etc/openinfra/agent.env /etc/openinfra/new && rm /etc/openinfra/new'")
+    check_sandbox(vm, pid)
     paths = "/var/lib/openinfra/identity.json /run/openinfra/agent.sock /run/openinfra/guard.json"
     assert vm.sh(f"stat -c %a {paths}").split() == ["600"] * 3
     answer = json.loads(vm.exec(["openinfra-agent", "status", "--json"]).stdout)
@@ -92,12 +113,7 @@ def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> 
     vm.sh("systemctl stop nftables")
     assert json.loads(vm.get("/run/openinfra/guard.json"))["error"] == ""
 
-    # Without the firewall there is no tunnel, and with it again there is.
-    vm.sh("systemctl stop openinfra-guard.timer wg-quick@openinfra; mv /usr/sbin/nft /usr/sbin/away")
-    assert vm.exec(["systemctl", "start", "wg-quick@openinfra"]).code
-    assert vm.exec(["ip", "link", "show", "openinfra"]).code
-    vm.sh("mv /usr/sbin/away /usr/sbin/nft; systemctl start wg-quick@openinfra openinfra-guard.timer")
-    vm.sh("ip link show openinfra; systemctl reset-failed")
+    check_fails_closed(vm)
 
     # A boot: firewall, then tunnel; the agent waits for the disk, and comes with it.
     restart(vm)
