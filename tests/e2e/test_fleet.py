@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -163,6 +164,20 @@ def test_boots_and_a_revoked_host(operator: Operator, provider: Vm) -> None:
     print(f"the peer of a revoked host was gone after {gone_s:.2f} s")
     assert gone_s <= GONE_S
     assert operator.host()["status"] == "revoked"
+
+    # The way back: a fresh invite and a new key; a host of its own beside the revoked one.
+    give_token(home, operator.mint())
+    done = run_installer(home, "--new-invite", "--new-key", f"--token-file={TOKEN_FILE}")
+    assert done.code == 0, said(done)
+    operator.add_peer(home.sh("cat /etc/wireguard/openinfra.pub").strip())
+
+    def hosts() -> dict[str, str]:
+        rows = json.loads(cp.sh("openinfra-cp hosts --json"))["hosts"]
+        return {row["status"]: row["host_id"] for row in rows}
+
+    both = wait_for("online again", lambda: h if "online" in (h := hosts()) else None, 90)
+    assert both["revoked"] == host_id != both["online"]
+    assert host_id in home.sh(f"cat {IDENTITY}.replaced")
 
 
 def test_a_clock_that_is_off(operator: Operator, provider: Vm) -> None:

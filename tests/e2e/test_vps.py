@@ -114,6 +114,14 @@ def test_what_it_prints_works_as_printed(cp: Vm, vps: Vps) -> None:
         'limit=100" -H "Authorization: Bearer $ADMIN_JWT"'
     )
     assert json.loads(hosts)["hosts"] == []
+    # A new signing key, once the service has it; the token of before stays good.
+    fresh = cp.sh("openinfra-cp token --new-key; systemctl restart openinfra-cp").strip()
+    url = f"https://{HOSTNAME}/api/v1/admin/hosts"
+    for jwt in (fresh, token[0][10:]):
+        cp.sh(
+            f"curl -sSf --retry 9 --retry-connrefused --cacert /etc/openinfra/ca.crt {url} "
+            f"-H 'Authorization: Bearer {jwt}'"
+        )
     # Secrets are in their files and nowhere in a log.
     cp.sh(f"curl -sk 'https://{HOSTNAME}/x?token=canary-query' -H 'X-Key: canary-header' || true")
     cp.sh("systemctl stop openinfra-cp")
@@ -164,6 +172,7 @@ def check_nothing_to_do(vm: Vm, *arguments: str) -> float:
 @pytest.mark.alone
 def test_a_second_run_changes_nothing(cp: Vm) -> None:
     seconds = check_nothing_to_do(cp)
+    check_nothing_to_do(cp, INTERNAL[0])  # without --tls: as it is
     # Without --dist: the release that is there stays.
     assert min(seconds, check_nothing_to_do(cp, *INTERNAL[:2])) <= 10
     # The document's way to add a peer rewrites the file that the script made.
@@ -197,6 +206,13 @@ def test_without_a_release_one_is_made_and_signed_here(cp: Vm) -> None:
 def test_what_was_changed_is_mended_and_the_rest_left_alone(cp: Vm) -> None:
     key = cp.sh("wg genkey | wg pubkey").strip()
     cp.sh(f"wg set wg0 peer {key} allowed-ips 10.77.0.42/32; wg-quick save wg0")
+    # Without the firewall there is no hub, and with it again there is.
+    cp.sh("systemctl stop wg-quick@wg0; cp /etc/openinfra/cp.nft /root/")
+    cp.sh("echo nonsense >> /etc/openinfra/cp.nft")
+    assert cp.exec(["systemctl", "start", "wg-quick@wg0"]).code
+    assert cp.exec(["ip", "link", "show", "wg0"]).code
+    cp.sh("mv /root/cp.nft /etc/openinfra/; systemctl reset-failed; systemctl start wg-quick@wg0")
+    cp.sh("ip link show wg0")
     before = read_runs(cp)
     cp.sh(
         "echo '# edited' >> /etc/openinfra/Caddyfile; chmod 644 /etc/openinfra/cp/dsn; "
