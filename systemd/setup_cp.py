@@ -8,7 +8,7 @@
 What it does to this machine
   Installs Debian's packages of the table PACKAGES, after naming them. Makes the user openinfra, a
   PostgreSQL database with its roles, the WireGuard hub wg0 (10.77.0.1/16), a firewall, and the
-  services openinfra-cp, openinfra-firewall, caddy, docker-registry. A second run changes nothing,
+  services openinfra-cp, openinfra-firewall, openinfra-wg (its helper), caddy, docker-registry. A second run changes nothing,
   or mends what is missing; one from a newer checkout upgrades. No peer of wg0 is ever touched.
 Files (mode)
   /opt/openinfra/                  0755  the code, and a virtualenv with hash-pinned packages
@@ -493,7 +493,7 @@ def list_problems(config: Config, facts: Facts) -> Iterator[Error]:
         todo = "install Debian's kernel (linux-image-amd64 or -arm64) and reboot"
         yield Error("this kernel has no WireGuard", todo)
     if facts.memory_bytes < MEMORY_MIN_BYTES:
-        yield Error(f"{facts.memory_bytes >> 20} MB of memory are too few", "take 2 GB or more")
+        yield Error(f"{facts.memory_bytes >> 20} MB of memory are too few", "take 1 GB or more")
     needed = FRESH_MIN_BYTES if facts.missing or not facts.venv else LATER_MIN_BYTES
     if facts.free_bytes < needed:
         what = f"{facts.free_bytes >> 20} MB of disk are free, {needed >> 20} are needed"

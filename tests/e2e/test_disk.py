@@ -103,6 +103,15 @@ def test_the_document(make_vm: MakeVm) -> None:
         == 2
     )
 
+    # README's way to have the partition back.
+    vm.sh(block("provider-disk-undo").replace("/dev/sdb1", PART))
+    assert vm.sh(f"wipefs -n {PART}") == ""
+    assert vm.exec(["test", "-e", MAPPER]).code == 1
+    assert vm.sh("grep -c openinfra /etc/fstab /etc/crypttab || true").split(":0")[1:] != []
+    assert vm.sh("readlink /etc/fstab").strip() == "fstab.real"
+    assert setup(vm, "--status").code == 1
+    assert "luksFormat" in setup(vm, "--dry-run", PART).text
+
 
 def test_the_passphrase_is_nowhere(make_vm: MakeVm) -> None:
     """Not in an argument, an environment, a log or a file: strace, the journal, the raw disks."""
@@ -165,7 +174,7 @@ def test_at_a_terminal(make_vm: MakeVm) -> None:
     prepare(vm)
     vm.log_in()
     dry, do, status = (
-        line.replace("sudo ./setup_luks2.py", SCRIPT).replace("/dev/sdb1", PART)
+        line.replace("sudo python3 -I setup_luks2.py", SCRIPT).replace("/dev/sdb1", PART)
         for line in block("provider-disk").splitlines()
     )
     assert vm.exec(dry.split()).code == 0

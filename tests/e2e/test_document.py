@@ -83,9 +83,11 @@ def encrypt(home: Vm) -> None:
 def install(home: Vm, operator: Operator, token: str) -> tuple[str, float]:
     """Section 3; gives back the public key and the seconds that it took, without the typing."""
     cp_key = operator.vm.sh("wg show wg0 public-key").strip()
-    type_block(home, "provider-install")
+    type_block(home, "provider-scripts")
     home.sh("until pgrep -x less; do sleep 0.2; done")
     home.type("q")
+    home.wait_console("code=0")
+    type_block(home, "provider-install")
     took_s = 0.0
     for question, text in (
         ("Control plane public hostname", HOSTNAME),

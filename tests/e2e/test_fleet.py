@@ -252,9 +252,8 @@ def test_what_reaches_a_host_and_yesterdays_backup_on_a_new_vps(
     host_id = join_fleet(provider, operator)
     cp, home = operator.vm, provider
     check_reach(operator, home)
-    cp.put(b"a passphrase of the operator\n", "/root/passphrase", 0o600)
     cp.sh(block("operator-backup"), timeout_s=120)
-    kept = cp.get("/root/cp.backup")
+    kept, passphrase = cp.get("/root/cp.backup"), cp.get("/root/passphrase")
     # After the backup the host opened another session, of which the backup knows nothing.
     home.sh(f"systemctl restart {AGENT}")
     resume(operator, home, host_id)
@@ -271,7 +270,7 @@ def test_what_reaches_a_host_and_yesterdays_backup_on_a_new_vps(
     refused = new.exec(["bash", "-euc", restore], timeout_s=120)
     assert refused.code == 1, said(refused)
     assert "passphrase" in said(refused)
-    new.put(b"a passphrase of the operator\n", "/root/passphrase", 0o600)
+    new.put(passphrase, "/root/passphrase", 0o600)
     new.sh(restore, timeout_s=120)
     find_server(home, NEW_LAN)  # the DNS
     began = time.monotonic()

@@ -132,7 +132,10 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
 
 
 def test_a_release_that_hosts_take(tmp_path: Path) -> None:
+    """With the key that setup_cp.py made, which the operator took along."""
     shell = Shell(tmp_path)
+    argv = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(tmp_path / "release.pem")]
+    subprocess.run(argv, check=True, capture_output=True)
     shell.run("operator-release")
     verify = "openssl pkeyutl -verify -pubin -inkey release.pub -rawin -in release.json"
     argv = ["bash", "-c", f"cd dist && {verify} -sigfile release.json.sig && sha256sum *"]
