@@ -8,8 +8,9 @@
 What it does to this machine
   Installs Debian's packages of the table PACKAGES, after naming them. Makes the user openinfra, a
   PostgreSQL database with its roles, the WireGuard hub wg0 (10.77.0.1/16), a firewall, and the
-  services openinfra-cp, openinfra-firewall, openinfra-wg (its helper), caddy, docker-registry. A second run changes nothing,
-  or mends what is missing; one from a newer checkout upgrades. No peer of wg0 is ever touched.
+  services openinfra-cp, openinfra-wg (its helper for wg0), openinfra-firewall (laid each 10 s),
+  caddy, docker-registry. A second run changes nothing, or mends what is missing; one from a newer
+  checkout upgrades. No peer of wg0 is ever touched.
 Files (mode)
   /opt/openinfra/                  0755  the code, and a virtualenv with hash-pinned packages
   /usr/local/bin/openinfra-cp      0755  runs cp_server.py
@@ -20,6 +21,7 @@ Files (mode)
   /etc/wireguard/wg0.conf          0600  made once; afterwards only its [Interface] is looked at
   /etc/systemd/system/                   openinfra-*, caddy.service.d, docker-registry.service.d
   /srv/openinfra/dist/             0755  what https://HOSTNAME/dist/ serves
+  /run/openinfra-setup-cp.lock     0600  held while this changes anything
 Runs: apt-get chmod dpkg install ln mv openinfra-cp pip psql python3 rm setpriv systemctl useradd wg
   and to look: dpkg-query ip modprobe nft ss timedatectl
   Secrets go by stdin, the environment or a 0600 file, never by a command line.
