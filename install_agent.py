@@ -937,12 +937,12 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         steps.append(Run(("systemctl", "daemon-reload"), "it reads the units"))
     is_up = units[WG].active == "active"
     new_tunnel = is_due(WG, WG_CONF) or not is_up or not facts.has_link
-    if steps or new_tunnel or is_due(GUARD, BINARY) or not facts.has_table:
-        steps.append(Run(("systemctl", "start", GUARD), "the firewall, before the tunnel"))
+    if not new_tunnel and (steps or is_due(GUARD, BINARY) or not facts.has_table):
+        steps.append(Run(("systemctl", "start", GUARD), "the firewall"))
     if new_tunnel and facts.has_link and not is_up:
         steps.append(Run(("ip", "link", "delete", "dev", LINK), f"it is not that of {WG}"))
     if new_tunnel:
-        steps.append(Run(("systemctl", "restart", WG), "the tunnel"))
+        steps.append(Run(("systemctl", "restart", WG), "the firewall, which it needs; the tunnel"))
     if is_due(TIMER) or units[TIMER].active != "active":
         steps.append(Run(("systemctl", "restart", TIMER), "the firewall, from now on"))
     if is_due(AGENT, BINARY, ENV, WG_PUB, DROP_IN) or units[AGENT].active != "active":
@@ -1344,7 +1344,8 @@ def apply(step: Step) -> None:
         except Error as error:
             if step.argv[1] not in ("start", "restart"):
                 raise
-            todo = f"look: journalctl -n 20 -u {step.argv[-1]}; then run this again"
+            guard = f" -u {GUARD}" if step.argv[-1] == WG else ""
+            todo = f"look: journalctl -n 20 -u {step.argv[-1]}{guard}; then run this again"
             raise Error(error.what, todo) from None
         return
     say(str(step))

@@ -33,6 +33,17 @@ MakeVm = Callable[..., Vm]
 SECOND_RUN_S = 10.0
 
 
+def check_undone(vm: Vm) -> None:
+    """README's way to have the partition back."""
+    vm.sh(block("provider-disk-undo").replace("/dev/sdb1", PART))
+    assert vm.sh(f"wipefs -n {PART}") == ""
+    assert vm.exec(["test", "-e", MAPPER]).code == 1
+    assert vm.sh("grep -c openinfra /etc/fstab /etc/crypttab || true").split(":0")[1:] != []
+    assert vm.sh("readlink /etc/fstab").strip() == "fstab.real"
+    assert setup(vm, "--status").code == 1
+    assert "luksFormat" in setup(vm, "--dry-run", PART).text
+
+
 @pytest.mark.alone
 def test_the_document(make_vm: MakeVm) -> None:
     """First run, second run, and each thing that a second run has to mend."""
@@ -103,14 +114,7 @@ def test_the_document(make_vm: MakeVm) -> None:
         == 2
     )
 
-    # README's way to have the partition back.
-    vm.sh(block("provider-disk-undo").replace("/dev/sdb1", PART))
-    assert vm.sh(f"wipefs -n {PART}") == ""
-    assert vm.exec(["test", "-e", MAPPER]).code == 1
-    assert vm.sh("grep -c openinfra /etc/fstab /etc/crypttab || true").split(":0")[1:] != []
-    assert vm.sh("readlink /etc/fstab").strip() == "fstab.real"
-    assert setup(vm, "--status").code == 1
-    assert "luksFormat" in setup(vm, "--dry-run", PART).text
+    check_undone(vm)
 
 
 def test_the_passphrase_is_nowhere(make_vm: MakeVm) -> None:

@@ -635,7 +635,7 @@ def test_a_tunnel_that_cannot_be_kept_is_refused() -> None:
 FILES = ["release.pub", "openinfra-agent", "openinfra.key", "openinfra.pub", "openinfra.conf"]
 FILES += ["agent.env", AGENT, GUARD, TIMER]
 ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {AGENT}", "daemon-reload"]
-START = [f"start {GUARD}", f"restart {WG}", f"restart {TIMER}", f"restart {AGENT}"]
+START = [f"restart {WG}", f"restart {TIMER}", f"restart {AGENT}"]
 NOTED = "install.json"
 
 
@@ -676,7 +676,7 @@ def test_a_new_wireguard_key() -> None:
     there, new = installed(), (CP_KEY, PUBLIC[::-1][1:] + "=")
     steps = plan(there, ANSWERS, RELEASE, new)
     files = ["openinfra.key", "openinfra.pub", "openinfra.conf"]
-    restarts = [f"start {GUARD}", f"restart {WG}", f"restart {AGENT}"]
+    restarts = [f"restart {WG}", f"restart {AGENT}"]
     assert words(steps) == [NOTED, *files, *restarts, NOTED]
     cut = play(there, steps[:2])
     assert list(list_foreign(cut, new_key=True)) == []
@@ -736,14 +736,14 @@ def test_a_run_that_is_cut_anywhere_goes_on(release: Release) -> None:
         ),
         ({"units": {**RUNNING, TIMER: Unit("inactive", "enabled")}}, [f"restart {TIMER}"]),
         ({"has_table": False}, [f"start {GUARD}"]),
-        ({"has_link": False}, [f"start {GUARD}", f"restart {WG}"]),
+        ({"has_link": False}, [f"restart {WG}"]),
         (
             {"units": {**RUNNING, WG: Unit("inactive", "enabled")}},
-            [f"start {GUARD}", "ip link delete dev openinfra", f"restart {WG}"],
+            ["ip link delete dev openinfra", f"restart {WG}"],
         ),
         (
             {"units": {**RUNNING, WG: Unit("failed", "enabled")}, "has_link": False},
-            [f"start {GUARD}", f"restart {WG}"],
+            [f"restart {WG}"],
         ),
     ],
 )
@@ -797,7 +797,7 @@ def test_a_mode_is_mended() -> None:
         (replace(ANSWERS, token=USED), ["agent.env", f"restart {AGENT}"]),
         (
             replace(ANSWERS, wg_address="10.77.0.43"),
-            ["openinfra.conf", f"start {GUARD}", f"restart {WG}"],
+            ["openinfra.conf", f"restart {WG}"],
         ),
         (
             replace(ANSWERS, allow_unencrypted=True),
