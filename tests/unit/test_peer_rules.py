@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import random
+import time
+from typing import Any
 
 import pytest
 
+import cp_server
 from cp_server import (
     PeerChange,
     PeerPlan,
@@ -172,3 +176,53 @@ def test_silent_hosts_are_renewed(
     peer = {"key": "a", "allowed_ips": nets, "latest_handshake_at": handshake_at}
     expected = [drop("a"), put("a", A)] if renewed else []
     assert list(plan_renewals([wanted], [peer], 1000)) == expected
+
+
+def test_comparisons_take_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often hosts come; one comparison is made to take 0.2 s."""
+    began: list[float] = []
+
+    async def scenario() -> None:
+        peers = cp_server.Peers("/nonexistent", None, cp_server.Metrics())  # type: ignore[arg-type]
+
+        async def compare() -> None:
+            began.append(time.monotonic())
+            await asyncio.sleep(0.2)
+
+        monkeypatch.setattr(peers, "_compare", compare)
+        (look, loop) = peers.loops()
+        look.cancel()
+        until = time.monotonic() + 3.2
+        while time.monotonic() < until:
+            peers.host_came()
+            await asyncio.sleep(0.01)
+        loop.cancel()
+
+    asyncio.run(scenario())
+    assert len(began) == 2
+    assert 2.2 <= began[1] - began[0] < 2.6
+
+
+def test_who_proves_a_key_shares_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait have one look at the hub together, and looks take a tenth of the time."""
+    asked: list[float] = []
+
+    async def ask(_path: str, _order: Any) -> dict[str, Any]:
+        asked.append(time.monotonic())
+        await asyncio.sleep(0.1)
+        return {"peers": [{"key": "k", "allowed_ips": ["10.77.0.2/32", "10.77.0.3/32"]}]}
+
+    async def scenario() -> list[Any]:
+        peers = cp_server.Peers("/nonexistent", None, cp_server.Metrics())  # type: ignore[arg-type]
+        right = [peers.check_key("10.77.0.2", "k") for _ in range(50)]
+        wrong = [peers.check_key("10.77.0.2", "other"), peers.check_key("10.77.0.4", "k")]
+        first = await asyncio.gather(*right, *wrong, return_exceptions=True)
+        await peers.check_key("10.77.0.3", "k")
+        return first
+
+    monkeypatch.setattr(cp_server, "ask_hub", ask)
+    answers = asyncio.run(scenario())
+    assert answers[:50] == [None] * 50
+    assert [answer.code for answer in answers[50:]] == ["WRONG_ADDRESS"] * 2
+    assert len(asked) == 2
+    assert asked[1] - asked[0] >= 1.0  # an answer of before is no proof; the look waits its turn
