@@ -982,6 +982,9 @@ def plan_removal(facts: Facts) -> list[Step]:
     steps += [Remove(link, "its unit is gone") for link in facts.dangling]
     steps += [Remove(Path(name), "ours") for name in ours if Path(name) not in kept]
     steps.append(Run(("systemctl", "daemon-reload"), "the units are gone"))
+    if mine:  # a guard that was just at work counts as failed, and would stay listed
+        patterns = ("openinfra-agent.*", "openinfra-guard.*")
+        steps.append(Run(("systemctl", "reset-failed", *patterns), "nor are they listed"))
     steps.append(Run(("rm", "-rf", "--", str(RUN_DIR)), "the agent's socket"))
     return steps
 
