@@ -439,6 +439,6 @@ def test_a_key_of_another_host_is_not_taken_on_resume(cp: ControlPlane, join: Jo
     host, other = join(), join()
     with unchanged(cp):
         refused = check_refused("KEY_TAKEN", host.resume, wg_pubkey=other.wg_key)
-    assert "openinfra.key" in refused.message
+    assert "install_agent.py --new-key" in refused.message
     host.heartbeat()  # the session of before goes on
     host.resume(session=secrets.token_bytes(32))
