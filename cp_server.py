@@ -8,6 +8,7 @@ What it does
   invite    mints a single-use invite for a host
   hosts     lists the hosts, each with its status and why it is not assignable
   revoke    removes a host for good
+  customers lists customers; add-customer, mint-key, revoke-key: with their keys
   doctor    says what is wrong here; --invariants tests what must hold after every fault
   dist      makes and signs the release that hosts download from /dist/
   backup    writes one encrypted file with the database, the hub's key, signing keys and settings
@@ -318,6 +319,7 @@ INVITE_TTL_MAX_HOURS = 72
 HEARTBEAT_S = 30
 HEARTBEAT_MAX_S = 60
 OFFLINE_AFTER_INTERVALS = 3
+CUSTOMER_KEYS_MAX = 50  # of one customer, without those that were revoked
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
@@ -429,7 +431,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-    """Who asks for a change: `jwt:<sub>:<jti>`, `cli:<user>`, `invite:<id>` or `host:<id>`."""
+    """Who asks for a change: `jwt:<sub>:<jti>`, `cli:<user>`, or `invite:`, `host:`, `customer:`.
+
+    The last three with an id, the last with that of its key as well.
+    """
 
     name: str
 
@@ -464,6 +469,31 @@ class Invite:
     revoked_at: dt.datetime | None
     consumed_at: dt.datetime | None
     host_id: uuid.UUID | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Customer:
+    """A row of `customers` with its namespaces."""
+
+    customer_no: int
+    customer_id: uuid.UUID
+    name: str
+    namespaces: list[str]
+    created_by: str
+    created_at: dt.datetime
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomerKey:
+    """A row of `customer_keys`, without the secret's hash."""
+
+    key_no: int
+    key_id: str
+    customer_id: uuid.UUID
+    note: str
+    created_by: str
+    created_at: dt.datetime
+    revoked_at: dt.datetime | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -639,6 +669,7 @@ class Field:
     check: Callable[[str, str], str] | None = None  # (value, field name) -> value, or Refusal
     values: tuple[str, ...] = ()
     form: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more of it in the OpenAPI
+    required: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,6 +677,7 @@ class Field:
 # ---------------------------------------------------------------------------------------------
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+NAMESPACE = {"pattern": "^[a-z0-9][a-z0-9-]{0,38}[a-z0-9]$"}
 _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -739,6 +771,18 @@ def check_text(text: str, field: str) -> str:
             "BAD_REQUEST",
             f"{field} holds a control character or a broken one",
             "send one line of printable text",
+            field,
+        )
+    return text
+
+
+def check_namespace(text: str, field: str) -> str:
+    """A customer's namespace: a DNS label (RFC 1123) of 2 to 40 characters; raises Refusal."""
+    if not re.fullmatch(NAMESPACE["pattern"], text):
+        raise Refusal(
+            "BAD_REQUEST",
+            f"{field} is not 2 to 40 of a-z, 0-9 and -, which it neither begins nor ends with",
+            "choose another; it stands in the names of the customer's images",
             field,
         )
     return text
@@ -873,6 +917,9 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
                 f"known fields are: {', '.join(known) or 'none'}",
                 name[:40].encode("ascii", "replace").decode(),
             )
+    for field in fields:
+        if field.required and field.name not in given:
+            raise Refusal("BAD_REQUEST", f"{field.name} is missing", "send it", field.name)
     return {f.name: parse_field(f, given[f.name]) if f.name in given else f.default for f in fields}
 
 
@@ -907,7 +954,10 @@ LINE = {"format": "line"}
 WALLET = {"format": "solana-pubkey"}
 WG_IP = {"pattern": rf"^(?!10\.77\.(0\.[01]|255\.255)$)10\.77\.{_OCTET}\.{_OCTET}$"}
 WG_PUBKEY = {"pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
-PATH_FORMS: dict[str, Mapping[str, str]] = {"host_id": {"format": "uuid"}}
+PATH_FORMS: dict[str, Mapping[str, str]] = {
+    "host_id": {"format": "uuid"},
+    "customer_id": {"format": "uuid"},
+}
 INVITE_FIELDS = (
     Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
     Field("note", "string", "for the operator only", 0, 500, "", check_text, form=LINE),
@@ -916,6 +966,21 @@ INVITE_FIELDS = (
     Field("wg_pubkey", "string", "only this key", 1, 64, None, check_wg_pubkey, form=WG_PUBKEY),
     Field("approve_first_wallet", "boolean", "approve the wallet it arrives with", default=False),
 )
+CUSTOMER_FIELDS = (
+    Field("name", "string", "who it is", 1, 100, None, check_text, form=LINE, required=True),
+    Field(
+        "namespace",
+        "string",
+        "where its workloads and images are",
+        2,
+        40,
+        None,
+        check_namespace,
+        form=NAMESPACE,
+        required=True,
+    ),
+)
+KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, form=LINE),)
 PAGE_FIELDS = (
     Field("limit", "integer", "rows to give", 1, PAGE_MAX, PAGE_DEFAULT),
     Field("cursor", "integer", "`next_cursor` of the page before", 0, 2**62, 0),
@@ -1372,6 +1437,29 @@ def render_invite(invite: Invite) -> dict[str, Any]:
     }
 
 
+def render_customer(customer: Customer) -> dict[str, Any]:
+    """A customer as the HTTP API shows it."""
+    return {
+        "customer_id": str(customer.customer_id),
+        "name": customer.name,
+        "namespaces": customer.namespaces,
+        "created_by": customer.created_by,
+        "created_at": render_time(customer.created_at),
+    }
+
+
+def render_key(key: CustomerKey) -> dict[str, Any]:
+    """A customer's key as the HTTP API shows it, without its secret."""
+    return {
+        "key_id": key.key_id,
+        "customer_id": str(key.customer_id),
+        "note": key.note,
+        "created_by": key.created_by,
+        "created_at": render_time(key.created_at),
+        "revoked_at": render_time(key.revoked_at),
+    }
+
+
 def render_row(row: Mapping[str, Any], without: str = "") -> dict[str, Any]:
     """A database row as JSON, times as RFC 3339, without its internal key."""
     return {
@@ -1670,6 +1758,66 @@ GRANT EXECUTE ON FUNCTION prune_sessions TO @ROLE@;
         """
 CREATE INDEX hosts_revoked ON hosts (revoked_at) WHERE revoked_at IS NOT NULL;
 CREATE INDEX audit_log_wg_key ON audit_log ((detail->>'before')) WHERE action = 'host.wg_key';
+""",
+    ),
+    (
+        5,
+        "customers, their namespaces and keys",
+        """
+CREATE TABLE customers (
+  customer_no integer GENERATED ALWAYS AS IDENTITY UNIQUE,
+  customer_id uuid PRIMARY KEY,
+  name text NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+  created_by text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE customers IS 'Who posts workloads, and pays for them';
+COMMENT ON COLUMN customers.customer_no IS 'Order of lists';
+COMMENT ON COLUMN customers.customer_id IS 'Random id, shown to customer and operator';
+COMMENT ON COLUMN customers.name IS 'For people';
+COMMENT ON COLUMN customers.created_by IS 'The actor as in audit_log';
+COMMENT ON COLUMN customers.created_at IS 'When it was added';
+
+CREATE TABLE customer_namespaces (
+  namespace text PRIMARY KEY CHECK (namespace ~ '^[a-z0-9][a-z0-9-]{0,38}[a-z0-9]$'),
+  customer_no integer NOT NULL REFERENCES customers (customer_no),
+  created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX customer_namespaces_customer ON customer_namespaces (customer_no);
+COMMENT ON TABLE customer_namespaces IS 'Names under which a customer''s workloads and images are';
+COMMENT ON COLUMN customer_namespaces.namespace IS 'A DNS label; a provider''s has a colon in it';
+COMMENT ON COLUMN customer_namespaces.customer_no IS 'Whose it is, for good';
+COMMENT ON COLUMN customer_namespaces.created_at IS 'When it was taken';
+
+CREATE TABLE customer_keys (
+  key_no bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
+  key_id text PRIMARY KEY CHECK (key_id ~ '^[a-z2-7]{16}$'),
+  customer_no integer NOT NULL REFERENCES customers (customer_no),
+  secret_sha256 bytea NOT NULL CHECK (length(secret_sha256) = 32),
+  note text NOT NULL CHECK (length(note) <= 200),
+  created_by text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  revoked_at timestamptz
+);
+CREATE INDEX customer_keys_customer ON customer_keys (customer_no, key_no);
+COMMENT ON TABLE customer_keys IS 'What a customer proves itself with: oik1_<id>_<secret>';
+COMMENT ON COLUMN customer_keys.key_no IS 'Order of lists';
+COMMENT ON COLUMN customer_keys.key_id IS 'Public part of the key, 16 base32 characters';
+COMMENT ON COLUMN customer_keys.customer_no IS 'Whose it is';
+COMMENT ON COLUMN customer_keys.secret_sha256 IS 'SHA-256 of its secret; the secret is nowhere';
+COMMENT ON COLUMN customer_keys.note IS 'What it is for';
+COMMENT ON COLUMN customer_keys.created_by IS 'The actor as in audit_log';
+COMMENT ON COLUMN customer_keys.created_at IS 'When it was made';
+COMMENT ON COLUMN customer_keys.revoked_at IS 'When it was taken back, for good; null: it is good';
+CREATE TRIGGER customer_keys_final BEFORE UPDATE ON customer_keys FOR EACH ROW
+  WHEN (OLD.revoked_at IS NOT NULL)
+  EXECUTE FUNCTION refuse_change('a revoked key stays revoked');
+
+GRANT SELECT ON customers, customer_namespaces, customer_keys TO @ROLE@;
+GRANT INSERT (customer_id, name, created_by) ON customers TO @ROLE@;
+GRANT INSERT (namespace, customer_no) ON customer_namespaces TO @ROLE@;
+GRANT INSERT (key_id, customer_no, secret_sha256, note, created_by), UPDATE (revoked_at)
+  ON customer_keys TO @ROLE@;
 """,
     ),
 )
@@ -2038,6 +2186,70 @@ SELECT wg_pubkey AS key FROM hosts
 WHERE revoked_at > now() - make_interval(secs => %(window_s)s) AND wg_pubkey IS NOT NULL
 """
 
+CUSTOMER_COLUMNS = """c.customer_no, c.customer_id, c.name, ARRAY(
+    SELECT n.namespace FROM customer_namespaces n WHERE n.customer_no = c.customer_no
+    ORDER BY n.namespace) AS namespaces, c.created_by, c.created_at"""
+
+SQL_CUSTOMER_INSERT = """
+-- a new customer
+INSERT INTO customers (customer_id, name, created_by) VALUES (%(customer_id)s, %(name)s, %(actor)s)
+RETURNING customer_no
+"""
+
+SQL_CUSTOMER_NAMESPACE_INSERT = """
+-- a namespace of a customer, unless somebody has it
+INSERT INTO customer_namespaces (namespace, customer_no) VALUES (%(namespace)s, %(customer_no)s)
+ON CONFLICT DO NOTHING
+"""
+
+SQL_CUSTOMER_LIST = f"""
+-- a page of customers, or one
+SELECT {CUSTOMER_COLUMNS} FROM customers c
+WHERE c.customer_no > %(cursor)s
+  AND (%(customer_id)s::uuid IS NULL OR c.customer_id = %(customer_id)s)
+ORDER BY c.customer_no LIMIT %(limit)s
+"""
+
+SQL_CUSTOMER_LOCK = """
+-- one new key of a customer at a time, so that they can be counted
+SELECT pg_advisory_xact_lock(7726002, %(customer_no)s)
+"""
+
+SQL_KEY_COUNT = """
+-- a customer's keys that are good
+SELECT count(*) AS keys FROM customer_keys
+WHERE customer_no = %(customer_no)s AND revoked_at IS NULL
+"""
+
+KEY_COLUMNS = """k.key_no, k.key_id, c.customer_id, k.note, k.created_by, k.created_at,
+  k.revoked_at"""
+
+SQL_KEY_INSERT = """
+-- a new key of a customer
+INSERT INTO customer_keys (key_id, customer_no, secret_sha256, note, created_by)
+VALUES (%(key_id)s, %(customer_no)s, %(secret_sha256)s, %(note)s, %(actor)s)
+"""
+
+SQL_KEY_LIST = f"""
+-- a page of a customer's keys, newest first; or one key
+SELECT {KEY_COLUMNS} FROM customer_keys k JOIN customers c USING (customer_no)
+WHERE (%(cursor)s = 0 OR k.key_no < %(cursor)s)
+  AND (%(customer_id)s::uuid IS NULL OR c.customer_id = %(customer_id)s)
+  AND (%(key_id)s::text IS NULL OR k.key_id = %(key_id)s)
+ORDER BY k.key_no DESC LIMIT %(limit)s
+"""
+
+SQL_KEY_REVOKE = """
+-- take a key back
+UPDATE customer_keys SET revoked_at = now() WHERE key_id = %(key_id)s AND revoked_at IS NULL
+"""
+
+SQL_KEY_FIND = f"""
+-- whose key this is, unless it was revoked
+SELECT k.secret_sha256, {CUSTOMER_COLUMNS} FROM customer_keys k JOIN customers c USING (customer_no)
+WHERE k.key_id = %(key_id)s AND k.revoked_at IS NULL
+"""
+
 SQL_SERVE_START = """
 -- nobody is marked offline for what happened while this CP was away
 UPDATE cp_state SET serving_since = now(), alive_at = now()
@@ -2138,12 +2350,15 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "changes_are_audited",
-        "every invite, host and revocation has its line in the audit log",
+        "every invite, host, customer, key and revocation has its line in the audit log",
         """SELECT subject FROM (
              SELECT invite_id AS subject, 'invite.mint' AS action FROM invites
              UNION ALL SELECT host_id::text, 'host.register' FROM hosts
              UNION ALL SELECT host_id::text, 'host.revoke' FROM hosts WHERE status = 'revoked'
              UNION ALL SELECT invite_id, 'invite.revoke' FROM invites WHERE revoked_at IS NOT NULL
+             UNION ALL SELECT customer_id::text, 'customer.add' FROM customers
+             UNION ALL SELECT key_id, 'key.mint' FROM customer_keys
+             UNION ALL SELECT key_id, 'key.revoke' FROM customer_keys WHERE revoked_at IS NOT NULL
            ) AS due WHERE NOT EXISTS (SELECT 1 FROM audit_log a
              WHERE a.subject = due.subject AND a.action = due.action)""",
     ),
@@ -2157,7 +2372,7 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
            UNION ALL SELECT table_name || '.' || column_name FROM information_schema.columns
            WHERE table_schema = 'public' AND (table_name IN ('audit_log', 'schema_migrations')
              OR column_name IN ('created_at', 'created_by', 'expires_at', 'secret_sha256',
-               'session_sha256', 'started_at', 'host_no', 'opened_by'))
+               'session_sha256', 'started_at', 'host_no', 'opened_by', 'customer_no', 'key_id'))
              AND has_column_privilege(current_user, 'public.' || table_name, column_name,
                'UPDATE')""",
     ),
@@ -2839,6 +3054,108 @@ async def approve_namespace(db: Database, actor: Actor, namespace: str) -> Row:
     return found
 
 
+async def add_customer(db: Database, actor: Actor, name: str, namespace: str) -> Customer:
+    """Add a customer with its first namespace; raises Refusal."""
+    customer_id = uuid.uuid4()
+    async with db.transaction() as tx:
+        row = await tx.the(
+            SQL_CUSTOMER_INSERT, customer_id=customer_id, name=name, actor=actor.name
+        )
+        if not await tx.execute(
+            SQL_CUSTOMER_NAMESPACE_INSERT, namespace=namespace, customer_no=row["customer_no"]
+        ):
+            what = f"another customer has the namespace {namespace}"
+            raise Refusal("CONFLICT", what, "choose another", "namespace")
+        names = {"name": name, "namespace": namespace}
+        await audit(tx, actor, "customer.add", str(customer_id), **names)
+        return await _get_customer(tx, customer_id)
+
+
+async def _get_customer(tx: Transaction, customer_id: uuid.UUID) -> Customer:
+    page = {"limit": 1, "cursor": 0}
+    found = await tx.rows(SQL_CUSTOMER_LIST, Customer, customer_id=customer_id, **page)
+    if not found:
+        raise Refusal("NOT_FOUND", "no such customer", "list them: GET /api/v1/admin/customers")
+    return found[0]
+
+
+async def get_customer(db: Database, customer_id: uuid.UUID) -> Customer:
+    """One customer; raises Refusal."""
+    async with db.transaction() as tx:
+        return await _get_customer(tx, customer_id)
+
+
+async def list_customers(db: Database, values: Mapping[str, Any]) -> list[Customer]:
+    """A page of customers in the order in which they were added."""
+    async with db.transaction() as tx:
+        return await tx.rows(SQL_CUSTOMER_LIST, Customer, customer_id=None, **values)
+
+
+async def mint_key(
+    db: Database, actor: Actor, customer_id: uuid.UUID, note: str
+) -> tuple[str, CustomerKey]:
+    """Make a key of a customer; its text is given back here and nowhere else, ever."""
+    key_id, secret = new_public_id(), secrets.token_bytes(32)
+    async with db.transaction() as tx:
+        customer = await _get_customer(tx, customer_id)
+        await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
+        row = await tx.the(SQL_KEY_COUNT, customer_no=customer.customer_no)
+        if row["keys"] >= CUSTOMER_KEYS_MAX:
+            what = f"this customer has {row['keys']} keys already"
+            raise Refusal("CONFLICT", what, "revoke those that are not needed")
+        await tx.execute(
+            SQL_KEY_INSERT,
+            key_id=key_id,
+            customer_no=customer.customer_no,
+            secret_sha256=sha256(secret),
+            note=note,
+            actor=actor.name,
+        )
+        await audit(tx, actor, "key.mint", key_id, customer_id=str(customer_id), note=note)
+        key = await _get_key(tx, key_id, customer_id)
+    return render_token("oik1", key_id, secret), key
+
+
+async def _get_key(tx: Transaction, key_id: str, customer_id: uuid.UUID | None) -> CustomerKey:
+    which = {"key_id": key_id, "customer_id": customer_id}
+    found = await tx.rows(SQL_KEY_LIST, CustomerKey, limit=1, cursor=0, **which)
+    if not found:
+        todo = "list them: GET /api/v1/admin/customers/{customer_id}/keys"
+        raise Refusal("NOT_FOUND", "no such key", todo)
+    return found[0]
+
+
+async def list_keys(
+    db: Database, customer_id: uuid.UUID, values: Mapping[str, Any]
+) -> list[CustomerKey]:
+    """A page of a customer's keys, newest first; raises Refusal."""
+    async with db.transaction() as tx:
+        await _get_customer(tx, customer_id)
+        which = {"key_id": None, "customer_id": customer_id}
+        return await tx.rows(SQL_KEY_LIST, CustomerKey, **which, **values)
+
+
+async def revoke_key(
+    db: Database, actor: Actor, key_id: str, customer_id: uuid.UUID | None = None
+) -> CustomerKey:
+    """Take a key back for good; doing it twice changes nothing; raises Refusal."""
+    async with db.transaction() as tx:
+        await _get_key(tx, key_id, customer_id)
+        if await tx.execute(SQL_KEY_REVOKE, key_id=key_id):
+            await audit(tx, actor, "key.revoke", key_id)
+        return await _get_key(tx, key_id, customer_id)
+
+
+async def find_customer(db: Database, token: Token) -> Customer | None:
+    """The customer whose key this is; None for an unknown or revoked one."""
+    async with db.transaction() as tx:
+        row = await tx.one(SQL_KEY_FIND, key_id=token.public_id)
+    known = bytes(row.pop("secret_sha256")) if row else bytes(32)
+    if not hmac.compare_digest(known, sha256(token.secret)) or row is None:
+        return None
+    return Customer(**row)
+
+
 async def list_audit(db: Database, values: Mapping[str, Any]) -> list[Row]:
     """A page of the audit log, newest first."""
     async with db.transaction() as tx:
@@ -3131,17 +3448,23 @@ class Peers:
 class ControlPlane:
     """One serving process: what its edges and loops share.
 
-    Three small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
-    the sweep, `db` for joining agents, `admin_db` for the operator.
+    Four small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
+    the sweep, `db` for joining agents, `admin_db` for the operator, `customer_db` for customers.
     """
 
     def __init__(
-        self, settings: Settings, db: Database, beat_db: Database, admin_db: Database
+        self,
+        settings: Settings,
+        db: Database,
+        beat_db: Database,
+        admin_db: Database,
+        customer_db: Database,
     ) -> None:
         self.settings = settings
         self.db = db
         self.beat_db = beat_db
         self.admin_db = admin_db
+        self.customer_db = customer_db
         self.stopping = False
         self.busy = 0.0
         self.metrics = Metrics()
@@ -3316,7 +3639,8 @@ class ControlPlane:
             self.metrics.set("openinfra_database_up", 1)
         except Error:  # the store has logged it; the last counts stay
             self.metrics.set("openinfra_database_up", 0)
-        for name, db in (("beats", self.beat_db), ("agents", self.db), ("admin", self.admin_db)):
+        pools = {"beats": self.beat_db, "agents": self.db, "admin": self.admin_db}
+        for name, db in {**pools, "customers": self.customer_db}.items():
             self.metrics.set("openinfra_pool_waiting", db.waiting(), pool=name)
         self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
         self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
@@ -3546,14 +3870,28 @@ class Request:
     actor: Actor
     path: Mapping[str, str]
     values: Mapping[str, Any]
+    customer: Customer | None = None  # whose key it came with
 
     def host_id(self) -> uuid.UUID:
         """The host in the path; raises Refusal."""
+        return self._id("host")
+
+    def customer_id(self) -> uuid.UUID:
+        """The customer in the path; raises Refusal."""
+        return self._id("customer")
+
+    def _id(self, of: str) -> uuid.UUID:
         try:
-            return uuid.UUID(self.path["host_id"])
+            return uuid.UUID(self.path[f"{of}_id"])
         except ValueError:
-            what = "the host id in the path is not a UUID"
-            raise Refusal("BAD_REQUEST", what, "copy it from GET /api/v1/admin/hosts") from None
+            what = f"the {of} id in the path is not a UUID"
+            raise Refusal("BAD_REQUEST", what, f"copy it from GET /api/v1/admin/{of}s") from None
+
+    def of_customer(self) -> Customer:
+        """The customer that asks, on a route for customers."""
+        if self.customer is None:
+            raise Refusal("INTERNAL", "the control plane has a bug", "a route without its customer")
+        return self.customer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3562,7 +3900,7 @@ class Route:
 
     method: str
     path: str
-    scope: str  # admin, read, or empty: no token needed
+    scope: str  # admin, read; customer: a customer's key; empty: no token needed
     summary: str
     handler: Callable[[ControlPlane, Request], Awaitable[Answer]]
     answer: str  # name in SCHEMAS
@@ -3630,6 +3968,41 @@ async def http_list_namespaces(cp: ControlPlane, request: Request) -> Answer:
 async def http_approve_namespace(cp: ControlPlane, request: Request) -> Answer:
     row = await approve_namespace(cp.admin_db, request.actor, request.path["namespace"])
     return 200, render_row(row, "namespace_no")
+
+
+async def http_add_customer(cp: ControlPlane, request: Request) -> Answer:
+    return 201, render_customer(await add_customer(cp.admin_db, request.actor, **request.values))
+
+
+async def http_list_customers(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_customers(cp.admin_db, one_more(request.values))
+    shown = [render_customer(row) for row in rows]
+    return page("customers", rows, shown, "customer_no", request.values["limit"])
+
+
+async def http_get_customer(cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_customer(await get_customer(cp.admin_db, request.customer_id()))
+
+
+async def http_mint_key(cp: ControlPlane, request: Request) -> Answer:
+    note = request.values["note"]
+    key, row = await mint_key(cp.admin_db, request.actor, request.customer_id(), note)
+    return 201, {"key": key, **render_key(row)}
+
+
+async def http_list_keys(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_keys(cp.admin_db, request.customer_id(), one_more(request.values))
+    shown = [render_key(row) for row in rows]
+    return page("keys", rows, shown, "key_no", request.values["limit"])
+
+
+async def http_revoke_key(cp: ControlPlane, request: Request) -> Answer:
+    which = (request.path["key_id"], request.customer_id())
+    return 200, render_key(await revoke_key(cp.admin_db, request.actor, *which))
+
+
+async def http_get_account(_cp: ControlPlane, request: Request) -> Answer:
+    return 200, render_customer(request.of_customer())
 
 
 async def http_list_audit(cp: ControlPlane, request: Request) -> Answer:
@@ -3726,6 +4099,68 @@ ROUTES = (
         "Namespace",
     ),
     Route(
+        "POST",
+        "/api/v1/admin/customers",
+        "admin",
+        "Add a customer",
+        http_add_customer,
+        "Customer",
+        201,
+        body=CUSTOMER_FIELDS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/customers",
+        "read",
+        "List customers in the order in which they were added",
+        http_list_customers,
+        "Customers",
+        query=PAGE_FIELDS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/customers/{customer_id}",
+        "read",
+        "One customer",
+        http_get_customer,
+        "Customer",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/customers/{customer_id}/keys",
+        "admin",
+        "Make a key of a customer; it is in this answer and nowhere else",
+        http_mint_key,
+        "NewCustomerKey",
+        201,
+        body=KEY_FIELDS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/customers/{customer_id}/keys",
+        "read",
+        "List a customer's keys, newest first",
+        http_list_keys,
+        "CustomerKeys",
+        query=PAGE_FIELDS,
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/admin/customers/{customer_id}/keys/{key_id}",
+        "admin",
+        "Take a key back for good",
+        http_revoke_key,
+        "CustomerKey",
+    ),
+    Route(
+        "GET",
+        "/api/v1/account",
+        "customer",
+        "Who the key of this request belongs to",
+        http_get_account,
+        "Customer",
+    ),
+    Route(
         "GET",
         "/api/v1/admin/audit-log",
         "read",
@@ -3805,9 +4240,27 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "Hosts": {"hosts": "[Host]", "next_cursor": "integer?"},
     "Namespaces": {"namespaces": "[Namespace]", "next_cursor": "integer?"},
     "AuditLog": {"entries": "[AuditEntry]", "next_cursor": "integer?"},
+    "Customer": {
+        "customer_id": "uuid",
+        "name": "string",
+        "namespaces": "strings",
+        "created_by": "string",
+        "created_at": "date-time",
+    },
+    "Customers": {"customers": "[Customer]", "next_cursor": "integer?"},
+    "CustomerKey": {
+        "key_id": "string",
+        "customer_id": "uuid",
+        "note": "string",
+        "created_by": "string",
+        "created_at": "date-time",
+        "revoked_at": "date-time?",
+    },
+    "CustomerKeys": {"keys": "[CustomerKey]", "next_cursor": "integer?"},
     "Object": {},
 }
 SCHEMAS["NewInvite"] = {"token": "string", **SCHEMAS["Invite"]}
+SCHEMAS["NewCustomerKey"] = {"key": "string", **SCHEMAS["CustomerKey"]}
 
 
 def render_shape(text: str) -> Row:
@@ -3844,6 +4297,9 @@ def render_path_value(name: str) -> Row:
     return {"type": "string", "minLength": 1, "maxLength": 100, **PATH_FORMS.get(name, LINE)}
 
 
+SCHEMES = {"customer": "key"}  # scope -> what proves it, but for operators' JWTs
+
+
 def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, str]]) -> Row:
     """The OpenAPI 3.1 document of the HTTP API, from the same tables that serve it."""
     paths: dict[str, dict[str, Row]] = {}
@@ -3851,7 +4307,7 @@ def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, s
         operation: Row = {
             "summary": route.summary,
             "operationId": route.handler.__name__.removeprefix("http_"),
-            "security": [{"jwt": []}] if route.scope else [],
+            "security": [{SCHEMES.get(route.scope, "jwt"): []}] if route.scope else [],
             "parameters": [
                 {"name": name, "in": "path", "required": True, "schema": render_path_value(name)}
                 for name in re.findall(r"{(\w+)}", route.path)
@@ -3864,7 +4320,9 @@ def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, s
         }
         if route.body is not None:
             properties = {field.name: render_field(field) for field in route.body}
+            needed = [field.name for field in route.body if field.required]
             shape = {"type": "object", "additionalProperties": False, "properties": properties}
+            shape |= {"required": needed} if needed else {}
             content = {"application/json": {"schema": shape}}
             operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
@@ -3876,12 +4334,13 @@ def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, s
         }
         for name, fields in schemas.items()
     }
-    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    bearer = {"type": "http", "scheme": "bearer"}
+    schemes = {"jwt": {**bearer, "bearerFormat": "JWT"}, "key": {**bearer, "bearerFormat": "oik1"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "OpenInfra control plane", "version": VERSION},
         "paths": paths,
-        "components": {"schemas": components, "securitySchemes": {"jwt": bearer}},
+        "components": {"schemas": components, "securitySchemes": schemes},
     }
 
 
@@ -3980,7 +4439,11 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET" and path == "/metrics":
             return 200, self.server.call(cp.render_metrics())
         route, in_path = match_route(self.command, path)
-        actor = self._check_token(route.scope) if route.scope else Actor("anonymous")
+        actor, customer = Actor("anonymous"), None
+        if route.scope == "customer":
+            actor, customer = self._check_key()
+        elif route.scope:
+            actor = self._check_token(route.scope)
         values = parse_query(route.query, query)
         raw = self._read_body() if route.scope else b""
         if route.body is None:
@@ -3988,17 +4451,32 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 raise Refusal("BAD_REQUEST", "this request takes no body", "send none")
         else:
             values |= parse_fields(route.body, parse_body(raw))
-        status, body = self.server.call(route.handler(cp, Request(actor, in_path, values)))
+        request = Request(actor, in_path, values, customer)
+        status, body = self.server.call(route.handler(cp, request))
         failpoint("http.after_commit")
         return status, body
 
-    def _check_token(self, scope: str) -> Actor:
+    def _read_bearer(self) -> str:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+
+    def _check_key(self) -> tuple[Actor, Customer]:
+        refusal = Refusal(
+            "UNAUTHORIZED", "no valid key", "send yours: Authorization: Bearer oik1_…"
+        )
+        try:
+            key = parse_token("oik1", self._read_bearer())
+        except Refusal:
+            raise refusal from None
+        customer = self.server.call(find_customer(self.server.cp.customer_db, key))
+        if customer is None:
+            raise refusal
+        return Actor(f"customer:{customer.customer_id}:{key.public_id}"), customer
+
+    def _check_token(self, scope: str) -> Actor:
         keys = self.server.cp.jwt_keys()
         try:
-            if scheme.lower() != "bearer":
-                raise ValueError("scheme")
-            claims = parse_jwt(token.strip(), keys, time.time())
+            claims = parse_jwt(self._read_bearer(), keys, time.time())
         except (ValueError, RecursionError):
             what, todo = "no valid token", "make one: cp_server.py token"
             raise Refusal("UNAUTHORIZED", what, todo) from None
@@ -4275,8 +4753,9 @@ async def serve(settings: Settings) -> None:
     # A plan made once for any filter reads the whole table for some of them (test_hosts_api.py).
     admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options="-c plan_cache_mode=force_custom_plan")
     beat_db = Database(dsn, 2, rest_s=1)  # batches and sweeps do not wait for it one by one
-    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db)
-    pools = (cp.db, beat_db, admin_db)
+    customer_db = Database(dsn, 2, wait_s=1, rest_s=1)
+    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db, customer_db)
+    pools = (cp.db, beat_db, admin_db, customer_db)
     try:
         for pool in pools:
             await pool.open()
@@ -5549,6 +6028,60 @@ def command_hosts(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def command_customers(args: argparse.Namespace, settings: Settings) -> int:
+    """List customers."""
+    values = parse_fields(PAGE_FIELDS, {"limit": args.limit})
+    found = asyncio.run(with_database(settings.dsn_file, lambda db: list_customers(db, values)))
+    if args.json:
+        print(json.dumps({"customers": [render_customer(each) for each in found]}, indent=1))
+        return 0
+    rows = [("CUSTOMER", "NAME", "NAMESPACES", "SINCE")]
+    for each in found:
+        since = f"{each.created_at:%Y-%m-%d}"
+        rows.append((str(each.customer_id), each.name, " ".join(each.namespaces), since))
+    print(render_table(rows))
+    return 0
+
+
+def command_add_customer(args: argparse.Namespace, settings: Settings) -> int:
+    """Add a customer and make its first key; the key alone goes to stdout."""
+    values = parse_fields(CUSTOMER_FIELDS, {"name": args.name, "namespace": args.namespace})
+
+    async def work(db: Database) -> tuple[Customer, str]:
+        customer = await add_customer(db, cli_actor(), **values)
+        return customer, (await mint_key(db, cli_actor(), customer.customer_id, "the first"))[0]
+
+    customer, key = asyncio.run(with_database(settings.dsn_file, work))
+    print(key)
+    print(f"Customer {customer.customer_id}. The key is shown once.", file=sys.stderr)
+    return 0
+
+
+def command_mint_key(args: argparse.Namespace, settings: Settings) -> int:
+    """Make another key of a customer; the key alone goes to stdout."""
+    note = parse_fields(KEY_FIELDS, {"note": args.note})["note"]
+    try:
+        customer_id = uuid.UUID(args.customer_id)
+    except ValueError:
+        todo = "copy it from: cp_server.py customers"
+        raise Error("the customer id is not a UUID", todo, 2) from None
+    key, row = asyncio.run(
+        with_database(settings.dsn_file, lambda db: mint_key(db, cli_actor(), customer_id, note))
+    )
+    print(key)
+    print(f"Key {row.key_id}. It is shown once.", file=sys.stderr)
+    return 0
+
+
+def command_revoke_key(args: argparse.Namespace, settings: Settings) -> int:
+    """Take a customer's key back for good."""
+    key = asyncio.run(
+        with_database(settings.dsn_file, lambda db: revoke_key(db, cli_actor(), args.key_id))
+    )
+    print(f"key {key.key_id} of customer {key.customer_id} is revoked")
+    return 0
+
+
 def command_revoke(args: argparse.Namespace, settings: Settings) -> int:
     """Remove a host for good."""
     try:
@@ -5760,6 +6293,7 @@ def make_parser() -> argparse.ArgumentParser:
     hosts.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
     hosts.add_argument("--json", action="store_true", help="print one JSON object")
     add("revoke", command_revoke).add_argument("host_id", help="the host's UUID")
+    add_customer_commands(add)
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--invariants", action="store_true", help="test what must always hold")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -5781,6 +6315,20 @@ def make_parser() -> argparse.ArgumentParser:
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")
     return parser
+
+
+def add_customer_commands(add: Callable[..., Any]) -> None:
+    """The command line for customers and their keys."""
+    customers = add("customers", command_customers)
+    customers.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
+    customers.add_argument("--json", action="store_true", help="print one JSON object")
+    customer = add("add-customer", command_add_customer)
+    for field in CUSTOMER_FIELDS:
+        customer.add_argument(f"--{field.name}", required=True, help=field.help)
+    key = add("mint-key", command_mint_key)
+    key.add_argument("customer_id", help="the customer's UUID")
+    key.add_argument("--note", default="", help="what it is for")
+    add("revoke-key", command_revoke_key).add_argument("key_id", help="its 16 characters")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,9 +37,11 @@ class Shell:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        port = free_port()
         self.changes = {
             ":9092": f":{free_port()}",
-            ":8080": f":{free_port()}",
+            ":8080": f":{port}",
+            "https://cp.coledex.com/api": f"http://127.0.0.1:{port}/api",
             "/var/lib/openinfra": str(directory / "data"),
         }
         for name in ("cp_server.py", "agent.py", "proto", "systemd", *cp_server.SCRIPTS):
@@ -105,6 +107,9 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         wait_for("ready", lambda: "INFO control plane ready" in shell.log("operator") or None)
         token = shell.run("operator-daily").splitlines()[0]
         assert re.fullmatch(r"oi1_\S+", token)
+        key, *table = shell.run("operator-customer").splitlines()
+        assert "kuma" in table[-1]
+        assert '"kuma"' in shell.run("customer", OPENINFRA_KEY=key)
         jwt = (shell.directory / "admin.jwt").read_text().strip()
         printed = shell.run("operator-http", ADMIN_JWT=jwt)
         assert re.match(r"oi1_\S+\n", printed)

@@ -1578,7 +1578,8 @@ def test_the_openapi_operations_are_whole(document: dict[str, Any]) -> None:
     schemes = set(document["components"]["securitySchemes"])
     for route in cp_server.ROUTES:
         operation = document["paths"][route.path][route.method.lower()]
-        assert operation["security"] == ([{"jwt": []}] if route.scope else [])
+        scheme = "key" if route.scope == "customer" else "jwt"
+        assert operation["security"] == ([{scheme: []}] if route.scope else [])
         assert {name for item in operation["security"] for name in item} <= schemes
         in_path = [p["name"] for p in operation["parameters"] if p["in"] == "path"]
         assert in_path == re.findall(r"{(\w+)}", route.path)
