@@ -5436,15 +5436,16 @@ GPG_HOME_MAX_S = 86_400.0  # an older one belongs to no run that still goes on
 GPG = ("gpg", "--batch", "--no-tty", "--quiet", "--no-options", "--no-symkey-cache")
 GPG_ENCRYPT = ("--symmetric", "--cipher-algo", "AES256", "--s2k-digest-algo", "SHA512")
 
-# Around what pg_restore prints, in one transaction. A revoked host stays revoked, also one that
-# only the database of before knew. Live sessions are forgotten, not ended: a host opens a new one,
-# and neither counts as a takeover nor is told that another agent has its identity.
+# Around what pg_restore prints, in one transaction. A revoked host or key stays revoked, also one
+# that only the database of before knew. Live sessions are forgotten, not ended: a host opens a new
+# one, and neither counts as a takeover nor is told that another agent has its identity.
 RESTORE_BEGIN = """
 BEGIN;
 SET LOCAL client_min_messages = warning;
 SET LOCAL lock_timeout = '10s';
 SELECT pg_advisory_xact_lock(7726001) \\g /dev/null
 CREATE TEMP TABLE revoked_here (host_id uuid) ON COMMIT DROP;
+CREATE TEMP TABLE revoked_keys (key_id text) ON COMMIT DROP;
 DO $$ DECLARE command text; BEGIN
   IF to_regclass('public.hosts') IS NOT NULL THEN
     LOCK TABLE public.hosts IN EXCLUSIVE MODE;
@@ -5452,6 +5453,13 @@ DO $$ DECLARE command text; BEGIN
       RAISE EXCEPTION 'this database has hosts';
     END IF;
     INSERT INTO revoked_here SELECT host_id FROM public.hosts WHERE status = 'revoked';
+  END IF;
+  IF to_regclass('public.customer_keys') IS NOT NULL THEN
+    LOCK TABLE public.customers, public.customer_keys IN EXCLUSIVE MODE;
+    IF EXISTS (SELECT 1 FROM public.customers) AND NOT @REPLACE@ THEN
+      RAISE EXCEPTION 'this database has customers';
+    END IF;
+    INSERT INTO revoked_keys SELECT key_id FROM public.customer_keys WHERE revoked_at IS NOT NULL;
   END IF;
   FOR command IN SELECT format('DROP TABLE %s CASCADE', oid::regclass) FROM pg_class
       WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
@@ -5470,6 +5478,18 @@ WITH again AS (
 INSERT INTO public.audit_log (actor, action, subject, detail)
 SELECT :'actor', 'host.revoke', host_id::text, '{"why": "it was revoked before a restore"}'
 FROM again;
+SELECT set_config('openinfra.actor', :'actor', true) \\g /dev/null
+DO $$ BEGIN
+  IF to_regclass('public.customer_keys') IS NOT NULL THEN
+    WITH again AS (
+      UPDATE public.customer_keys SET revoked_at = now()
+      WHERE revoked_at IS NULL AND key_id IN (SELECT key_id FROM pg_temp.revoked_keys)
+      RETURNING key_id)
+    INSERT INTO public.audit_log (actor, action, subject, detail)
+    SELECT current_setting('openinfra.actor'), 'key.revoke', key_id,
+      '{"why": "it was revoked before a restore"}' FROM again;
+  END IF;
+END $$;
 INSERT INTO public.audit_log (actor, action, subject, detail)
 VALUES (:'actor', 'backup.restore', 'database', jsonb_build_object('created_at', :'created_at'));
 COMMIT;
@@ -5698,10 +5718,13 @@ def read_backup_facts(dsn: str, role: str) -> Row:
         with psycopg.connect(dsn, connect_timeout=5, row_factory=dict_row) as connection:
             check_server_version(connection.info.server_version)
             row = connection.execute(sql, [role]).fetchone() or {}
-            facts: Row = {**row, "schema": None, "hosts": 0}
+            facts: Row = {**row, "schema": None, "hosts": 0, "customers": 0}
             if row["has_schema"]:
                 sql = "SELECT max(number) AS schema, (SELECT count(*) FROM hosts) AS hosts"
                 found = connection.execute(f"{sql} FROM schema_migrations").fetchone()
+                facts |= found or {}
+            if (facts["schema"] or 0) >= 5:
+                found = connection.execute("SELECT count(*) AS customers FROM customers").fetchone()
                 facts |= found or {}
     except psycopg.OperationalError as error:
         said = " ".join(str(error).split())
@@ -5764,7 +5787,7 @@ def restore_database(backup: Backup, dsn: str, replace: bool) -> None:
             code = psql.wait(DUMP_S)
         text = read_said(said)
     if code != 0 or dump.returncode != 0:
-        refused = "this database has hosts" in text
+        refused = re.search("this database has (hosts|customers)", text)
         what = f"the database was left as it was: {text}"
         raise Error(what, "mend that and run this again", 3 if refused else 1)
 
@@ -5827,8 +5850,9 @@ def restore(
     if facts["is_served"]:
         what = "a control plane is connected to this database"
         raise Error(what, "stop it: systemctl stop openinfra-cp; then run this again", 75)
-    if facts["hosts"] and not replace:
-        what = f"this database has {facts['hosts']} hosts, which a restore would remove"
+    if (facts["hosts"] or facts["customers"]) and not replace:
+        what = f"this database has {facts['hosts']} hosts and {facts['customers']} customers, which"
+        what += " a restore would remove"
         raise Error(what, "is this the new machine? to replace them: --replace", 3)
     restore_database(backup, dsn, replace)
     yield f"database restored: {manifest['hosts']} hosts as of {manifest['created_at']}"

@@ -421,6 +421,33 @@ def test_a_host_that_was_revoked_since_stays_revoked(
     assert done.returncode == 0, done.stdout
 
 
+def test_customers_and_their_keys(source: Machine, target: Machine, tmp_path: Path) -> None:
+    """They are in a backup, in the way of a restore, and a key that was revoked since stays so."""
+    added = source.cp.command("add-customer", "--name=Kuma", "--namespace=kuma")
+    assert added.returncode == 0, added.stderr
+    key_id = added.stdout.split("_")[1]
+    target.restore(source.back_up(tmp_path / "with"))
+    assert target.cp.query("SELECT name FROM customers") == [{"name": "Kuma"}]
+    assert target.cp.command("revoke-key", key_id).returncode == 0
+    target.restore(tmp_path / "with", "--replace")
+    left = target.cp.query("SELECT key_id FROM customer_keys WHERE revoked_at IS NULL")
+    assert left == []
+    done = target.cp.command("doctor", "--invariants")
+    assert done.returncode == 0, done.stdout
+    assert len(target.cp.query("SELECT 1 FROM audit_log WHERE action = 'key.revoke'")) == 1
+
+
+def test_customers_without_a_host_are_in_the_way(
+    backup: Path, postgres: Postgres, tmp_path: Path
+) -> None:
+    machine = Machine(postgres, tmp_path / "other")
+    added = machine.cp.command("add-customer", "--name=Kuma", "--namespace=kuma")
+    assert added.returncode == 0, added.stderr
+    done = machine.run("restore", str(backup))
+    check_failed(done, EXIT_PROTECT, "this database has 0 hosts and 1 customers", "--replace")
+    assert machine.cp.query("SELECT name FROM customers") == [{"name": "Kuma"}]
+
+
 def test_an_owner_without_other_rights(
     source: Machine, backup: Path, spare_postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -447,13 +474,19 @@ def test_an_older_schema_is_restored_and_migrated(
     spare_postgres: Postgres, target: Machine, source: Machine, tmp_path: Path
 ) -> None:
     old = Machine(spare_postgres, tmp_path / "old")
-    for sql in ("DROP INDEX hosts_revoked", "DROP INDEX audit_log_wg_key"):
+    tables = "customer_keys, customer_namespaces, customers"
+    for sql in (
+        "DROP INDEX hosts_revoked",
+        "DROP INDEX audit_log_wg_key",
+        f"DROP TABLE {tables}",
+        "DELETE FROM schema_migrations WHERE number >= 4",
+    ):
         spare_postgres.execute(old.cp.database, sql)
-    spare_postgres.execute(old.cp.database, "DELETE FROM schema_migrations WHERE number = 4")
     check_failed(old.run("backup", f"--out={tmp_path / 'x'}"), EXIT_ERROR, "migrate")
     path = forge(old, tmp_path / "old.gpg", schema=3)
     assert "applied 4 " in target.restore(path)
-    assert target.cp.query("SELECT max(number) AS n FROM schema_migrations") == [{"n": 4}]
+    newest = [{"n": cp_server.SCHEMA_VERSION}]
+    assert target.cp.query("SELECT max(number) AS n FROM schema_migrations") == newest
     target.cp.start()
     target.cp.check_invariants()
     target.cp.stop()
