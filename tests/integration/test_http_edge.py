@@ -34,6 +34,9 @@ INVITES, HOSTS = "/api/v1/admin/host-invites", "/api/v1/admin/hosts"
 NAMESPACES, AUDIT = "/api/v1/admin/namespaces", "/api/v1/admin/audit-log"
 
 
+KEYS: dict[str, str] = {}  # scope -> what opens its routes, but for operators' tokens
+
+
 @pytest.fixture(scope="module")
 def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane with seven hosts, one of them revoked, and invites of every state.
@@ -56,6 +59,9 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             cp.mint(note=note)
         back = cp.query("SELECT invite_id FROM invites WHERE note = 'taken back'")[0]["invite_id"]
         assert cp.call("DELETE", f"{INVITES}/{back}")[0] == 200
+        done = cp.command("add-customer", "--name=Kuma", "--namespace=kuma")
+        assert done.returncode == 0, done.stderr
+        KEYS["customer"] = done.stdout.strip()
         cp.postgres.execute(
             cp.database,
             "UPDATE invites SET created_at = now() - interval '2 h',"
@@ -111,9 +117,17 @@ def check_type(kind: str, value: Any) -> None:
         assert type(value) in kinds[kind], f"{value!r} is no {kind}"
 
 
-def head(cp: ControlPlane, method: str, path: str, *lines: str, length: int | None = None) -> bytes:
+def head(
+    cp: ControlPlane,
+    method: str,
+    path: str,
+    *lines: str,
+    length: int | None = None,
+    scope: str = "",
+) -> bytes:
     """The head of a request with a good token."""
-    fields = [f"{method} {path} HTTP/1.1", "Host: cp", f"Authorization: Bearer {cp.token}", *lines]
+    token = KEYS.get(scope, cp.token)
+    fields = [f"{method} {path} HTTP/1.1", "Host: cp", f"Authorization: Bearer {token}", *lines]
     if length is not None:
         fields += ["Content-Type: application/json", f"Content-Length: {length}"]
     return ("\r\n".join(fields) + "\r\n\r\n").encode()
@@ -126,7 +140,14 @@ def fill(cp: ControlPlane, path: str) -> str:
     """A route's path with values that are there."""
     host_id = cp.query("SELECT host_id FROM hosts ORDER BY host_no LIMIT 1")[0]["host_id"]
     invite_id = cp.query("SELECT invite_id FROM invites WHERE note = 'waiting'")[0]["invite_id"]
-    values = {"host_id": host_id, "invite_id": invite_id, "namespace": f"solana:{WALLET}"}
+    customer_id = cp.query("SELECT customer_id FROM customers")[0]["customer_id"]
+    values = {
+        "host_id": host_id,
+        "invite_id": invite_id,
+        "namespace": f"solana:{WALLET}",
+        "customer_id": customer_id,
+        "key_id": KEYS["customer"].split("_")[1],
+    }
     return re.sub(r"{(\w+)}", lambda match: str(values[match[1]]), path)
 
 
@@ -138,7 +159,8 @@ def test_every_answer_has_the_types_of_the_document(
     api: ControlPlane, route: cp_server.Route
 ) -> None:
     with unchanged(api):
-        status, headers, answer = exchange(api, head(api, "GET", fill(api, route.path)))
+        request = head(api, "GET", fill(api, route.path), scope=route.scope)
+        status, headers, answer = exchange(api, request)
     assert status == route.status
     assert headers["content-type"] == "application/json; charset=utf-8"
     check_type(route.answer, answer)
@@ -159,6 +181,12 @@ def test_every_route_wants_the_right_token(api: ControlPlane, route: cp_server.R
         for scheme in ("Basic", "Token", "Bearerx", ""):
             given = {"Authorization": f"{scheme} {api.token}".strip()}
             assert api.call(route.method, path, headers=given)[0] == 401
+        if route.scope in KEYS:  # no operator's token, however far it reaches
+            assert api.call(route.method, path)[0] == 401
+            assert api.call(route.method, path, token=KEYS[route.scope])[0] == route.status
+            return
+        for key in KEYS.values():
+            assert api.call(route.method, path, token=key)[0] == 401
         nobody = cp_server.mint_jwt(api.key, "nobody", "", 60)
         assert api.call(route.method, path, token=nobody)[0] == 403
         reader = cp_server.mint_jwt(api.key, "reader", "read", 60)
