@@ -153,6 +153,98 @@ HOST_STATUS_REVOKED: HostStatus.ValueType  # 6
 """Removed by the operator; final."""
 global___HostStatus = HostStatus
 
+class _Egress:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EgressEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Egress.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EGRESS_UNSPECIFIED: _Egress.ValueType  # 0
+    EGRESS_NONE: _Egress.ValueType  # 1
+    """Nothing: it answers on its ports only."""
+    EGRESS_INTERNET: _Egress.ValueType  # 2
+    """The internet."""
+
+class Egress(_Egress, metaclass=_EgressEnumTypeWrapper):
+    """What a workload may reach. Nothing of the home and nothing of the fleet, whatever is said here."""
+
+EGRESS_UNSPECIFIED: Egress.ValueType  # 0
+EGRESS_NONE: Egress.ValueType  # 1
+"""Nothing: it answers on its ports only."""
+EGRESS_INTERNET: Egress.ValueType  # 2
+"""The internet."""
+global___Egress = Egress
+
+class _Restart:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _RestartEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Restart.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RESTART_UNSPECIFIED: _Restart.ValueType  # 0
+    RESTART_ALWAYS: _Restart.ValueType  # 1
+    """It is started again, with longer and longer waits when it ends soon."""
+    RESTART_ON_FAILURE: _Restart.ValueType  # 2
+    """The same, but not after exit code 0."""
+    RESTART_NEVER: _Restart.ValueType  # 3
+    """It stays ended."""
+
+class Restart(_Restart, metaclass=_RestartEnumTypeWrapper):
+    """What follows when a workload's process ends."""
+
+RESTART_UNSPECIFIED: Restart.ValueType  # 0
+RESTART_ALWAYS: Restart.ValueType  # 1
+"""It is started again, with longer and longer waits when it ends soon."""
+RESTART_ON_FAILURE: Restart.ValueType  # 2
+"""The same, but not after exit code 0."""
+RESTART_NEVER: Restart.ValueType  # 3
+"""It stays ended."""
+global___Restart = Restart
+
+class _AssignmentState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AssignmentStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AssignmentState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ASSIGNMENT_STATE_UNSPECIFIED: _AssignmentState.ValueType  # 0
+    ASSIGNMENT_STATE_PULLING: _AssignmentState.ValueType  # 1
+    """The image is being fetched."""
+    ASSIGNMENT_STATE_STARTING: _AssignmentState.ValueType  # 2
+    """The container is made and about to run."""
+    ASSIGNMENT_STATE_RUNNING: _AssignmentState.ValueType  # 3
+    ASSIGNMENT_STATE_WAITING: _AssignmentState.ValueType  # 4
+    """It ended, and is started again after a wait."""
+    ASSIGNMENT_STATE_FINISHED: _AssignmentState.ValueType  # 5
+    """It ended for good, with exit code 0."""
+    ASSIGNMENT_STATE_FAILED: _AssignmentState.ValueType  # 6
+    """It ended for good, with another exit code."""
+    ASSIGNMENT_STATE_REJECTED: _AssignmentState.ValueType  # 7
+    """This host cannot run it, and has nothing of it: another one may."""
+    ASSIGNMENT_STATE_STOPPING: _AssignmentState.ValueType  # 8
+    """It is not in the list any more, and has not ended yet."""
+
+class AssignmentState(_AssignmentState, metaclass=_AssignmentStateEnumTypeWrapper):
+    """How far an assignment is on the host."""
+
+ASSIGNMENT_STATE_UNSPECIFIED: AssignmentState.ValueType  # 0
+ASSIGNMENT_STATE_PULLING: AssignmentState.ValueType  # 1
+"""The image is being fetched."""
+ASSIGNMENT_STATE_STARTING: AssignmentState.ValueType  # 2
+"""The container is made and about to run."""
+ASSIGNMENT_STATE_RUNNING: AssignmentState.ValueType  # 3
+ASSIGNMENT_STATE_WAITING: AssignmentState.ValueType  # 4
+"""It ended, and is started again after a wait."""
+ASSIGNMENT_STATE_FINISHED: AssignmentState.ValueType  # 5
+"""It ended for good, with exit code 0."""
+ASSIGNMENT_STATE_FAILED: AssignmentState.ValueType  # 6
+"""It ended for good, with another exit code."""
+ASSIGNMENT_STATE_REJECTED: AssignmentState.ValueType  # 7
+"""This host cannot run it, and has nothing of it: another one may."""
+ASSIGNMENT_STATE_STOPPING: AssignmentState.ValueType  # 8
+"""It is not in the list any more, and has not ended yet."""
+global___AssignmentState = AssignmentState
+
 @typing.final
 class Facts(google.protobuf.message.Message):
     """What the machine is. Sent with Register and again when it changes."""
@@ -167,6 +259,10 @@ class Facts(google.protobuf.message.Message):
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     DISK_BYTES_FIELD_NUMBER: builtins.int
     DISK_ENCRYPTED_FIELD_NUMBER: builtins.int
+    ENGINE_VERSION_FIELD_NUMBER: builtins.int
+    UNREADY_FIELD_NUMBER: builtins.int
+    OFFERED_CPU_MILLI_FIELD_NUMBER: builtins.int
+    OFFERED_MEMORY_BYTES_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     """The machine's host name, at most 253 printable ASCII characters."""
     arch: builtins.str
@@ -183,6 +279,14 @@ class Facts(google.protobuf.message.Message):
     """Size in bytes of the file system that holds the data directory."""
     disk_encrypted: builtins.bool
     """True when the data directory lies on dm-crypt."""
+    engine_version: builtins.str
+    """Version of the container engine that the agent uses; empty: none answers."""
+    unready: builtins.str
+    """Why the host can take no workload now, a sentence; empty when it can."""
+    offered_cpu_milli: builtins.int
+    """What the provider lends: thousandths of a logical processor, ..."""
+    offered_memory_bytes: builtins.int
+    """... and memory in bytes."""
     def __init__(
         self,
         *,
@@ -194,8 +298,12 @@ class Facts(google.protobuf.message.Message):
         memory_bytes: builtins.int = ...,
         disk_bytes: builtins.int = ...,
         disk_encrypted: builtins.bool = ...,
+        engine_version: builtins.str = ...,
+        unready: builtins.str = ...,
+        offered_cpu_milli: builtins.int = ...,
+        offered_memory_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "arch", b"arch", "cpu_count", b"cpu_count", "disk_bytes", b"disk_bytes", "disk_encrypted", b"disk_encrypted", "hostname", b"hostname", "kernel", b"kernel", "memory_bytes", b"memory_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "arch", b"arch", "cpu_count", b"cpu_count", "disk_bytes", b"disk_bytes", "disk_encrypted", b"disk_encrypted", "engine_version", b"engine_version", "hostname", b"hostname", "kernel", b"kernel", "memory_bytes", b"memory_bytes", "offered_cpu_milli", b"offered_cpu_milli", "offered_memory_bytes", b"offered_memory_bytes", "unready", b"unready"]) -> None: ...
 
 global___Facts = Facts
 
@@ -225,6 +333,183 @@ class Standing(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["assignable", b"assignable", "reasons", b"reasons", "status", b"status"]) -> None: ...
 
 global___Standing = Standing
+
+@typing.final
+class Port(google.protobuf.message.Message):
+    """A port that a workload listens on, over TCP."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTAINER_PORT_FIELD_NUMBER: builtins.int
+    HOST_PORT_FIELD_NUMBER: builtins.int
+    container_port: builtins.int
+    """Inside."""
+    host_port: builtins.int
+    """On the host's address in the tunnel."""
+    def __init__(
+        self,
+        *,
+        container_port: builtins.int = ...,
+        host_port: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["container_port", b"container_port", "host_port", b"host_port"]) -> None: ...
+
+global___Port = Port
+
+@typing.final
+class Assignment(google.protobuf.message.Message):
+    """A workload's place on this host: a right with an end (HeartbeatReply.lease_s). It is data: the
+    agent makes the container's options itself, and refuses what does not fit.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class EnvEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
+    FENCE_FIELD_NUMBER: builtins.int
+    WORKLOAD_ID_FIELD_NUMBER: builtins.int
+    IMAGE_FIELD_NUMBER: builtins.int
+    COMMAND_FIELD_NUMBER: builtins.int
+    ENV_FIELD_NUMBER: builtins.int
+    CPU_MILLI_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    PORTS_FIELD_NUMBER: builtins.int
+    EGRESS_FIELD_NUMBER: builtins.int
+    RESTART_FIELD_NUMBER: builtins.int
+    assignment_id: builtins.str
+    """UUID (RFC 9562, version 4)."""
+    fence: builtins.int
+    """Fencing number: a later assignment of the same replica has a higher one."""
+    workload_id: builtins.str
+    """UUID of the workload."""
+    image: builtins.str
+    """<registry>/<namespace>/<name>@sha256:<64 hex digits>."""
+    cpu_milli: builtins.int
+    """Thousandths of a logical processor."""
+    memory_bytes: builtins.int
+    """Bytes of memory, files in /tmp included."""
+    egress: global___Egress.ValueType
+    restart: global___Restart.ValueType
+    @property
+    def command(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The arguments in place of the image's command; none: the image's."""
+
+    @property
+    def env(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Environment, at most 64 KiB in all with the command."""
+
+    @property
+    def ports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Port]: ...
+    def __init__(
+        self,
+        *,
+        assignment_id: builtins.str = ...,
+        fence: builtins.int = ...,
+        workload_id: builtins.str = ...,
+        image: builtins.str = ...,
+        command: collections.abc.Iterable[builtins.str] | None = ...,
+        env: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        cpu_milli: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
+        ports: collections.abc.Iterable[global___Port] | None = ...,
+        egress: global___Egress.ValueType = ...,
+        restart: global___Restart.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "command", b"command", "cpu_milli", b"cpu_milli", "egress", b"egress", "env", b"env", "fence", b"fence", "image", b"image", "memory_bytes", b"memory_bytes", "ports", b"ports", "restart", b"restart", "workload_id", b"workload_id"]) -> None: ...
+
+global___Assignment = Assignment
+
+@typing.final
+class Desired(google.protobuf.message.Message):
+    """All that the host is to run. What is not in it, it stops and removes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: builtins.int
+    ASSIGNMENTS_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """Changes with the list."""
+    @property
+    def assignments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Assignment]: ...
+    def __init__(
+        self,
+        *,
+        revision: builtins.int = ...,
+        assignments: collections.abc.Iterable[global___Assignment] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignments", b"assignments", "revision", b"revision"]) -> None: ...
+
+global___Desired = Desired
+
+@typing.final
+class ObservedAssignment(google.protobuf.message.Message):
+    """What the host has of one assignment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    RESTARTS_FIELD_NUMBER: builtins.int
+    EXIT_CODE_FIELD_NUMBER: builtins.int
+    assignment_id: builtins.str
+    state: global___AssignmentState.ValueType
+    reason: builtins.str
+    """Why, a sentence; empty while it runs."""
+    restarts: builtins.int
+    """How often it was started again."""
+    exit_code: builtins.int
+    """Of the last end; absent before the first."""
+    def __init__(
+        self,
+        *,
+        assignment_id: builtins.str = ...,
+        state: global___AssignmentState.ValueType = ...,
+        reason: builtins.str = ...,
+        restarts: builtins.int = ...,
+        exit_code: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_exit_code", b"_exit_code", "assignment_id", b"assignment_id", "exit_code", b"exit_code", "reason", b"reason", "restarts", b"restarts", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_exit_code", b"_exit_code"]) -> typing.Literal["exit_code"] | None: ...
+
+global___ObservedAssignment = ObservedAssignment
+
+@typing.final
+class Observed(google.protobuf.message.Message):
+    """All that the host has of assignments, after it took the list with this revision."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: builtins.int
+    ASSIGNMENTS_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    @property
+    def assignments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ObservedAssignment]: ...
+    def __init__(
+        self,
+        *,
+        revision: builtins.int = ...,
+        assignments: collections.abc.Iterable[global___ObservedAssignment] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignments", b"assignments", "revision", b"revision"]) -> None: ...
+
+global___Observed = Observed
 
 @typing.final
 class RegisterRequest(google.protobuf.message.Message):
@@ -368,6 +653,9 @@ class HeartbeatRequest(google.protobuf.message.Message):
     BOOT_ID_FIELD_NUMBER: builtins.int
     FACTS_FIELD_NUMBER: builtins.int
     PAUSED_FIELD_NUMBER: builtins.int
+    DESIRED_REVISION_FIELD_NUMBER: builtins.int
+    OBSERVED_FIELD_NUMBER: builtins.int
+    NUDGE_PORT_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """32 bytes; says which host this is."""
     seq: builtins.int
@@ -376,9 +664,17 @@ class HeartbeatRequest(google.protobuf.message.Message):
     """/proc/sys/kernel/random/boot_id: changes with each boot."""
     paused: builtins.bool
     """The provider wants no workloads now."""
+    desired_revision: builtins.int
+    """Revision of the last Desired that was taken in this session; 0: none."""
+    nudge_port: builtins.int
+    """UDP port in the tunnel where a nudge is heard: "heartbeat now". 0: none."""
     @property
     def facts(self) -> global___Facts:
         """Only in a session's first heartbeat and when something changed."""
+
+    @property
+    def observed(self) -> global___Observed:
+        """Only when it is not what the last accepted heartbeat said."""
 
     def __init__(
         self,
@@ -388,9 +684,12 @@ class HeartbeatRequest(google.protobuf.message.Message):
         boot_id: builtins.str = ...,
         facts: global___Facts | None = ...,
         paused: builtins.bool = ...,
+        desired_revision: builtins.int = ...,
+        observed: global___Observed | None = ...,
+        nudge_port: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["facts", b"facts"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "facts", b"facts", "paused", b"paused", "seq", b"seq", "session", b"session"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["facts", b"facts", "observed", b"observed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "desired_revision", b"desired_revision", "facts", b"facts", "nudge_port", b"nudge_port", "observed", b"observed", "paused", b"paused", "seq", b"seq", "session", b"session"]) -> None: ...
 
 global___HeartbeatRequest = HeartbeatRequest
 
@@ -400,17 +699,27 @@ class HeartbeatReply(google.protobuf.message.Message):
 
     NEXT_HEARTBEAT_MS_FIELD_NUMBER: builtins.int
     STANDING_FIELD_NUMBER: builtins.int
+    DESIRED_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
     next_heartbeat_ms: builtins.int
     """Milliseconds until the next heartbeat: about 30 s with jitter, at most 60 s."""
+    lease_s: builtins.int
+    """Seconds that the host may run what is assigned to it, from when it sent this request."""
     @property
     def standing(self) -> global___Standing: ...
+    @property
+    def desired(self) -> global___Desired:
+        """Only when its revision is not the request's `desired_revision`."""
+
     def __init__(
         self,
         *,
         next_heartbeat_ms: builtins.int = ...,
         standing: global___Standing | None = ...,
+        desired: global___Desired | None = ...,
+        lease_s: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["standing", b"standing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["desired", b"desired", "standing", b"standing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["desired", b"desired", "lease_s", b"lease_s", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
 
 global___HeartbeatReply = HeartbeatReply
