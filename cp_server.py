@@ -9,6 +9,8 @@ What it does
   hosts     lists the hosts, each with its status and why it is not assignable
   revoke    removes a host for good
   customers lists customers; add-customer, mint-key, revoke-key: with their keys
+  workloads lists workloads, where each runs and why it does not
+  drain     moves a host's workloads elsewhere and gives it no more; undrain: it may have them again
   doctor    says what is wrong here; --invariants tests what must hold after every fault
   dist      makes and signs the release that hosts download from /dist/
   backup    writes one encrypted file with the database, the hub's key, signing keys and settings
@@ -320,6 +322,20 @@ HEARTBEAT_S = 30
 HEARTBEAT_MAX_S = 60
 OFFLINE_AFTER_INTERVALS = 3
 CUSTOMER_KEYS_MAX = 50  # of one customer, without those that were revoked
+WORKLOADS_MAX = 200  # of one customer
+REPLICAS_MAX = 20  # of one workload
+PORTS_MAX = 8  # of one workload; an assignment has a slot of as many on its host
+PORT_FIRST = 20_000  # of those on a host's tunnel address; up to PORT_FIRST + 8 * PORT_SLOTS - 1
+PORT_SLOTS = 1_024
+SPEC_BYTES = 16_384  # of a command and environment; a full host gets 3 MB of them in a reply
+ASSIGNMENTS_MAX = 200  # of one host
+LEASE_S = 600  # from an accepted heartbeat on; the host stops what it runs 15 s before the end
+LEASE_GRACE_S = 30  # after that end a replica is placed again
+READY_S = 10.0  # a new copy runs this long before the next old one is replaced
+PLACE_S = 5.0  # between two looks for replicas without a place, when nothing wakes
+PLACE_REST_S = 0.2  # and at least this when something does
+REJECTED_S = 3600  # a host that rejected a workload comes last for it this long
+NUDGE_AFTER_S = (0.0, 0.3, 0.9)  # packets get lost
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
@@ -497,6 +513,149 @@ class CustomerKey:
 
 
 @dataclasses.dataclass(frozen=True)
+class WorkloadOrder:
+    """What a customer asks for; checked values only. `spec` is what a copy is made from."""
+
+    namespace: str
+    name: str
+    replicas: int
+    spec: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A row of `workloads`."""
+
+    workload_no: int
+    workload_id: uuid.UUID
+    namespace: str
+    name: str
+    revision: int
+    replicas: int
+    spec: Mapping[str, Any]
+    unplaced_reason: str
+    created_by: str
+    created_at: dt.datetime
+    changed_at: dt.datetime
+    deleted_at: dt.datetime | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A row of `assignments` with what its workload's state depends on."""
+
+    assignment_no: int  # the fencing number
+    assignment_id: uuid.UUID
+    workload_no: int
+    revision: int
+    replica: int
+    host_id: uuid.UUID
+    wg_ip: str | None
+    host_status: str
+    state: str
+    reason: str
+    restarts: int
+    exit_code: int | None
+    stop_reason: str | None
+    port_slot: int | None
+    container_ports: Sequence[int]
+    created_at: dt.datetime
+    state_at: dt.datetime
+    ended_at: dt.datetime | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A live assignment as the rollout looks at it."""
+
+    assignment_no: int
+    replica: int
+    revision: int
+    is_running: bool
+    is_done: bool  # finished or failed, for good
+    is_stopping: bool
+    state_age_s: float
+    host_no: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejections:
+    """How often hosts of late could not run a replica; the last one's age and reason."""
+
+    times: int
+    age_s: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """A workload of which a replica has no place, or runs as an old revision."""
+
+    workload_no: int
+    revision: int
+    replicas: int
+    spec: Mapping[str, Any]
+    copies: tuple[Copy, ...]
+    rejections: Mapping[int, Rejections]  # by replica
+    rejected_by: frozenset[int]  # hosts that rejected it of late
+
+
+@dataclasses.dataclass
+class Place:
+    """A host that may get work, and what is free there; placing takes from it."""
+
+    host_no: int
+    arch: str
+    namespace: str
+    cpu_milli: int
+    memory_bytes: int
+    assignments: int
+    port_slots: set[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A replica that gets a place."""
+
+    workload_no: int
+    revision: int
+    replica: int
+    host_no: int
+    port_slot: int | None
+    cpu_milli: int
+    memory_bytes: int
+    spec: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a host has of one assignment; checked values only."""
+
+    assignment_id: str
+    state: str
+    reason: str
+    restarts: int
+    exit_code: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """All that a host has, after it took the list with this revision."""
+
+    revision: int
+    assignments: tuple[Observation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """The answer to a heartbeat that is committed."""
+
+    host_no: int
+    standing: Standing
+    desired: pb.Desired | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Host:
     """A row of `hosts` with what its standing depends on."""
 
@@ -521,6 +680,12 @@ class Host:
     memory_bytes: int
     disk_bytes: int
     disk_encrypted: bool
+    engine_version: str
+    unready: str
+    offered_cpu_milli: int
+    offered_memory_bytes: int
+    drained_at: dt.datetime | None
+    assignments: int
     created_at: dt.datetime
     revoked_at: dt.datetime | None
     last_heartbeat_at: dt.datetime | None
@@ -568,6 +733,10 @@ class Facts:
     memory_bytes: int
     disk_bytes: int
     disk_encrypted: bool
+    engine_version: str
+    unready: str
+    offered_cpu_milli: int
+    offered_memory_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -606,6 +775,8 @@ class Beat:
     status: str  # online or paused
     interval_ms: int
     facts: Facts | None
+    desired_revision: int = 0
+    observed: Observed | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -658,18 +829,22 @@ class Claims:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a request body or query: its type, its bounds, and its line in the OpenAPI."""
+    """One field of a request body or query: its type, its bounds, and its line in the OpenAPI.
+
+    The bounds are of a number, of a text's characters, or of how many an array or a map has.
+    """
 
     name: str
-    kind: str  # integer, string, boolean
+    kind: str  # integer, string, boolean; array and map have `item`
     help: str
     minimum: int = 0
     maximum: int = 0
     default: Any = None
-    check: Callable[[str, str], str] | None = None  # (value, field name) -> value, or Refusal
+    check: Callable[[Any, str], Any] | None = None  # (value, field name) -> value, or Refusal
     values: tuple[str, ...] = ()
-    form: Mapping[str, str] = dataclasses.field(default_factory=dict)  # more of it in the OpenAPI
+    form: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more of it in the OpenAPI
     required: bool = False
+    item: Field | None = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -678,7 +853,17 @@ class Field:
 
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 NAMESPACE = {"pattern": "^[a-z0-9][a-z0-9-]{0,38}[a-z0-9]$"}
-_BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+NAME = {"pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
+# Docker's grammar of a repository's name and of a reference by digest.
+_IMAGE_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:(?P<registry>[A-Za-z0-9.-]*[.:][A-Za-z0-9.:-]*|localhost)/)?"
+    rf"(?P<namespace>{_IMAGE_PART})/(?P<name>{_IMAGE_PART}(?:/{_IMAGE_PART})*)"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+NO_NUL = {"pattern": "^[^\\u0000]*$"}
+ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
+_UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def sha256(secret: bytes) -> bytes:
@@ -786,6 +971,77 @@ def check_namespace(text: str, field: str) -> str:
             field,
         )
     return text
+
+
+def check_name(text: str, field: str) -> str:
+    """A workload's name: a DNS label (RFC 1123); raises Refusal."""
+    if not re.fullmatch(NAME["pattern"], text):
+        what = f"{field} is not 1 to 63 of a-z, 0-9 and -, which it neither begins nor ends with"
+        raise Refusal("BAD_REQUEST", what, "choose another", field)
+    return text
+
+
+def check_image(text: str, field: str) -> str:
+    """An image by its digest, `[registry/]namespace/name[:tag]@sha256:…`; raises Refusal."""
+    match = _IMAGE.fullmatch(text)
+    if not match:
+        what = f"{field} is no image of a namespace"
+        raise Refusal("BAD_REQUEST", what, "send namespace/name@sha256:<64 hex digits>", field)
+    if not match["digest"]:
+        what = f"{field} names no digest, and a tag may be another image tomorrow"
+        todo = "send namespace/name@sha256:…, which `docker push` prints"
+        raise Refusal("BAD_REQUEST", what, todo, field)
+    return text
+
+
+def parse_image(text: str, registry: str) -> tuple[str, str]:
+    """The namespace of a checked image, and `namespace/name@digest`; raises Refusal.
+
+    Only the control plane's own registry is taken.
+    """
+    match = _IMAGE.fullmatch(text)
+    if match is None:
+        raise Refusal("INTERNAL", "the control plane has a bug", "an image that nobody checked")
+    if match["registry"] not in (None, registry):
+        what = f"image is of the registry {match['registry']}, which is not this one"
+        todo = f"push it here first: {registry or 'the operator has to set one up'}"
+        raise Refusal("BAD_REQUEST", what, todo, "image")
+    return match["namespace"], f"{match['namespace']}/{match['name']}@{match['digest']}"
+
+
+def check_words(value: Sequence[str] | Mapping[str, str], field: str) -> Any:
+    """Arguments or an environment that execve(2) can take; raises Refusal."""
+    words = list(value) if not isinstance(value, Mapping) else [*value, *value.values()]
+    if any("\0" in word or not is_utf8(word) for word in words):
+        what = f"{field} holds a NUL character or a broken one"
+        raise Refusal("BAD_REQUEST", what, "send text", field)
+    for key in value if isinstance(value, Mapping) else ():
+        if not re.fullmatch(ENV_KEY["pattern"], key):
+            what = f"{field} has a name that is none of a variable"
+            todo = "begin with a letter or _, go on with letters, digits and _, at most 100"
+            raise Refusal("BAD_REQUEST", what, todo, field)
+    return value
+
+
+def is_utf8(text: str) -> bool:
+    """True without the lone surrogates that JSON can hold."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def check_ports(ports: list[int], field: str) -> list[int]:
+    """Ports, each once; raises Refusal."""
+    if len(set(ports)) != len(ports):
+        raise Refusal("BAD_REQUEST", f"{field} has a port twice", "name each once", field)
+    return ports
+
+
+def check_provider(text: str, field: str) -> str:
+    """A provider's namespace, `solana:<wallet>`; raises Refusal."""
+    prefix, _, wallet = text.partition(":")
+    if prefix != "solana":
+        what = f"{field} is no namespace of a provider"
+        raise Refusal("BAD_REQUEST", what, "send solana:<wallet>", field)
+    return f"solana:{check_payout_pubkey(wallet, field)}"
 
 
 def namespace_of(payout_pubkey: str) -> str:
@@ -926,13 +1182,15 @@ def parse_fields(fields: Sequence[Field], given: Mapping[str, Any]) -> dict[str,
 def parse_field(field: Field, value: Any) -> Any:
     """One checked value; raises Refusal."""
     kinds: dict[str, Any] = {"integer": int, "string": str, "boolean": bool}
+    kinds |= {"array": list, "map": dict}
     if field.kind == "integer" and isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON and its Schema know no other difference of 24.0 and 24
     if type(value) is not kinds[field.kind]:
-        what, todo = f"{field.name} has the wrong type", f"send a JSON {field.kind}"
+        kind = "object" if field.kind == "map" else field.kind
+        what, todo = f"{field.name} has the wrong type", f"send a JSON {kind}"
         raise Refusal("BAD_REQUEST", what, todo, field.name)
-    unit = " characters" if field.kind == "string" else ""
-    size: int = len(value) if field.kind == "string" else value
+    unit = {"integer": "", "string": " characters"}.get(field.kind, " of them")
+    size: int = value if field.kind in ("integer", "boolean") else len(value)
     if field.kind != "boolean" and not field.minimum <= size <= field.maximum:
         what, todo = (
             f"{field.name} is out of range",
@@ -942,9 +1200,27 @@ def parse_field(field: Field, value: Any) -> Any:
     if field.values and value not in field.values:
         what, todo = f"{field.name} has no known value", f"send one of: {', '.join(field.values)}"
         raise Refusal("BAD_REQUEST", what, todo, field.name)
+    if field.item is not None:
+        value = parse_items(field, field.item, value)
     return field.check(value, field.name) if field.check else value
 
 
+def parse_items(field: Field, item: Field, value: Any) -> Any:
+    """The checked items of an array or a map, each named after its place; raises Refusal."""
+    keys = value if field.kind == "map" else range(len(value))
+    found = {}
+    for key in keys:
+        place = str(key)[:40].encode("ascii", "replace").decode()
+        found[key] = parse_field(
+            dataclasses.replace(item, name=f"{field.name}[{place}]"), value[key]
+        )
+    return found if field.kind == "map" else list(found.values())
+
+
+SPEC_KEYS = (
+    *("image", "command", "env", "cpu_milli", "memory_bytes", "ports", "egress", "restart"),
+    *("arch", "provider"),
+)
 HOST_STATUSES = ("pending", "online", "offline", "paused", "quarantined", "revoked")
 INVITE_STATES = ("open", "used", "revoked", "expired")
 # What the checks above take, as the OpenAPI document says it: a pattern (ECMA-262) or a format of
@@ -957,6 +1233,7 @@ WG_PUBKEY = {"pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
 PATH_FORMS: dict[str, Mapping[str, str]] = {
     "host_id": {"format": "uuid"},
     "customer_id": {"format": "uuid"},
+    "workload_id": {"format": "uuid"},
 }
 INVITE_FIELDS = (
     Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
@@ -981,6 +1258,85 @@ CUSTOMER_FIELDS = (
     ),
 )
 KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, form=LINE),)
+ARCHS = ("aarch64", "x86_64")
+EGRESSES = ("none", "internet")
+RESTARTS = ("always", "on-failure", "never")
+WORKLOAD_FIELDS = (
+    Field("namespace", "string", "one of yours", 2, 40, None, check_namespace, form=NAMESPACE),
+    Field("name", "string", "unique in it", 1, 63, None, check_name, form=NAME, required=True),
+    Field(
+        "image",
+        "string",
+        "by its digest: namespace/name@sha256:…",
+        1,
+        512,
+        None,
+        check_image,
+        form={"pattern": f"^{_IMAGE_PART}(/{_IMAGE_PART})+@sha256:[0-9a-f]{{64}}$"},
+        required=True,
+    ),
+    Field(
+        "command",
+        "array",
+        "arguments in place of the image's own",
+        0,
+        64,
+        [],
+        check_words,
+        item=Field("command", "string", "", 0, 4096, form=NO_NUL),
+    ),
+    Field(
+        "env",
+        "map",
+        "environment; no secrets: the provider can read it",
+        0,
+        64,
+        {},
+        check_words,
+        form={"propertyNames": ENV_KEY},
+        item=Field("env", "string", "", 0, 4096, form=NO_NUL),
+    ),
+    Field("cpu_milli", "integer", "thousandths of a processor", 10, 64_000, None, required=True),
+    Field(
+        "memory_bytes",
+        "integer",
+        "its memory, files in /tmp included",
+        16 << 20,
+        1 << 40,
+        None,
+        required=True,
+    ),
+    Field("replicas", "integer", "copies to run", 0, REPLICAS_MAX, 1),
+    Field(
+        "ports",
+        "array",
+        "TCP ports that it listens on",
+        0,
+        PORTS_MAX,
+        [],
+        check_ports,
+        form={"uniqueItems": True},
+        item=Field("ports", "integer", "", 1, 65_535),
+    ),
+    Field("egress", "string", "what it may reach", 1, 16, "internet", values=EGRESSES),
+    Field("restart", "string", "when it ends", 1, 16, "always", values=RESTARTS),
+    Field("arch", "string", "only on such machines", 1, 16, None, values=ARCHS),
+    Field(
+        "provider",
+        "string",
+        "only on hosts of this provider's namespace",
+        1,
+        64,
+        None,
+        check_provider,
+        form={"format": "solana-namespace"},
+    ),
+)
+WORKLOAD_FILTERS = (
+    Field("namespace", "string", "of this one", 2, 40, None, check_namespace, form=NAMESPACE),
+    Field("name", "string", "with this name", 1, 63, None, check_name, form=NAME),
+    Field("deleted", "boolean", "those too that were deleted", default=False),
+)
 PAGE_FIELDS = (
     Field("limit", "integer", "rows to give", 1, PAGE_MAX, PAGE_DEFAULT),
     Field("cursor", "integer", "`next_cursor` of the page before", 0, 2**62, 0),
@@ -1007,6 +1363,21 @@ AUDIT_FILTERS = (
 )
 
 
+# pb.AssignmentState -> how the database and the API call it.
+OBSERVED_STATES: dict[int, str] = {
+    pb.ASSIGNMENT_STATE_PULLING: "pulling",
+    pb.ASSIGNMENT_STATE_STARTING: "starting",
+    pb.ASSIGNMENT_STATE_RUNNING: "running",
+    pb.ASSIGNMENT_STATE_WAITING: "waiting",
+    pb.ASSIGNMENT_STATE_FINISHED: "finished",
+    pb.ASSIGNMENT_STATE_FAILED: "failed",
+    pb.ASSIGNMENT_STATE_REJECTED: "rejected",
+    pb.ASSIGNMENT_STATE_STOPPING: "stopping",
+}
+LIVE_STATES = ("assigned", *(s for s in OBSERVED_STATES.values() if s != "rejected"))
+DONE_STATES = ("finished", "failed")  # it ended for good, and holds nothing but its logs
+
+
 def parse_query(fields: Sequence[Field], query: str) -> dict[str, Any]:
     """The checked values of a URL's query string; raises Refusal."""
     given: dict[str, Any] = {}
@@ -1020,7 +1391,8 @@ def parse_query(fields: Sequence[Field], query: str) -> dict[str, Any]:
             what = f"{json.dumps(name[:40])} stands twice in the query"
             raise Refusal("BAD_REQUEST", what, "send it once", name[:40])
         is_number = kinds.get(name) == "integer" and re.fullmatch("[0-9]{1,19}", value)
-        given[name] = int(value) if is_number else value
+        is_flag = kinds.get(name) == "boolean" and value in ("true", "false")
+        given[name] = int(value) if is_number else value == "true" if is_flag else value
     return parse_fields(fields, given)
 
 
@@ -1036,8 +1408,9 @@ def parse_facts(facts: pb.Facts) -> Facts:
                 "upgrade the agent, or mend the name on the host",
                 f"facts.{name}",
             )
-    if max(facts.memory_bytes, facts.disk_bytes) >= 2**63 or facts.cpu_count > 2**16:
-        what = "facts.cpu_count, memory_bytes or disk_bytes is impossible"
+    largest = max(facts.memory_bytes, facts.disk_bytes, facts.offered_memory_bytes)
+    if largest >= 2**63 or facts.cpu_count > 2**16 or facts.offered_cpu_milli > 1000 * 2**16:
+        what = "facts.cpu_count, memory_bytes, disk_bytes or what it offers is impossible"
         raise Refusal("BAD_REQUEST", what, "upgrade the agent", "facts")
     return Facts(
         facts.hostname,
@@ -1048,7 +1421,17 @@ def parse_facts(facts: pb.Facts) -> Facts:
         facts.memory_bytes,
         facts.disk_bytes,
         facts.disk_encrypted,
+        parse_said(facts.engine_version, 64),
+        parse_said(facts.unready, 300),
+        facts.offered_cpu_milli,
+        facts.offered_memory_bytes,
     )
+
+
+def parse_said(text: str, limit: int) -> str:
+    """Words of a host, fit for one line on a terminal or a page."""
+    line = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def hash_secret(secret: bytes, field: str) -> bytes:
@@ -1128,7 +1511,39 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
         status="paused" if request.paused else "online",
         interval_ms=interval_ms,
         facts=parse_facts(request.facts) if request.HasField("facts") else None,
+        desired_revision=parse_revision(request.desired_revision),
+        observed=parse_observed(request.observed) if request.HasField("observed") else None,
     )
+
+
+def parse_revision(revision: int) -> int:
+    """A revision that fits the database; raises Refusal."""
+    if revision >= 2**63:
+        what = "the revision of the desired list is impossible"
+        raise Refusal("BAD_REQUEST", what, "upgrade the agent", "desired_revision")
+    return revision
+
+
+def parse_observed(observed: pb.Observed) -> Observed:
+    """What a host says that it has of its assignments; raises Refusal with the field."""
+    found: dict[str, Observation] = {}
+    for each in observed.assignments:
+        state = OBSERVED_STATES.get(each.state)
+        if (
+            len(found) > 2 * ASSIGNMENTS_MAX
+            or state is None
+            or not _UUID.fullmatch(each.assignment_id)
+        ):
+            what = "observed has too many assignments, or one with an impossible id or state"
+            raise Refusal("BAD_REQUEST", what, "upgrade the agent", "observed")
+        found[each.assignment_id] = Observation(
+            each.assignment_id,
+            state,
+            parse_said(each.reason, 300),
+            min(each.restarts, 2**31 - 1),
+            each.exit_code if each.HasField("exit_code") else None,
+        )
+    return Observed(parse_revision(observed.revision), tuple(found.values()))
 
 
 def decide_redemption(
@@ -1259,6 +1674,9 @@ def decide_reasons(host: Host) -> list[HostReason]:
         what = f"the operator revoked it at {since}"
         todo = "to join again it needs a fresh invite: install_agent.py --new-invite --new-key"
         found.append(HostReason(what, todo))
+    if host.drained_at is not None and host.status != "revoked":
+        what = f"the operator drains it since {host.drained_at:%Y-%m-%d %H:%M} UTC"
+        found.append(HostReason(what, f"cp_server.py undrain {host.host_id}"))
     if host.payout_pubkey is None:
         what = "it has no payout wallet"
         todo = "set SOLANA_PAYOUT_PUBKEY in /etc/openinfra/agent.env, then restart openinfra-agent"
@@ -1278,6 +1696,8 @@ def decide_reasons(host: Host) -> list[HostReason]:
             f" worked for {host.payout_pubkey}"
         )
         found.append(HostReason(what, "set the old wallet again, or ask the operator"))
+    if host.unready and host.status in ("online", "paused"):
+        found.append(HostReason(host.unready, "look on the host: sudo openinfra-agent doctor"))
     return found
 
 
@@ -1288,6 +1708,188 @@ def decide_standing(host: Host) -> Standing:
 
 
 PLAIN_STANDING = Standing("online", True, ())  # of a host that workloads may be placed on
+
+
+def plan_rollout(demand: Demand) -> tuple[list[int], list[int]]:
+    """Which live copies to stop now (assignment_no), and which replicas have no copy at all.
+
+    One replica at a time makes room for a new revision: only when all others run, so that a
+    revision that does not come up takes down no more than one. What does not run anyway goes first.
+    """
+    live = {copy.replica: copy for copy in demand.copies}
+    missing = [number for number in range(demand.replicas) if number not in live]
+    if any(copy.is_stopping for copy in live.values()):
+        return [], missing
+    old = sorted(
+        (copy for copy in live.values() if copy.revision != demand.revision),
+        key=lambda copy: (copy.is_running, copy.replica),
+    )
+    idle = [copy for copy in old if not copy.is_running]
+    if idle:
+        return [copy.assignment_no for copy in idle], missing
+    fresh = [copy for copy in live.values() if copy.revision == demand.revision]
+    is_settled = not missing and all(
+        copy.is_done or (copy.is_running and copy.state_age_s >= READY_S) for copy in fresh
+    )
+    return [copy.assignment_no for copy in old[:1] if is_settled], missing
+
+
+def decide_wait_s(rejections: int) -> float:
+    """Seconds that a replica waits after so many hosts of late could not run it."""
+    return float(min(5 * 2 ** min(rejections - 1, 6), 300)) if rejections else 0.0
+
+
+def decide_places(
+    demands: Sequence[Demand], places: Sequence[Place]
+) -> tuple[list[Placement], dict[int, str]]:
+    """A host for each replica that has none, and of the others the reason, by workload_no.
+
+    Of the hosts that can take it, in this order: one that did not reject it of late, with fewest
+    copies of the same workload, then of hosts of the same provider, then with most memory free.
+    """
+    made: list[Placement] = []
+    reasons: dict[int, str] = {}
+    provider_of = {place.host_no: place.namespace for place in places}
+    for demand in demands:
+        _, missing = plan_rollout(demand)
+        if not missing:
+            continue
+        held = collections.Counter(copy.host_no for copy in demand.copies)
+        providers = collections.Counter(provider_of.get(copy.host_no) for copy in demand.copies)
+        fitting = [place for place in places if fits(demand.spec, place)]
+        for replica in missing:
+            refused = demand.rejections.get(replica)
+            wait_s = decide_wait_s(refused.times) if refused else 0.0
+            if refused and refused.age_s < wait_s:
+                reasons[demand.workload_no] = (
+                    f"a host could not run it: {refused.reason}; tried {refused.times} times of"
+                    f" late, again {wait_s:.0f} s after the last"
+                )
+                continue
+            fitting = [place for place in fitting if has_room(demand.spec, place)]
+            if not fitting:
+                reasons[demand.workload_no] = explain_no_place(demand.spec, places)
+                break
+            best = min(
+                fitting,
+                key=lambda place: (
+                    place.host_no in demand.rejected_by,
+                    held[place.host_no],
+                    providers[place.namespace],
+                    -place.memory_bytes,
+                    place.host_no,
+                ),
+            )
+            made.append(take_place(demand, replica, best))
+            held[best.host_no] += 1
+            providers[best.namespace] += 1
+    return made, reasons
+
+
+def take_place(demand: Demand, replica: int, place: Place) -> Placement:
+    """Put a replica there: what it needs is not free any more."""
+    spec, slot = demand.spec, None
+    if spec["ports"]:
+        slot = next(n for n in range(PORT_SLOTS) if n not in place.port_slots)
+        place.port_slots.add(slot)
+    place.cpu_milli -= spec["cpu_milli"]
+    place.memory_bytes -= spec["memory_bytes"]
+    place.assignments += 1
+    sizes = (spec["cpu_milli"], spec["memory_bytes"])
+    return Placement(
+        demand.workload_no, demand.revision, replica, place.host_no, slot, *sizes, spec
+    )
+
+
+def fits(spec: Mapping[str, Any], place: Place) -> bool:
+    """True when a workload may run on this host at all, whatever is free."""
+    return spec["arch"] in (None, place.arch) and spec["provider"] in (None, place.namespace)
+
+
+def has_room(spec: Mapping[str, Any], place: Place) -> bool:
+    """True when the host has what a copy needs."""
+    return (
+        place.cpu_milli >= spec["cpu_milli"]
+        and place.memory_bytes >= spec["memory_bytes"]
+        and place.assignments < ASSIGNMENTS_MAX
+        and (not spec["ports"] or len(place.port_slots) < PORT_SLOTS)
+    )
+
+
+def explain_no_place(spec: Mapping[str, Any], places: Sequence[Place]) -> str:
+    """Why no host takes a copy, a sentence for the customer."""
+    if not places:
+        return "no host is ready for work now"
+    fitting = [place for place in places if fits(spec, place)]
+    if not fitting:
+        wishes = [text for text in (spec["arch"], spec["provider"]) if text]
+        return f"none of {len(places)} hosts is as asked: {', '.join(wishes)}"
+    cpu = max(place.cpu_milli for place in fitting)
+    memory = max(place.memory_bytes for place in fitting)
+    return (
+        f"none of {len(fitting)} hosts has {spec['cpu_milli']} cpu_milli and"
+        f" {spec['memory_bytes']} memory_bytes free; the most of each is {max(cpu, 0)} and"
+        f" {max(memory, 0)}"
+    )
+
+
+def render_assignment(row: Row, registry: str) -> pb.Assignment:
+    """An assignment as its host gets it."""
+    spec = row["spec"]
+    first = PORT_FIRST + PORTS_MAX * (row["port_slot"] or 0)
+    return pb.Assignment(
+        assignment_id=str(row["assignment_id"]),
+        fence=row["assignment_no"],
+        workload_id=str(row["workload_id"]),
+        image=f"{registry}/{spec['image']}",
+        command=spec["command"],
+        env=spec["env"],
+        cpu_milli=spec["cpu_milli"],
+        memory_bytes=spec["memory_bytes"],
+        ports=[
+            pb.Port(container_port=port, host_port=first + number)
+            for number, port in enumerate(spec["ports"])
+        ],
+        egress=pb.Egress.Value(f"EGRESS_{spec['egress'].upper()}"),
+        restart=pb.Restart.Value(f"RESTART_{spec['restart'].upper().replace('-', '_')}"),
+    )
+
+
+def decide_workload(workload: Workload, assignments: Sequence[Assignment]) -> tuple[str, list[str]]:
+    """A workload's state and, unless it runs whole, why: a sentence for each replica."""
+    live = {each.replica: each for each in assignments if each.ended_at is None}
+    if workload.deleted_at is not None:
+        return ("deleting" if live else "deleted"), [explain_copy(each) for each in live.values()]
+    if workload.replicas == 0:
+        return ("stopping" if live else "stopped"), [explain_copy(each) for each in live.values()]
+    reasons = [
+        f"replica {number}: {explain_copy(live[number])}"
+        if number in live
+        else f"replica {number}: {workload.unplaced_reason or 'it is about to get a host'}"
+        for number in sorted({*range(workload.replicas), *live})
+        if number not in live or explain_copy(live[number])
+    ]
+    wanted = [live.get(number) for number in range(workload.replicas)]
+    states = [each.state if each and not each.stop_reason else "none" for each in wanted]
+    if any(each.revision != workload.revision for each in live.values()):
+        return "updating", reasons
+    for state in ("running", "finished", "failed"):
+        if states == [state] * workload.replicas:
+            return state, reasons
+    return ("degraded" if "running" in states else "pending"), reasons
+
+
+def explain_copy(copy: Assignment) -> str:
+    """Why a copy does not run; empty when it does."""
+    if copy.stop_reason:
+        return f"it is being stopped: {copy.stop_reason}"
+    if copy.host_status in ("offline", "quarantined", "revoked"):
+        return f"its host is {copy.host_status}; it moves when the host's right to run it is over"
+    if copy.state == "running":
+        return ""
+    return copy.reason or {"assigned": "its host is about to hear of it"}.get(
+        copy.state, f"it is {copy.state}"
+    )
 
 
 def decide_hold(
@@ -1411,6 +2013,11 @@ def render_host(host: Host) -> dict[str, Any]:
         "memory_bytes": host.memory_bytes,
         "disk_bytes": host.disk_bytes,
         "disk_encrypted": host.disk_encrypted,
+        "engine_version": host.engine_version,
+        "offered_cpu_milli": host.offered_cpu_milli,
+        "offered_memory_bytes": host.offered_memory_bytes,
+        "assignments": host.assignments,
+        "drained_at": render_time(host.drained_at),
         "created_at": render_time(host.created_at),
         "revoked_at": render_time(host.revoked_at),
         "last_heartbeat_at": render_time(host.last_heartbeat_at),
@@ -1457,6 +2064,48 @@ def render_key(key: CustomerKey) -> dict[str, Any]:
         "created_by": key.created_by,
         "created_at": render_time(key.created_at),
         "revoked_at": render_time(key.revoked_at),
+    }
+
+
+def render_workload(workload: Workload, assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """A workload as the HTTP API shows it, with its copies that have not ended."""
+    state, reasons = decide_workload(workload, assignments)
+    return {
+        "workload_id": str(workload.workload_id),
+        "namespace": workload.namespace,
+        "name": workload.name,
+        "state": state,
+        "reasons": reasons,
+        "revision": workload.revision,
+        "replicas": workload.replicas,
+        **{key: workload.spec[key] for key in SPEC_KEYS},
+        "created_by": workload.created_by,
+        "created_at": render_time(workload.created_at),
+        "changed_at": render_time(workload.changed_at),
+        "deleted_at": render_time(workload.deleted_at),
+        "assignments": [render_copy(each) for each in assignments],
+    }
+
+
+def render_copy(copy: Assignment) -> dict[str, Any]:
+    """An assignment as the HTTP API shows it."""
+    first = PORT_FIRST + PORTS_MAX * (copy.port_slot or 0)
+    return {
+        "assignment_id": str(copy.assignment_id),
+        "replica": copy.replica,
+        "revision": copy.revision,
+        "host_id": str(copy.host_id),
+        "state": copy.state,
+        "reason": explain_copy(copy) if copy.ended_at is None else copy.reason,
+        "restarts": copy.restarts,
+        "exit_code": copy.exit_code,
+        "endpoints": [
+            {"port": port, "address": f"{copy.wg_ip or '127.0.0.1'}:{first + number}"}
+            for number, port in enumerate(copy.container_ports)
+        ],
+        "created_at": render_time(copy.created_at),
+        "state_at": render_time(copy.state_at),
+        "ended_at": render_time(copy.ended_at),
     }
 
 
@@ -1820,6 +2469,131 @@ GRANT INSERT (key_id, customer_no, secret_sha256, note, created_by), UPDATE (rev
   ON customer_keys TO @ROLE@;
 """,
     ),
+    (
+        6,
+        "workloads, assignments, what hosts offer",
+        """
+CREATE TABLE workloads (
+  workload_no bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
+  workload_id uuid PRIMARY KEY,
+  namespace text NOT NULL REFERENCES customer_namespaces,
+  name text NOT NULL CHECK (name ~ '^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$'),
+  revision integer NOT NULL DEFAULT 1 CHECK (revision > 0),
+  replicas integer NOT NULL CHECK (replicas BETWEEN 0 AND 20),
+  spec jsonb NOT NULL,
+  unplaced_reason text NOT NULL DEFAULT '',
+  created_by text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  changed_at timestamptz NOT NULL DEFAULT now(),
+  deleted_at timestamptz
+);
+CREATE UNIQUE INDEX workloads_name ON workloads (namespace, name) WHERE deleted_at IS NULL;
+CREATE INDEX workloads_unplaced ON workloads (workload_no) WHERE unplaced_reason <> '';
+CREATE INDEX workloads_namespace ON workloads (namespace, workload_no);
+COMMENT ON TABLE workloads IS 'What customers want to run';
+COMMENT ON COLUMN workloads.workload_no IS 'Order of lists; short key for other tables';
+COMMENT ON COLUMN workloads.workload_id IS 'Random id that customers see';
+COMMENT ON COLUMN workloads.namespace IS 'The customer''s namespace that it is in';
+COMMENT ON COLUMN workloads.name IS 'Unique in the namespace among those that are not deleted';
+COMMENT ON COLUMN workloads.revision IS 'Counts changes of spec; a copy of another one is replaced';
+COMMENT ON COLUMN workloads.replicas IS 'How many copies are to run';
+COMMENT ON COLUMN workloads.spec IS 'What a copy is made from: image, command, sizes, ports';
+COMMENT ON COLUMN workloads.unplaced_reason IS 'Why a replica has no host; empty: each has one';
+COMMENT ON COLUMN workloads.created_by IS 'The actor as in audit_log';
+COMMENT ON COLUMN workloads.created_at IS 'When it was posted first';
+COMMENT ON COLUMN workloads.changed_at IS 'When spec or replicas changed last';
+COMMENT ON COLUMN workloads.deleted_at IS 'When the customer deleted it, for good';
+CREATE TRIGGER workloads_final BEFORE UPDATE ON workloads FOR EACH ROW
+  WHEN (OLD.deleted_at IS NOT NULL AND (OLD.spec, OLD.replicas, OLD.deleted_at)
+    IS DISTINCT FROM (NEW.spec, NEW.replicas, NEW.deleted_at))
+  EXECUTE FUNCTION refuse_change('a deleted workload stays as it is');
+
+CREATE TABLE assignments (
+  assignment_no bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
+  assignment_id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+  workload_no bigint NOT NULL REFERENCES workloads (workload_no),
+  revision integer NOT NULL,
+  replica integer NOT NULL CHECK (replica >= 0),
+  host_no integer NOT NULL REFERENCES hosts,
+  spec jsonb NOT NULL,
+  cpu_milli integer NOT NULL CHECK (cpu_milli > 0),
+  memory_bytes bigint NOT NULL CHECK (memory_bytes > 0),
+  port_slot integer CHECK (port_slot BETWEEN 0 AND 1023),
+  state text NOT NULL DEFAULT 'assigned' CHECK (state IN ('assigned', 'pulling', 'starting',
+    'running', 'waiting', 'finished', 'failed', 'rejected', 'stopping', 'stopped', 'lost')),
+  reason text NOT NULL DEFAULT '',
+  restarts integer NOT NULL DEFAULT 0,
+  exit_code integer,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  state_at timestamptz NOT NULL DEFAULT now(),
+  stop_at timestamptz,
+  stop_reason text,
+  stop_revision bigint,
+  held_until timestamptz,
+  ended_at timestamptz,
+  CHECK ((stop_at IS NULL) = (stop_reason IS NULL) AND (stop_at IS NULL) = (stop_revision IS NULL)),
+  CHECK ((ended_at IS NULL) = (state NOT IN ('rejected', 'stopped', 'lost')))
+);
+CREATE UNIQUE INDEX assignments_live ON assignments (workload_no, replica) WHERE ended_at IS NULL;
+CREATE UNIQUE INDEX assignments_ports ON assignments (host_no, port_slot)
+  WHERE ended_at IS NULL AND port_slot IS NOT NULL;
+CREATE INDEX assignments_host ON assignments (host_no) WHERE ended_at IS NULL;
+CREATE INDEX assignments_workload ON assignments (workload_no, assignment_no);
+CREATE INDEX assignments_rejected ON assignments (workload_no, ended_at) WHERE state = 'rejected';
+COMMENT ON TABLE assignments IS 'The right of a host to run one copy of a workload, and its end';
+COMMENT ON COLUMN assignments.assignment_no IS 'Fencing number: a replica''s later one is higher';
+COMMENT ON COLUMN assignments.assignment_id IS 'Random id that host and customer see';
+COMMENT ON COLUMN assignments.workload_no IS 'What it is a copy of';
+COMMENT ON COLUMN assignments.revision IS 'Revision of the workload that it was made from';
+COMMENT ON COLUMN assignments.replica IS 'Which of the copies, from 0; one that lives at a time';
+COMMENT ON COLUMN assignments.host_no IS 'Who may run it';
+COMMENT ON COLUMN assignments.spec IS 'What it was made from';
+COMMENT ON COLUMN assignments.cpu_milli IS 'Reserved thousandths of a processor';
+COMMENT ON COLUMN assignments.memory_bytes IS 'Reserved memory in bytes';
+COMMENT ON COLUMN assignments.port_slot IS 'Its ports are 20000 + 8 * slot and on; null: none';
+COMMENT ON COLUMN assignments.state IS 'What the host said last; lost: its right ended in silence';
+COMMENT ON COLUMN assignments.reason IS 'Why it is in that state, from the host';
+COMMENT ON COLUMN assignments.restarts IS 'How often the host started it again';
+COMMENT ON COLUMN assignments.exit_code IS 'Of its process'' last end; null: none yet';
+COMMENT ON COLUMN assignments.created_at IS 'When it got this host';
+COMMENT ON COLUMN assignments.state_at IS 'When state changed last';
+COMMENT ON COLUMN assignments.stop_at IS 'When the host was to stop it; null: it is to run';
+COMMENT ON COLUMN assignments.stop_reason IS 'Why it is to stop';
+COMMENT ON COLUMN assignments.stop_revision IS 'The host''s first list without it';
+COMMENT ON COLUMN assignments.held_until IS 'The right''s end when heartbeats prolong it no more';
+COMMENT ON COLUMN assignments.ended_at IS 'From then on nobody runs it';
+CREATE TRIGGER assignments_final BEFORE UPDATE ON assignments FOR EACH ROW
+  WHEN (OLD.ended_at IS NOT NULL)
+  EXECUTE FUNCTION refuse_change('an assignment that ended stays ended');
+CREATE TRIGGER assignments_stop BEFORE UPDATE ON assignments FOR EACH ROW
+  WHEN (OLD.stop_at IS NOT NULL AND NEW.stop_at IS DISTINCT FROM OLD.stop_at)
+  EXECUTE FUNCTION refuse_change('an assignment that is to stop does not run again');
+
+ALTER TABLE hosts ADD engine_version text NOT NULL DEFAULT '',
+  ADD unready text NOT NULL DEFAULT '',
+  ADD offered_cpu_milli integer NOT NULL DEFAULT 0 CHECK (offered_cpu_milli >= 0),
+  ADD offered_memory_bytes bigint NOT NULL DEFAULT 0 CHECK (offered_memory_bytes >= 0),
+  ADD drained_at timestamptz;
+COMMENT ON COLUMN hosts.engine_version IS 'Fact: version of its container engine; empty: none';
+COMMENT ON COLUMN hosts.unready IS 'Fact: why it can take no workload now; empty: it can';
+COMMENT ON COLUMN hosts.offered_cpu_milli IS 'Fact: thousandths of a processor that it lends';
+COMMENT ON COLUMN hosts.offered_memory_bytes IS 'Fact: bytes of memory that it lends';
+COMMENT ON COLUMN hosts.drained_at IS 'Since when the operator keeps workloads away; null: not';
+ALTER TABLE liveness ADD desired_revision bigint NOT NULL DEFAULT 1;
+COMMENT ON COLUMN liveness.desired_revision IS 'Changes with the list of what the host is to run';
+
+GRANT SELECT ON workloads, assignments TO @ROLE@;
+GRANT INSERT (workload_id, namespace, name, replicas, spec, created_by),
+  UPDATE (revision, replicas, spec, unplaced_reason, changed_at, deleted_at) ON workloads TO @ROLE@;
+GRANT INSERT (workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes, port_slot),
+  UPDATE (state, reason, restarts, exit_code, state_at, stop_at, stop_reason, stop_revision,
+  held_until, ended_at) ON assignments TO @ROLE@;
+GRANT INSERT (engine_version, unready, offered_cpu_milli, offered_memory_bytes),
+  UPDATE (engine_version, unready, offered_cpu_milli, offered_memory_bytes, drained_at)
+  ON hosts TO @ROLE@;
+GRANT UPDATE (desired_revision) ON liveness TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -1979,10 +2753,11 @@ SQL_HOST_INSERT = """
 -- a new host
 INSERT INTO hosts (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey,
   namespace, hostname, arch, kernel, agent_version, cpu_count, memory_bytes, disk_bytes,
-  disk_encrypted)
+  disk_encrypted, engine_version, unready, offered_cpu_milli, offered_memory_bytes)
 VALUES (%(host_id)s, %(invite_id)s, %(host_secret_sha256)s, %(wg_ip)s, %(wg_pubkey)s,
   %(payout_pubkey)s, %(namespace)s, %(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
-  %(cpu_count)s, %(memory_bytes)s, %(disk_bytes)s, %(disk_encrypted)s)
+  %(cpu_count)s, %(memory_bytes)s, %(disk_bytes)s, %(disk_encrypted)s, %(engine_version)s,
+  %(unready)s, %(offered_cpu_milli)s, %(offered_memory_bytes)s)
 RETURNING host_no
 """
 
@@ -2018,18 +2793,24 @@ SQL_HOST_FACTS = """
 -- what a host says about its machine
 UPDATE hosts SET hostname = %(hostname)s, arch = %(arch)s, kernel = %(kernel)s,
   agent_version = %(agent_version)s, cpu_count = %(cpu_count)s, memory_bytes = %(memory_bytes)s,
-  disk_bytes = %(disk_bytes)s, disk_encrypted = %(disk_encrypted)s
+  disk_bytes = %(disk_bytes)s, disk_encrypted = %(disk_encrypted)s,
+  engine_version = %(engine_version)s, unready = %(unready)s,
+  offered_cpu_milli = %(offered_cpu_milli)s, offered_memory_bytes = %(offered_memory_bytes)s
 WHERE host_no = %(host_no)s AND status <> 'revoked' AND (hostname, arch, kernel, agent_version,
-  cpu_count, memory_bytes, disk_bytes, disk_encrypted) IS DISTINCT FROM (%(hostname)s, %(arch)s,
-  %(kernel)s, %(agent_version)s, %(cpu_count)s::integer, %(memory_bytes)s::bigint,
-  %(disk_bytes)s::bigint, %(disk_encrypted)s)
+  cpu_count, memory_bytes, disk_bytes, disk_encrypted, engine_version, unready, offered_cpu_milli,
+  offered_memory_bytes) IS DISTINCT FROM (%(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
+  %(cpu_count)s::integer, %(memory_bytes)s::bigint, %(disk_bytes)s::bigint, %(disk_encrypted)s,
+  %(engine_version)s, %(unready)s, %(offered_cpu_milli)s::integer,
+  %(offered_memory_bytes)s::bigint)
 """
 
 HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
   i.payout_pubkey AS invite_payout_pubkey, h.payout_pubkey, h.requested_payout_pubkey,
   h.namespace, coalesce(n.approved_at IS NOT NULL, false) AS namespace_approved, h.ever_assigned,
   host(h.wg_ip) AS wg_ip, h.wg_pubkey, h.hostname, h.arch, h.kernel, h.agent_version, h.cpu_count,
-  h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.created_at, h.revoked_at,
+  h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.engine_version, h.unready,
+  h.offered_cpu_milli, h.offered_memory_bytes, h.drained_at, (SELECT count(*) FROM assignments a
+    WHERE a.host_no = h.host_no AND a.ended_at IS NULL) AS assignments, h.created_at, h.revoked_at,
   l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
 
 HOST_JOINS = """JOIN invites i ON i.invite_id = h.invite_id
@@ -2077,6 +2858,18 @@ UPDATE hosts SET status = 'offline', status_at = now(), released_at = now()
 WHERE host_id = %(host_id)s AND status = 'quarantined' RETURNING host_no
 """
 
+SQL_HOST_DRAIN = """
+-- give a host no more work, and take what it has elsewhere
+UPDATE hosts SET drained_at = now()
+WHERE host_id = %(host_id)s AND drained_at IS NULL AND status <> 'revoked' RETURNING host_no
+"""
+
+SQL_HOST_UNDRAIN = """
+-- a host may have work again
+UPDATE hosts SET drained_at = NULL
+WHERE host_id = %(host_id)s AND drained_at IS NOT NULL AND status <> 'revoked' RETURNING host_no
+"""
+
 SQL_HOST_QUARANTINE = """
 -- no session for this host until the operator clears it
 UPDATE hosts SET status = 'quarantined', status_at = now()
@@ -2121,7 +2914,7 @@ VALUES (%(session_sha256)s, %(host_no)s, %(opened_by)s)
 
 # What `decide_reasons` finds nothing in, once a host is online; most hosts of a fleet are so.
 HOST_IS_PLAIN = """h.payout_pubkey IS NOT NULL AND h.requested_payout_pubkey IS NULL
-    AND n.approved_at IS NOT NULL"""
+    AND n.approved_at IS NOT NULL AND h.unready = '' AND h.drained_at IS NULL"""
 
 SQL_HEARTBEATS = f"""
 -- accept a batch of heartbeats: liveness, status; a number that is missing was refused
@@ -2139,14 +2932,15 @@ WITH beat AS (
 ), alive AS (
   UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms, seq = good.seq,
     boot_id = good.boot_id
-  FROM good WHERE l.host_no = good.host_no
+  FROM good WHERE l.host_no = good.host_no RETURNING l.host_no, l.desired_revision
 ), flipped AS (
   UPDATE hosts h SET status = good.status, status_at = now()
   FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
     AND h.status NOT IN ('quarantined', 'revoked')
 )
-SELECT number, host_no, old_status, is_plain AND status = 'online' AS is_plain,
-  CASE WHEN status <> old_status THEN host_id END AS flipped_host_id FROM good
+SELECT number, host_no, old_status, is_plain AND status = 'online' AS is_plain, desired_revision,
+  CASE WHEN status <> old_status THEN host_id END AS flipped_host_id
+FROM good JOIN alive USING (host_no)
 """
 
 SQL_HEARTBEAT_HOSTS = f"""
@@ -2250,6 +3044,251 @@ SELECT k.secret_sha256, {CUSTOMER_COLUMNS} FROM customer_keys k JOIN customers c
 WHERE k.key_id = %(key_id)s AND k.revoked_at IS NULL
 """
 
+WORKLOAD_COLUMNS = """w.workload_no, w.workload_id, w.namespace, w.name, w.revision, w.replicas,
+  w.spec, w.unplaced_reason, w.created_by, w.created_at, w.changed_at, w.deleted_at"""
+
+SQL_WORKLOAD_LOCK = f"""
+-- the workload of this name, for a change
+SELECT {WORKLOAD_COLUMNS} FROM workloads w
+WHERE w.namespace = %(namespace)s AND w.name = %(name)s AND w.deleted_at IS NULL FOR UPDATE
+"""
+
+SQL_WORKLOAD_COUNT = """
+-- a customer's workloads
+SELECT count(*) AS workloads FROM workloads JOIN customer_namespaces USING (namespace)
+WHERE customer_no = %(customer_no)s AND deleted_at IS NULL
+"""
+
+SQL_WORKLOAD_INSERT = """
+-- a new workload
+INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)
+VALUES (%(workload_id)s, %(namespace)s, %(name)s, %(replicas)s, %(spec)s, %(actor)s)
+"""
+
+SQL_WORKLOAD_CHANGE = """
+-- another spec is another revision; another count of replicas alone is not
+UPDATE workloads SET replicas = %(replicas)s, spec = %(spec)s, changed_at = now(),
+  revision = revision + CASE WHEN spec = %(spec)s::jsonb THEN 0 ELSE 1 END
+WHERE workload_no = %(workload_no)s
+"""
+
+SQL_WORKLOAD_DELETE = """
+-- delete a workload; its copies end by themselves
+UPDATE workloads SET deleted_at = now() WHERE workload_no = %(workload_no)s AND deleted_at IS NULL
+"""
+
+SQL_WORKLOAD_LIST = f"""
+-- a page of workloads, newest first: a customer's, or all
+SELECT {WORKLOAD_COLUMNS} FROM workloads w JOIN customer_namespaces n USING (namespace)
+WHERE (%(cursor)s = 0 OR w.workload_no < %(cursor)s)
+  AND (%(customer_no)s::integer IS NULL OR n.customer_no = %(customer_no)s)
+  AND (%(workload_id)s::uuid IS NULL OR w.workload_id = %(workload_id)s)
+  AND (%(namespace)s::text IS NULL OR w.namespace = %(namespace)s)
+  AND (%(name)s::text IS NULL OR w.name = %(name)s)
+  AND (%(deleted)s OR w.deleted_at IS NULL OR w.workload_id = %(workload_id)s)
+ORDER BY w.workload_no DESC LIMIT %(limit)s
+"""
+
+SQL_WORKLOAD_UNPLACED = """
+-- say why a replica has no host, where that changed; nothing of workloads that are not named
+WITH due AS (
+  SELECT * FROM unnest(%(workload_nos)s::bigint[], %(reasons)s::text[]) AS t (workload_no, reason)
+  UNION ALL SELECT workload_no, '' FROM workloads
+  WHERE unplaced_reason <> '' AND workload_no <> ALL(%(workload_nos)s)
+)
+UPDATE workloads w SET unplaced_reason = due.reason
+FROM due WHERE w.workload_no = due.workload_no AND w.unplaced_reason <> due.reason
+"""
+
+ASSIGNMENT_COLUMNS = """a.assignment_no, a.assignment_id, a.workload_no, a.revision, a.replica,
+  h.host_id, host(h.wg_ip) AS wg_ip, h.status AS host_status, a.state, a.reason, a.restarts,
+  a.exit_code, a.stop_reason, a.port_slot, ARRAY(
+    SELECT jsonb_array_elements_text(a.spec->'ports')::integer) AS container_ports,
+  a.created_at, a.state_at, a.ended_at"""
+
+SQL_ASSIGNMENT_LIST = f"""
+-- the copies of these workloads that have not ended
+SELECT {ASSIGNMENT_COLUMNS} FROM assignments a JOIN hosts h USING (host_no)
+WHERE a.workload_no = ANY(%(workload_nos)s) AND a.ended_at IS NULL
+ORDER BY a.workload_no, a.replica
+"""
+
+SQL_ASSIGNMENT_PAST = f"""
+-- the last copies of a workload that ended, newest first
+SELECT {ASSIGNMENT_COLUMNS} FROM assignments a JOIN hosts h USING (host_no)
+WHERE a.workload_no = %(workload_no)s AND a.ended_at IS NOT NULL
+ORDER BY a.assignment_no DESC LIMIT 20
+"""
+
+SQL_PLACER_LOCK = """
+-- one control plane places at a time
+SELECT pg_try_advisory_xact_lock(7726003) AS is_mine
+"""
+
+SQL_ASSIGNMENT_EXPIRE = """
+-- nobody runs what has no right any more: the lease after the host's last heartbeat is over, and
+-- the grace; after this CP's own absence hosts have three intervals to come back. A host that
+-- comes back later gets another list by that, and stops its late copy
+WITH over AS (
+  SELECT a.assignment_no, a.host_no FROM assignments a JOIN liveness l USING (host_no), cp_state c
+  WHERE a.ended_at IS NULL AND coalesce(a.held_until, greatest(
+      coalesce(l.last_heartbeat_at, a.created_at) + make_interval(secs => %(lease_s)s),
+      c.serving_since + make_interval(secs => %(intervals)s * l.interval_ms / 1000.0)))
+    < now() - make_interval(secs => %(grace_s)s)
+  FOR UPDATE OF a SKIP LOCKED
+), told AS (
+  UPDATE liveness l SET desired_revision = l.desired_revision + 1
+  WHERE l.host_no IN (SELECT host_no FROM over)
+)
+UPDATE assignments a SET ended_at = now(), state_at = now(), state = 'lost',
+  reason = 'its host fell silent, and its right to run it is over'
+FROM over WHERE a.assignment_no = over.assignment_no RETURNING a.assignment_id
+"""
+
+# What a copy that is to run is stopped for, by what changed around it.
+SQL_ASSIGNMENT_STOP = """
+-- ask hosts to stop what is not to run there any more; each gets another list by that
+WITH gone AS (
+  SELECT a.assignment_no, a.host_no, CASE
+      WHEN w.deleted_at IS NOT NULL THEN 'the workload was deleted'
+      WHEN a.replica >= w.replicas THEN 'fewer replicas are wanted'
+      WHEN a.assignment_no = ANY(%(replaced)s) THEN 'a newer revision takes its place'
+      WHEN h.drained_at IS NOT NULL THEN 'the operator drains its host'
+      WHEN h.status = 'paused' THEN 'the provider paused its host'
+      WHEN h.status = 'revoked' THEN 'its host was removed from the fleet'
+      ELSE 'its host''s namespace is not approved' END AS why
+  FROM assignments a JOIN workloads w USING (workload_no) JOIN hosts h USING (host_no)
+  LEFT JOIN namespaces n ON n.namespace = h.namespace
+  WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND (w.deleted_at IS NOT NULL
+    OR a.replica >= w.replicas OR a.assignment_no = ANY(%(replaced)s) OR h.drained_at IS NOT NULL
+    OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL)
+  FOR UPDATE OF a SKIP LOCKED
+), told AS (
+  UPDATE liveness l SET desired_revision = l.desired_revision + 1
+  WHERE l.host_no IN (SELECT host_no FROM gone) RETURNING l.host_no, l.desired_revision
+)
+UPDATE assignments a SET stop_at = now(), stop_reason = gone.why,
+  stop_revision = told.desired_revision
+FROM gone JOIN told USING (host_no) WHERE a.assignment_no = gone.assignment_no
+RETURNING a.host_no
+"""
+
+SQL_ASSIGNMENT_HOLD = """
+-- another machine has this host's identity now: what the first may still run ends by the clock
+WITH told AS (
+  UPDATE liveness l SET desired_revision = l.desired_revision + 1
+  WHERE l.host_no = %(host_no)s AND EXISTS (
+    SELECT 1 FROM assignments a WHERE a.host_no = l.host_no AND a.ended_at IS NULL)
+  RETURNING l.host_no, l.desired_revision, l.last_heartbeat_at
+)
+UPDATE assignments a SET stop_at = coalesce(a.stop_at, now()),
+  stop_reason = coalesce(a.stop_reason, 'another machine took over its host''s identity'),
+  stop_revision = coalesce(a.stop_revision, told.desired_revision),
+  held_until = greatest(told.last_heartbeat_at, a.created_at) + make_interval(secs => %(lease_s)s)
+FROM told WHERE a.host_no = told.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
+"""
+
+SQL_DEMANDS = """
+-- workloads of which a replica has no copy, or one of an old revision; with their live copies
+WITH due AS (
+  SELECT w.workload_id FROM workloads w LEFT JOIN assignments a
+    ON a.workload_no = w.workload_no AND a.ended_at IS NULL AND a.stop_at IS NULL
+    AND a.revision = w.revision
+  WHERE w.deleted_at IS NULL AND w.replicas > 0
+  GROUP BY w.workload_id HAVING count(a.assignment_no) < w.replicas
+)
+SELECT w.workload_no, w.revision, w.replicas, w.spec,
+  coalesce(jsonb_agg(jsonb_build_object('assignment_no', a.assignment_no, 'replica', a.replica,
+    'revision', a.revision, 'state', a.state, 'is_stopping', a.stop_at IS NOT NULL,
+    'state_age_s', extract(epoch FROM now() - a.state_at), 'host_no', a.host_no))
+    FILTER (WHERE a.assignment_no IS NOT NULL), '[]') AS copies
+FROM due JOIN workloads w USING (workload_id) LEFT JOIN assignments a
+  ON a.workload_no = w.workload_no AND a.ended_at IS NULL
+GROUP BY w.workload_id ORDER BY w.workload_no
+"""
+
+SQL_REJECTIONS = """
+-- of these workloads' present revisions, what hosts could not run of late
+SELECT a.workload_no, a.replica, a.host_no, a.reason,
+  extract(epoch FROM now() - a.ended_at)::float AS age_s
+FROM assignments a JOIN workloads w USING (workload_no)
+WHERE a.workload_no = ANY(%(workload_nos)s) AND a.state = 'rejected' AND a.revision = w.revision
+  AND a.ended_at > now() - make_interval(secs => %(window_s)s)
+ORDER BY a.assignment_no
+"""
+
+SQL_PLACES = f"""
+-- hosts that may get work, and what is free there
+SELECT h.host_no, h.arch, h.namespace,
+  (h.offered_cpu_milli - coalesce(u.cpu_milli, 0))::integer AS cpu_milli,
+  (h.offered_memory_bytes - coalesce(u.memory_bytes, 0))::bigint AS memory_bytes,
+  coalesce(u.assignments, 0)::integer AS assignments, coalesce(u.port_slots, '{{}}') AS port_slots
+FROM hosts h LEFT JOIN namespaces n ON n.namespace = h.namespace LEFT JOIN (
+  SELECT host_no, count(*) AS assignments,
+    sum(cpu_milli) FILTER (WHERE state NOT IN ('finished', 'failed')) AS cpu_milli,
+    sum(memory_bytes) FILTER (WHERE state NOT IN ('finished', 'failed')) AS memory_bytes,
+    array_agg(port_slot) FILTER (WHERE port_slot IS NOT NULL) AS port_slots
+  FROM assignments WHERE ended_at IS NULL GROUP BY host_no) u USING (host_no)
+WHERE h.status = 'online' AND h.engine_version <> '' AND {HOST_IS_PLAIN}
+"""
+
+SQL_ASSIGNMENT_INSERT = """
+-- give replicas their places; each host gets another list by that
+WITH made AS (
+  INSERT INTO assignments (workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes,
+    port_slot)
+  SELECT workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes, port_slot
+  FROM unnest(%(workload_no)s::bigint[], %(revision)s::integer[], %(replica)s::integer[],
+    %(host_no)s::integer[], %(spec)s::jsonb[], %(cpu_milli)s::integer[],
+    %(memory_bytes)s::bigint[], %(port_slot)s::integer[])
+    AS t (workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes, port_slot)
+  RETURNING host_no
+), told AS (
+  UPDATE liveness l SET desired_revision = l.desired_revision + 1
+  WHERE l.host_no IN (SELECT host_no FROM made)
+)
+UPDATE hosts h SET ever_assigned = true
+WHERE h.host_no IN (SELECT host_no FROM made) AND NOT h.ever_assigned
+"""
+
+SQL_DESIRED = """
+-- all that these hosts are to run
+SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot
+FROM assignments a JOIN workloads w USING (workload_no)
+WHERE a.host_no = ANY(%(host_nos)s) AND a.ended_at IS NULL AND a.stop_at IS NULL
+ORDER BY a.assignment_no
+"""
+
+SQL_OBSERVED = """
+-- what hosts say of their assignments; one that is rejected is over: the host has nothing of it
+WITH seen AS (
+  SELECT * FROM unnest(%(host_no)s::integer[], %(assignment_id)s::uuid[], %(state)s::text[],
+    %(reason)s::text[], %(restarts)s::integer[], %(exit_code)s::integer[])
+    AS t (host_no, assignment_id, state, reason, restarts, exit_code)
+), changed AS (
+  UPDATE assignments a SET state = seen.state, reason = seen.reason, restarts = seen.restarts,
+    exit_code = seen.exit_code,
+    state_at = CASE WHEN a.state = seen.state THEN a.state_at ELSE now() END,
+    ended_at = CASE WHEN seen.state = 'rejected' THEN now() END
+  FROM seen WHERE a.assignment_id = seen.assignment_id AND a.host_no = seen.host_no
+    AND a.ended_at IS NULL AND a.held_until IS NULL
+  RETURNING a.host_no, a.state
+), told AS (
+  UPDATE liveness l SET desired_revision = l.desired_revision + 1
+  WHERE l.host_no IN (SELECT host_no FROM changed WHERE state = 'rejected')
+)
+SELECT count(*) AS changed FROM changed
+"""
+
+SQL_OBSERVED_GONE = """
+-- what hosts were to stop and have nothing of any more, after they took a list without it
+UPDATE assignments a SET ended_at = now(), state_at = now(), state = 'stopped',
+  reason = a.stop_reason
+FROM unnest(%(host_no)s::integer[], %(revision)s::bigint[]) AS t (host_no, revision)
+WHERE a.host_no = t.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
+  AND a.stop_revision <= t.revision AND a.assignment_id <> ALL(%(assignment_id)s::uuid[])
+"""
+
 SQL_SERVE_START = """
 -- nobody is marked offline for what happened while this CP was away
 UPDATE cp_state SET serving_since = now(), alive_at = now()
@@ -2293,6 +3332,12 @@ SELECT greatest(
   (SELECT max(age(xmin)) FROM pg_replication_slots),
   (SELECT max(age(transaction)) FROM pg_prepared_xacts WHERE database = current_database()),
   0) AS transactions
+"""
+
+SQL_WORKLOAD_COUNTS = """
+-- workloads, and their copies by state
+SELECT 'workloads' AS state, count(*) AS number FROM workloads WHERE deleted_at IS NULL
+UNION ALL SELECT state, count(*) FROM assignments WHERE ended_at IS NULL GROUP BY state
 """
 
 SQL_COUNTS = """
@@ -2349,8 +3394,24 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
              OR (h.status IN ('online', 'paused') AND l.last_heartbeat_at IS NULL)""",
     ),
     (
+        "one_copy_per_replica",
+        "a replica has at most one copy that lives, and only of a workload that has it",
+        """SELECT w.workload_id::text || '/' || a.replica AS subject
+           FROM assignments a JOIN workloads w USING (workload_no) WHERE a.ended_at IS NULL
+           GROUP BY w.workload_id, a.replica HAVING count(*) > 1""",
+    ),
+    (
+        "hosts_within_their_offer",
+        "no two copies share a port of a host, and its list is not older than what is in it",
+        """SELECT a.assignment_id::text AS subject
+           FROM assignments a JOIN liveness l USING (host_no)
+           WHERE a.ended_at IS NULL AND (a.stop_revision > l.desired_revision OR EXISTS (
+             SELECT 1 FROM assignments b WHERE b.host_no = a.host_no AND b.ended_at IS NULL
+               AND b.port_slot = a.port_slot AND b.assignment_no <> a.assignment_no))""",
+    ),
+    (
         "changes_are_audited",
-        "every invite, host, customer, key and revocation has its line in the audit log",
+        "each invite, host, customer, key, workload, revocation has its line in the audit log",
         """SELECT subject FROM (
              SELECT invite_id AS subject, 'invite.mint' AS action FROM invites
              UNION ALL SELECT host_id::text, 'host.register' FROM hosts
@@ -2358,6 +3419,9 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
              UNION ALL SELECT invite_id, 'invite.revoke' FROM invites WHERE revoked_at IS NOT NULL
              UNION ALL SELECT customer_id::text, 'customer.add' FROM customers
              UNION ALL SELECT key_id, 'key.mint' FROM customer_keys
+             UNION ALL SELECT workload_id::text, 'workload.add' FROM workloads
+             UNION ALL SELECT workload_id::text, 'workload.delete' FROM workloads
+               WHERE deleted_at IS NOT NULL
              UNION ALL SELECT key_id, 'key.revoke' FROM customer_keys WHERE revoked_at IS NOT NULL
            ) AS due WHERE NOT EXISTS (SELECT 1 FROM audit_log a
              WHERE a.subject = due.subject AND a.action = due.action)""",
@@ -2372,7 +3436,8 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
            UNION ALL SELECT table_name || '.' || column_name FROM information_schema.columns
            WHERE table_schema = 'public' AND (table_name IN ('audit_log', 'schema_migrations')
              OR column_name IN ('created_at', 'created_by', 'expires_at', 'secret_sha256',
-               'session_sha256', 'started_at', 'host_no', 'opened_by', 'customer_no', 'key_id'))
+               'session_sha256', 'started_at', 'host_no', 'opened_by', 'customer_no', 'key_id',
+               'workload_no', 'workload_id', 'assignment_no', 'assignment_id', 'replica'))
              AND has_column_privilege(current_user, 'public.' || table_name, column_name,
                'UPDATE')""",
     ),
@@ -2385,7 +3450,7 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
 
 T = TypeVar("T")
 Row = dict[str, Any]
-BeatFuture = asyncio.Future[Standing | Refusal]
+BeatFuture = asyncio.Future[Accepted | Refusal]
 BeatKey = tuple[bytes, str]  # session's hash and peer: a copy elsewhere gets its own answer
 
 
@@ -2763,6 +3828,7 @@ async def _rekey_host(tx: Transaction, reg: Registration, invite: Row, host: Cla
         wg_ip=reg.wg_ip,
         wg_pubkey=reg.wg_pubkey,
     )
+    await tx.execute(SQL_ASSIGNMENT_HOLD, host_no=host.host_no, lease_s=LEASE_S)
     current = (await tx.rows(SQL_HOST_GET, Host, host_id=host.host_id))[0]
     await _set_wallet(tx, current, reg.payout_pubkey, invite)
     actor = Actor(f"invite:{reg.token.public_id}")
@@ -2828,6 +3894,7 @@ async def _claim_session(
     how = "takeover" if decision == "takeover" else "resume"
     await _open_session(tx, host.host_no, asked, how)
     if decision == "takeover":
+        await tx.execute(SQL_ASSIGNMENT_HOLD, host_no=host.host_no, lease_s=LEASE_S)
         await audit(tx, actor, "host.takeover", subject, peer=peer)
     return None
 
@@ -2916,10 +3983,13 @@ async def _check_changes(tx: Transaction, host: Host, res: Resumption) -> None:
 
 
 async def record_heartbeats(
-    db: Database, beats: Sequence[Beat], peer_check: bool
-) -> dict[BeatKey, Standing | Refusal]:
-    """Commit a batch of heartbeats, one a session and peer; give back an answer for each."""
-    answers: dict[BeatKey, Standing | Refusal] = {}
+    db: Database, beats: Sequence[Beat], peer_check: bool, registry: str = ""
+) -> tuple[dict[BeatKey, Accepted | Refusal], int]:
+    """Commit a batch of heartbeats, one a session and peer; give back an answer for each.
+
+    And how many assignments changed by what the hosts have of them.
+    """
+    answers: dict[BeatKey, Accepted | Refusal] = {}
     flipped: list[tuple[str, uuid.UUID, str]] = []
     told: dict[int, list[Beat]] = {}  # by host_no: those whose standing has reasons
     async with db.transaction() as tx:
@@ -2933,22 +4003,23 @@ async def record_heartbeats(
             boot_id=[beat.boot_id for beat in beats],
             status=[beat.status for beat in beats],
         )
-        for row in rows:
-            beat = beats[row["number"] - 1]
-            if row["is_plain"]:
-                answers[beat.session_sha256, beat.peer] = PLAIN_STANDING
-            else:
-                told.setdefault(row["host_no"], []).append(beat)
+        accepted = [(row, beats[row["number"] - 1]) for row in rows]
+        for row, beat in accepted:
+            answers[beat.session_sha256, beat.peer] = Accepted(row["host_no"], PLAIN_STANDING)
             if beat.facts:
                 values = dataclasses.asdict(beat.facts)
                 await tx.execute(SQL_HOST_FACTS, host_no=row["host_no"], **values)
+            if not row["is_plain"] or beat.facts:
+                told.setdefault(row["host_no"], []).append(beat)
             if row["flipped_host_id"]:
                 flipped.append((beat.status, row["flipped_host_id"], row["old_status"]))
         if told:
             for host in await tx.rows(SQL_HEARTBEAT_HOSTS, Host, host_nos=list(told)):
                 for beat in told[host.host_no]:
-                    accepted = dataclasses.replace(host, status=beat.status)
-                    answers[beat.session_sha256, beat.peer] = decide_standing(accepted)
+                    standing = decide_standing(dataclasses.replace(host, status=beat.status))
+                    answers[beat.session_sha256, beat.peer] = Accepted(host.host_no, standing)
+        changed = await _record_observed(tx, accepted)
+        await _add_desired(tx, accepted, answers, registry)
         refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
         if refused:
             sessions = [beat.session_sha256 for beat in refused]
@@ -2960,7 +4031,57 @@ async def record_heartbeats(
         failpoint("Heartbeat.before_commit")
     for status, host_id, old in flipped:
         log("INFO", f"host {status}", host_id=host_id, was=old)
-    return answers
+    return answers, changed
+
+
+async def _record_observed(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]) -> int:
+    """Keep what hosts have of their assignments; give back how many of these changed."""
+    said = [(row["host_no"], beat.observed) for row, beat in accepted if beat.observed]
+    if not said:
+        return 0
+    each = [(host_no, one) for host_no, observed in said for one in observed.assignments]
+    ids = [one.assignment_id for _, one in each]
+    changed = 0
+    if each:
+        row = await tx.the(
+            SQL_OBSERVED,
+            host_no=[host_no for host_no, _ in each],
+            assignment_id=ids,
+            state=[one.state for _, one in each],
+            reason=[one.reason for _, one in each],
+            restarts=[one.restarts for _, one in each],
+            exit_code=[one.exit_code for _, one in each],
+        )
+        changed = row["changed"]
+    return changed + await tx.execute(
+        SQL_OBSERVED_GONE,
+        host_no=[host_no for host_no, _ in said],
+        revision=[observed.revision for _, observed in said],
+        assignment_id=ids,
+    )
+
+
+async def _add_desired(
+    tx: Transaction,
+    accepted: Sequence[tuple[Row, Beat]],
+    answers: dict[BeatKey, Accepted | Refusal],
+    registry: str,
+) -> None:
+    """Add the list of what it is to run to the answer of each host that has another one."""
+    late = [(row, b) for row, b in accepted if row["desired_revision"] != b.desired_revision]
+    if not late:
+        return
+    wanted: dict[int, list[pb.Assignment]] = {row["host_no"]: [] for row, _ in late}
+    for found in await tx.dicts(SQL_DESIRED, host_nos=list(wanted)):
+        wanted[found["host_no"]].append(render_assignment(found, registry))
+    for row, beat in late:
+        key = (beat.session_sha256, beat.peer)
+        answer = answers[key]
+        if isinstance(answer, Accepted):
+            desired = pb.Desired(
+                revision=row["desired_revision"], assignments=wanted[row["host_no"]]
+            )
+            answers[key] = dataclasses.replace(answer, desired=desired)
 
 
 def decide_heartbeat_refusal(row: Row | None, peer: str) -> Refusal:
@@ -3034,6 +4155,19 @@ async def release_host(db: Database, actor: Actor, host_id: uuid.UUID) -> Host:
         host = await _get_host(tx, host_id)
     what = f"this host is {host.status}, not quarantined"
     raise Refusal("CONFLICT", what, "nothing needs to be released")
+
+
+async def drain_host(db: Database, actor: Actor, host_id: uuid.UUID, drain: bool) -> Host:
+    """Move a host's work elsewhere and give it no more, or end that; twice changes nothing."""
+    sql, action = (SQL_HOST_DRAIN, "host.drain") if drain else (SQL_HOST_UNDRAIN, "host.undrain")
+    async with db.transaction() as tx:
+        if await tx.one(sql, host_id=host_id):
+            await audit(tx, actor, action, str(host_id))
+        host = await _get_host(tx, host_id)
+    if host.status == "revoked":
+        what = "this host is revoked"
+        raise Refusal("CONFLICT", what, "it gets no work any more, whatever is drained")
+    return host
 
 
 async def list_namespaces(db: Database, values: Mapping[str, Any]) -> list[Row]:
@@ -3156,6 +4290,193 @@ async def find_customer(db: Database, token: Token) -> Customer | None:
     return Customer(**row)
 
 
+async def put_workload(
+    db: Database, actor: Actor, customer: Customer, order: WorkloadOrder
+) -> tuple[bool, Workload]:
+    """Make a workload, or change the one of this name; twice changes nothing; raises Refusal.
+
+    True when it was made.
+    """
+    names = {"namespace": order.namespace, "name": order.name}
+    values = {"replicas": order.replicas, "spec": Jsonb(dict(order.spec))}
+    async with db.transaction() as tx:
+        await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
+        found = await tx.rows(SQL_WORKLOAD_LOCK, Workload, **names)
+        if found:
+            workload_id = found[0].workload_id
+            if (found[0].replicas, found[0].spec) != (order.replicas, dict(order.spec)):
+                await tx.execute(SQL_WORKLOAD_CHANGE, workload_no=found[0].workload_no, **values)
+                detail = {"replicas": order.replicas, "image": order.spec["image"]}
+                await audit(tx, actor, "workload.change", str(workload_id), **detail)
+        else:
+            count = await tx.the(SQL_WORKLOAD_COUNT, customer_no=customer.customer_no)
+            if count["workloads"] >= WORKLOADS_MAX:
+                what = f"you have {count['workloads']} workloads, which is the most"
+                raise Refusal("CONFLICT", what, "delete those that are not needed")
+            workload_id = uuid.uuid4()
+            await tx.execute(
+                SQL_WORKLOAD_INSERT,
+                workload_id=workload_id,
+                actor=actor.name,
+                **names,
+                **values,
+            )
+            detail = {**names, "replicas": order.replicas, "image": order.spec["image"]}
+            await audit(tx, actor, "workload.add", str(workload_id), **detail)
+        return not found, await _get_workload(tx, customer, workload_id)
+
+
+def decide_order(
+    values: Mapping[str, Any], namespaces: Sequence[str], registry: str
+) -> WorkloadOrder:
+    """What a checked body asks for, in one of the customer's namespaces; raises Refusal."""
+    namespace = values["namespace"] or (namespaces[0] if len(namespaces) == 1 else "")
+    if namespace not in namespaces:
+        code, what = "BAD_REQUEST", "namespace is missing"
+        if namespace:
+            code, what = "FORBIDDEN", "that is none of your namespaces"
+        raise Refusal(code, what, f"send one of: {', '.join(namespaces)}", "namespace")
+    of, image = parse_image(values["image"], registry)
+    if of not in namespaces:
+        what = f"the image is of the namespace {of}, which is none of yours"
+        raise Refusal("FORBIDDEN", what, f"push it to one of: {', '.join(namespaces)}", "image")
+    size = len(json.dumps([values["command"], values["env"]], ensure_ascii=False).encode())
+    if size > SPEC_BYTES:
+        what = f"command and env are larger than {SPEC_BYTES} bytes together"
+        raise Refusal("BAD_REQUEST", what, "put what is large into the image", "env")
+    spec = {key: values[key] for key in SPEC_KEYS} | {"image": image}
+    return WorkloadOrder(namespace, values["name"], values["replicas"], spec)
+
+
+async def _get_workload(
+    tx: Transaction, customer: Customer | None, workload_id: uuid.UUID
+) -> Workload:
+    found = await tx.rows(
+        SQL_WORKLOAD_LIST,
+        Workload,
+        workload_id=workload_id,
+        customer_no=customer.customer_no if customer else None,
+        namespace=None,
+        name=None,
+        deleted=True,
+        limit=1,
+        cursor=0,
+    )
+    if not found:
+        raise Refusal("NOT_FOUND", "no such workload", "list them: GET /api/v1/workloads")
+    return found[0]
+
+
+async def get_workload(
+    db: Database, customer: Customer | None, workload_id: uuid.UUID
+) -> tuple[Workload, list[Assignment]]:
+    """A workload with its copies, those that ended of late last; raises Refusal."""
+    async with db.transaction() as tx:
+        workload = await _get_workload(tx, customer, workload_id)
+        live = await tx.rows(SQL_ASSIGNMENT_LIST, Assignment, workload_nos=[workload.workload_no])
+        past = await tx.rows(SQL_ASSIGNMENT_PAST, Assignment, workload_no=workload.workload_no)
+    return workload, [*live, *past]
+
+
+async def list_workloads(
+    db: Database, customer: Customer | None, values: Mapping[str, Any]
+) -> list[tuple[Workload, list[Assignment]]]:
+    """A page of workloads with their live copies, newest first: a customer's, or all."""
+    which = {"workload_id": None, "customer_no": customer.customer_no if customer else None}
+    async with db.transaction() as tx:
+        found = await tx.rows(SQL_WORKLOAD_LIST, Workload, **which, **values)
+        numbers = [workload.workload_no for workload in found]
+        copies = await tx.rows(SQL_ASSIGNMENT_LIST, Assignment, workload_nos=numbers)
+    return [
+        (workload, [each for each in copies if each.workload_no == workload.workload_no])
+        for workload in found
+    ]
+
+
+async def delete_workload(
+    db: Database, actor: Actor, customer: Customer, workload_id: uuid.UUID
+) -> None:
+    """Delete a workload for good; doing it twice changes nothing; raises Refusal."""
+    async with db.transaction() as tx:
+        workload = await _get_workload(tx, customer, workload_id)
+        if await tx.execute(SQL_WORKLOAD_DELETE, workload_no=workload.workload_no):
+            await audit(tx, actor, "workload.delete", str(workload_id))
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one look of the placer did."""
+
+    hosts: frozenset[int] = frozenset()  # that have another list now
+    placed: int = 0
+    unplaced: int = 0
+    lost: int = 0
+
+
+async def place(db: Database) -> Round:
+    """End what has no right any more, stop what is not wanted, give places to what has none."""
+    async with db.transaction() as tx:
+        if not (await tx.the(SQL_PLACER_LOCK))["is_mine"]:
+            return Round()
+        lost = await tx.execute(
+            SQL_ASSIGNMENT_EXPIRE,
+            lease_s=LEASE_S,
+            grace_s=LEASE_GRACE_S,
+            intervals=OFFLINE_AFTER_INTERVALS,
+        )
+        demands = await _read_demands(tx)
+        replaced = [number for demand in demands for number in plan_rollout(demand)[0]]
+        rows = await tx.dicts(SQL_ASSIGNMENT_STOP, replaced=replaced)
+        touched = {row["host_no"] for row in rows}
+        made: list[Placement] = []
+        reasons: dict[int, str] = {}
+        if demands:
+            places = [
+                Place(**{**row, "port_slots": set(row["port_slots"])})
+                for row in await tx.dicts(SQL_PLACES)
+            ]
+            made, reasons = await asyncio.to_thread(decide_places, demands, places)
+        if made:
+            columns = [dataclasses.asdict(each) for each in made]
+            params = {key: [row[key] for row in columns] for key in columns[0]}
+            params["spec"] = [Jsonb(dict(each.spec)) for each in made]
+            await tx.execute(SQL_ASSIGNMENT_INSERT, **params)
+            touched |= {each.host_no for each in made}
+        await tx.execute(
+            SQL_WORKLOAD_UNPLACED, workload_nos=list(reasons), reasons=list(reasons.values())
+        )
+        if made:
+            failpoint("place.before_commit")
+    return Round(frozenset(touched), len(made), len(reasons), lost)
+
+
+async def _read_demands(tx: Transaction) -> list[Demand]:
+    rows = await tx.dicts(SQL_DEMANDS)
+    if not rows:
+        return []
+    refused: dict[int, list[Row]] = {}
+    numbers = [row["workload_no"] for row in rows]
+    for one in await tx.dicts(SQL_REJECTIONS, workload_nos=numbers, window_s=REJECTED_S):
+        refused.setdefault(one["workload_no"], []).append(one)
+    demands = []
+    for row in rows:
+        rejections: dict[int, Rejections] = {}
+        for one in refused.get(row["workload_no"], ()):
+            before = rejections.get(one["replica"])
+            times = before.times + 1 if before else 1
+            rejections[one["replica"]] = Rejections(times, one["age_s"], one["reason"])
+        by = frozenset(one["host_no"] for one in refused.get(row["workload_no"], ()))
+        copies = tuple(parse_copy(copy) for copy in row.pop("copies"))
+        demands.append(Demand(**row, copies=copies, rejections=rejections, rejected_by=by))
+    return demands
+
+
+def parse_copy(row: Row) -> Copy:
+    """A live assignment as SQL_DEMANDS gives it."""
+    state = row.pop("state")
+    return Copy(**row, is_running=state == "running", is_done=state in DONE_STATES)
+
+
 async def list_audit(db: Database, values: Mapping[str, Any]) -> list[Row]:
     """A page of the audit log, newest first."""
     async with db.transaction() as tx:
@@ -3190,6 +4511,7 @@ class Settings:
     heartbeat_s: float
     role: str
     wg_socket: str
+    registry: str
 
 
 class Metrics:
@@ -3244,6 +4566,14 @@ METRICS = (
     ("openinfra_pool_waiting", "gauge", "Callers that wait for a database connection, by pool."),
     ("openinfra_peers", "gauge", "Peers of the hub by state: wanted, set, unknown, conflict."),
     ("openinfra_peers_checked_time_seconds", "gauge", "When the hub was last right, Unix time."),
+    ("openinfra_workloads", "gauge", "Workloads of customers that are not deleted."),
+    ("openinfra_assignments", "gauge", "Copies of workloads that have not ended, by state."),
+    ("openinfra_unplaced_workloads", "gauge", "Workloads of which a replica has no host."),
+    ("openinfra_placements_total", "counter", "Replicas that got a host."),
+    ("openinfra_assignments_lost_total", "counter", "Copies whose host fell silent for too long."),
+    ("openinfra_placed_time_seconds", "gauge", "When places were last looked for, Unix time."),
+    ("openinfra_place_seconds_total", "counter", "Time those looks took."),
+    ("openinfra_nudges_total", "counter", "Hosts asked by a packet for a heartbeat."),
     ("openinfra_start_time_seconds", "gauge", "When this process began to serve, Unix time."),
     ("openinfra_cpu_seconds_total", "counter", "Processor time of this process."),
     ("openinfra_resident_memory_bytes", "gauge", "Resident memory of this process."),
@@ -3445,6 +4775,74 @@ class Peers:
             raise Error(what, "look: wg show wg0; what did not change is tried again")
 
 
+class Placer:
+    """Gives replicas their hosts, in rounds; and asks hosts for a heartbeat when they have news."""
+
+    def __init__(self, db: Database, judging: asyncio.Lock, metrics: Metrics) -> None:
+        self._db = db
+        self._judging = judging
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        for name in ("nudges", "placements", "assignments_lost"):
+            metrics.add(f"openinfra_{name}_total", 0)
+        self._nudges: dict[int, tuple[str, int]] = {}  # by host_no: where it listens
+        self._socket: socket.socket | None = None
+
+    def wake(self) -> None:
+        """Something changed: look soon."""
+        self._wake.set()
+
+    def host_listens(self, host_no: int, peer: str, port: int) -> None:
+        """A heartbeat came from there; port 0: it hears no nudge."""
+        if port:
+            self._nudges[host_no] = (peer, port)
+        else:
+            self._nudges.pop(host_no, None)
+
+    async def place_forever(self) -> None:
+        """Look again and again; a fault is logged and tried again."""
+        while True:
+            self._wake.clear()
+            began = time.monotonic()
+            try:
+                async with self._judging:
+                    done = await asyncio.wait_for(place(self._db), BATCH_DEADLINE_S)
+                self._note(done, time.monotonic() - began)
+                for host_no in done.hosts:
+                    self.nudge(host_no)
+            except Refusal:
+                pass  # the store has logged it
+            except Exception as error:  # the loop must not end before the process does
+                log("ERROR", "placing failed", error=type(error).__name__, said=str(error))
+            await asyncio.sleep(PLACE_REST_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), PLACE_S - PLACE_REST_S)
+
+    def _note(self, done: Round, took_s: float) -> None:
+        self._metrics.add("openinfra_place_seconds_total", took_s)
+        self._metrics.add("openinfra_placements_total", done.placed)
+        self._metrics.add("openinfra_assignments_lost_total", done.lost)
+        self._metrics.set("openinfra_unplaced_workloads", done.unplaced)
+        self._metrics.set("openinfra_placed_time_seconds", time.time())
+        if done.lost:
+            log("WARN", "copies lost with their hosts", copies=done.lost)
+
+    def nudge(self, host_no: int) -> None:
+        """Ask a host for a heartbeat now: a packet, sent again in case it gets lost."""
+        if host_no in self._nudges:
+            self._metrics.add("openinfra_nudges_total")
+            loop = asyncio.get_running_loop()
+            for delay_s in NUDGE_AFTER_S:
+                loop.call_later(delay_s, self._send, host_no)
+
+    def _send(self, host_no: int) -> None:
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.setblocking(False)
+        with contextlib.suppress(OSError, KeyError):  # nothing depends on it
+            self._socket.sendto(b"openinfra", self._nudges[host_no])
+
+
 class ControlPlane:
     """One serving process: what its edges and loops share.
 
@@ -3479,6 +4877,7 @@ class ControlPlane:
         self._waiting_of: dict[str, int] = {}  # by peer
         self._wake = asyncio.Event()
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
+        self.placer = Placer(beat_db, self._judging, self.metrics)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -3522,7 +4921,7 @@ class ControlPlane:
         if wait_s > PEER_HOLD_S:
             raise Refusal("TRY_LATER", "too many calls from this address", "call less often")
 
-    async def heartbeat(self, beat: Beat) -> Standing:
+    async def heartbeat(self, beat: Beat) -> Accepted:
         """Wait until a heartbeat is committed; raises Refusal."""
         key = (beat.session_sha256, beat.peer)
         known = self._waiting.get(key)
@@ -3536,7 +4935,9 @@ class ControlPlane:
             self._waiting[key] = (beat, [future])
         else:  # a retry overtook the first try: one commit answers both
             earlier, futures = known
-            merged = dataclasses.replace(beat, facts=beat.facts or earlier.facts)
+            merged = dataclasses.replace(
+                beat, facts=beat.facts or earlier.facts, observed=beat.observed or earlier.observed
+            )
             self._waiting[key] = (merged, [*futures, future])
         self._wake.set()
         answer = await future
@@ -3568,13 +4969,16 @@ class ControlPlane:
 
     async def _flush(self, batch: Mapping[BeatKey, tuple[Beat, list[BeatFuture]]]) -> None:
         began = time.monotonic()
-        answers: Mapping[BeatKey, Standing | Refusal] = {}
+        answers: Mapping[BeatKey, Accepted | Refusal] = {}
         fault: Refusal | None = None
         try:
             beats = [beat for beat, _ in batch.values()]
-            work = record_heartbeats(self.beat_db, beats, self.settings.peer_check)
+            settings = self.settings
+            work = record_heartbeats(self.beat_db, beats, settings.peer_check, settings.registry)
             async with self._judging:
-                answers = await asyncio.wait_for(work, BATCH_DEADLINE_S)
+                answers, changed = await asyncio.wait_for(work, BATCH_DEADLINE_S)
+            if changed:
+                self.placer.wake()
         except Refusal as refusal:
             fault = refusal
         except Exception as error:  # whatever it is: the next batch gets its chance
@@ -3626,11 +5030,15 @@ class ControlPlane:
         try:
             async with self.admin_db.transaction() as tx:
                 rows = await tx.dicts(SQL_COUNTS)
+                copies = {r["state"]: r["number"] for r in await tx.dicts(SQL_WORKLOAD_COUNTS)}
                 tables = await tx.dicts(SQL_TABLES)
                 oldest = await tx.the(SQL_OLDEST_SNAPSHOT)
             counts = {row["status"]: row["hosts"] for row in rows}
             for status in HOST_STATUSES:
                 self.metrics.set("openinfra_hosts", counts.get(status, 0), status=status)
+            self.metrics.set("openinfra_workloads", copies.pop("workloads"))
+            for state in LIVE_STATES:
+                self.metrics.set("openinfra_assignments", copies.get(state, 0), state=state)
             for row in tables:
                 for key in ("bytes", "dead_rows"):
                     self.metrics.set(f"openinfra_table_{key}", row[key], table=row["name"])
@@ -3812,9 +5220,13 @@ class AgentEdge:
 
     async def _heartbeat(self, request: pb.HeartbeatRequest, peer: str) -> Message:
         beat = parse_heartbeat(request, peer, self.cp.next_interval_ms())
-        standing = await self.cp.heartbeat(beat)
+        accepted = await self.cp.heartbeat(beat)
+        self.cp.placer.host_listens(accepted.host_no, peer, request.nudge_port % 65_536)
         return pb.HeartbeatReply(
-            next_heartbeat_ms=beat.interval_ms, standing=render_standing(standing)
+            next_heartbeat_ms=beat.interval_ms,
+            standing=render_standing(accepted.standing),
+            desired=accepted.desired,
+            lease_s=LEASE_S,
         )
 
 
@@ -3885,7 +5297,12 @@ class Request:
             return uuid.UUID(self.path[f"{of}_id"])
         except ValueError:
             what = f"the {of} id in the path is not a UUID"
-            raise Refusal("BAD_REQUEST", what, f"copy it from GET /api/v1/admin/{of}s") from None
+            path = "" if of == "workload" else "admin/"
+            raise Refusal("BAD_REQUEST", what, f"copy it from GET /api/v1/{path}{of}s") from None
+
+    def workload_id(self) -> uuid.UUID:
+        """The workload in the path; raises Refusal."""
+        return self._id("workload")
 
     def of_customer(self) -> Customer:
         """The customer that asks, on a route for customers."""
@@ -4005,6 +5422,57 @@ async def http_get_account(_cp: ControlPlane, request: Request) -> Answer:
     return 200, render_customer(request.of_customer())
 
 
+async def http_drain_host(cp: ControlPlane, request: Request) -> Answer:
+    host = await drain_host(cp.admin_db, request.actor, request.host_id(), True)
+    cp.placer.wake()
+    return 200, render_host(host)
+
+
+async def http_undrain_host(cp: ControlPlane, request: Request) -> Answer:
+    host = await drain_host(cp.admin_db, request.actor, request.host_id(), False)
+    cp.placer.wake()
+    return 200, render_host(host)
+
+
+async def http_put_workload(cp: ControlPlane, request: Request) -> Answer:
+    customer = request.of_customer()
+    order = decide_order(request.values, customer.namespaces, cp.settings.registry)
+    is_new, workload = await put_workload(cp.customer_db, request.actor, customer, order)
+    cp.placer.wake()
+    found = await get_workload(cp.customer_db, customer, workload.workload_id)
+    return (201 if is_new else 200), render_workload(*found)
+
+
+async def http_list_workloads(cp: ControlPlane, request: Request) -> Answer:
+    found = await list_workloads(cp.customer_db, request.of_customer(), one_more(request.values))
+    return _page_of_workloads(found, request)
+
+
+async def http_list_all_workloads(cp: ControlPlane, request: Request) -> Answer:
+    found = await list_workloads(cp.admin_db, None, one_more(request.values))
+    return _page_of_workloads(found, request)
+
+
+def _page_of_workloads(
+    found: Sequence[tuple[Workload, list[Assignment]]], request: Request
+) -> Answer:
+    shown = [render_workload(*each) for each in found]
+    rows = [workload for workload, _ in found]
+    return page("workloads", rows, shown, "workload_no", request.values["limit"])
+
+
+async def http_get_workload(cp: ControlPlane, request: Request) -> Answer:
+    which = (request.of_customer(), request.workload_id())
+    return 200, render_workload(*await get_workload(cp.customer_db, *which))
+
+
+async def http_delete_workload(cp: ControlPlane, request: Request) -> Answer:
+    customer, workload_id = request.of_customer(), request.workload_id()
+    await delete_workload(cp.customer_db, request.actor, customer, workload_id)
+    cp.placer.wake()
+    return 200, render_workload(*await get_workload(cp.customer_db, customer, workload_id))
+
+
 async def http_list_audit(cp: ControlPlane, request: Request) -> Answer:
     rows = await list_audit(cp.admin_db, one_more(request.values))
     shown = [render_row(row) for row in rows]
@@ -4079,6 +5547,22 @@ ROUTES = (
         "admin",
         "Release a host from quarantine",
         http_release_host,
+        "Host",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/hosts/{host_id}/drain",
+        "admin",
+        "Move a host's workloads elsewhere and give it no more",
+        http_drain_host,
+        "Host",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/hosts/{host_id}/undrain",
+        "admin",
+        "Give a host that was drained workloads again",
+        http_undrain_host,
         "Host",
     ),
     Route(
@@ -4161,6 +5645,50 @@ ROUTES = (
         "Customer",
     ),
     Route(
+        "POST",
+        "/api/v1/workloads",
+        "customer",
+        "Make a workload, or change the one of this name (200); the same twice changes nothing",
+        http_put_workload,
+        "Workload",
+        201,
+        body=WORKLOAD_FIELDS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workloads",
+        "customer",
+        "List your workloads, newest first",
+        http_list_workloads,
+        "Workloads",
+        query=(*PAGE_FIELDS, *WORKLOAD_FILTERS),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workloads/{workload_id}",
+        "customer",
+        "One workload: its copies, where each is, and why it does not run",
+        http_get_workload,
+        "Workload",
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/workloads/{workload_id}",
+        "customer",
+        "Delete a workload for good; its copies are stopped",
+        http_delete_workload,
+        "Workload",
+    ),
+    Route(
+        "GET",
+        "/api/v1/admin/workloads",
+        "read",
+        "List the workloads of all customers, newest first",
+        http_list_all_workloads,
+        "Workloads",
+        query=(*PAGE_FIELDS, *WORKLOAD_FILTERS),
+    ),
+    Route(
         "GET",
         "/api/v1/admin/audit-log",
         "read",
@@ -4213,6 +5741,11 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "memory_bytes": "integer",
         "disk_bytes": "integer",
         "disk_encrypted": "boolean",
+        "engine_version": "string",
+        "offered_cpu_milli": "integer",
+        "offered_memory_bytes": "integer",
+        "assignments": "integer",
+        "drained_at": "date-time?",
         "created_at": "date-time",
         "revoked_at": "date-time?",
         "last_heartbeat_at": "date-time?",
@@ -4257,6 +5790,46 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "revoked_at": "date-time?",
     },
     "CustomerKeys": {"keys": "[CustomerKey]", "next_cursor": "integer?"},
+    "Endpoint": {"port": "integer", "address": "string"},
+    "Assignment": {
+        "assignment_id": "uuid",
+        "replica": "integer",
+        "revision": "integer",
+        "host_id": "uuid",
+        "state": "string",
+        "reason": "string",
+        "restarts": "integer",
+        "exit_code": "integer?",
+        "endpoints": "[Endpoint]",
+        "created_at": "date-time",
+        "state_at": "date-time",
+        "ended_at": "date-time?",
+    },
+    "Workload": {
+        "workload_id": "uuid",
+        "namespace": "string",
+        "name": "string",
+        "state": "string",
+        "reasons": "strings",
+        "revision": "integer",
+        "replicas": "integer",
+        "image": "string",
+        "command": "strings",
+        "env": "Object",
+        "cpu_milli": "integer",
+        "memory_bytes": "integer",
+        "ports": "integers",
+        "egress": "string",
+        "restart": "string",
+        "arch": "string?",
+        "provider": "string?",
+        "created_by": "string",
+        "created_at": "date-time",
+        "changed_at": "date-time",
+        "deleted_at": "date-time?",
+        "assignments": "[Assignment]",
+    },
+    "Workloads": {"workloads": "[Workload]", "next_cursor": "integer?"},
     "Object": {},
 }
 SCHEMAS["NewInvite"] = {"token": "string", **SCHEMAS["Invite"]}
@@ -4268,8 +5841,8 @@ def render_shape(text: str) -> Row:
     kind = text.rstrip("?")
     if kind.startswith("["):
         return {"type": "array", "items": {"$ref": f"#/components/schemas/{kind[1:-1]}"}}
-    if kind == "strings":
-        return {"type": "array", "items": {"type": "string"}}
+    if kind in ("strings", "integers"):
+        return {"type": "array", "items": {"type": kind[:-1]}}
     if kind in SCHEMAS:
         return {"$ref": f"#/components/schemas/{kind}"}
     shape: Row = {"type": kind}
@@ -4282,10 +5855,19 @@ def render_shape(text: str) -> Row:
 
 def render_field(field: Field) -> Row:
     """One request field as OpenAPI."""
-    shape: Row = {"type": field.kind, "description": field.help}
-    low, high = ("minimum", "maximum") if field.kind == "integer" else ("minLength", "maxLength")
-    if field.kind != "boolean":
-        shape |= {low: field.minimum, high: field.maximum}
+    shape: Row = {"type": "object" if field.kind == "map" else field.kind}
+    shape |= {"description": field.help} if field.help else {}
+    bounds = {
+        "integer": ("minimum", "maximum"),
+        "string": ("minLength", "maxLength"),
+        "array": ("minItems", "maxItems"),
+        "map": ("minProperties", "maxProperties"),
+    }
+    if field.kind in bounds:
+        shape |= dict(zip(bounds[field.kind], (field.minimum, field.maximum), strict=True))
+    if field.item is not None:
+        name = "items" if field.kind == "array" else "additionalProperties"
+        shape[name] = render_field(field.item)
     if field.values:
         shape["enum"] = list(field.values)
     shape |= field.form
@@ -4795,7 +6377,8 @@ async def run_server(cp: ControlPlane) -> None:
     await server.start()
     threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
     flusher = asyncio.create_task(cp.flush_forever())
-    keepers = [asyncio.create_task(cp.sweep_forever()), *cp.peers.loops()]
+    loops = (cp.sweep_forever, cp.placer.place_forever)
+    keepers = [*(asyncio.create_task(each()) for each in loops), *cp.peers.loops()]
     ended = asyncio.create_task(server.wait_for_termination())  # without being told to
     stop = catch_signals(loop)
     log(
@@ -4807,10 +6390,10 @@ async def run_server(cp: ControlPlane) -> None:
         peer_check="wg" if settings.peer_check else "off",
     )
     sd_notify("READY=1")
-    loops = (flusher, *keepers, ended)
-    await asyncio.wait({asyncio.create_task(stop.wait()), *loops}, return_when="FIRST_COMPLETED")
+    tasks = (flusher, *keepers, ended)
+    await asyncio.wait({asyncio.create_task(stop.wait()), *tasks}, return_when="FIRST_COMPLETED")
     await stop_serving(cp, server, web, flusher, keepers)
-    for task in loops:  # one that ended by itself is a bug to be seen
+    for task in tasks:  # one that ended by itself is a bug to be seen
         if task.done() and not task.cancelled():
             task.result()
 
@@ -5894,6 +7477,7 @@ OPTIONS = (
     Option("peer-check", "wg", "wg: a host must come from its own tunnel address; off: pilot only"),
     Option("heartbeat-s", str(HEARTBEAT_S), "nominal seconds between a host's heartbeats"),
     Option("wg-socket", "", "socket of the WireGuard helper; empty: this CP keeps no hub"),
+    Option("registry", "", "host name of the registry that customers push to; empty: none"),
     Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
 )
 
@@ -5955,7 +7539,15 @@ def read_settings(args: argparse.Namespace) -> Settings:
         heartbeat_s=heartbeat_s,
         role=chosen["role"],
         wg_socket=chosen["wg-socket"],
+        registry=parse_registry(chosen["registry"]),
     )
+
+
+def parse_registry(text: str) -> str:
+    """The name of the registry, with its port if it has one; raises Error 2."""
+    if not re.fullmatch(r"|[A-Za-z0-9.-]+(:[0-9]{1,5})?", text):
+        raise Error("registry is no host name", "give one such as cp.example.com, or none", 2)
+    return text
 
 
 def parse_address(text: str, name: str) -> tuple[str, int]:
@@ -6106,12 +7698,61 @@ def command_revoke_key(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def command_revoke(args: argparse.Namespace, settings: Settings) -> int:
-    """Remove a host for good."""
+def parse_host_id(text: str) -> uuid.UUID:
+    """A host's id; raises Error 2."""
     try:
-        host_id = uuid.UUID(args.host_id)
+        return uuid.UUID(text)
     except ValueError:
         raise Error("the host id is not a UUID", "copy it from: cp_server.py hosts", 2) from None
+
+
+def command_workloads(args: argparse.Namespace, settings: Settings) -> int:
+    """List workloads of all customers."""
+    filters = {field.name: getattr(args, field.name) for field in WORKLOAD_FILTERS}
+    values = parse_fields(
+        (*PAGE_FIELDS, *WORKLOAD_FILTERS),
+        {"limit": args.limit, **{k: v for k, v in filters.items() if v is not None}},
+    )
+    found = asyncio.run(
+        with_database(settings.dsn_file, lambda db: list_workloads(db, None, values))
+    )
+    shown = [render_workload(*each) for each in found]
+    if args.json:
+        print(json.dumps({"workloads": shown}, indent=1))
+        return 0
+    rows = [("WORKLOAD", "NAME", "STATE", "REPLICAS", "ON HOSTS", "WHY IT DOES NOT RUN")]
+    for each in shown:
+        hosts = " ".join(sorted({copy["host_id"] for copy in each["assignments"]})) or "-"
+        name, why = f"{each['namespace']}/{each['name']}", " | ".join(each["reasons"]) or "-"
+        state, replicas = each["state"], str(each["replicas"])
+        rows.append((each["workload_id"], name, state, replicas, hosts, why))
+    print(render_table(rows))
+    return 0
+
+
+def command_drain(args: argparse.Namespace, settings: Settings) -> int:
+    """Move a host's workloads elsewhere and give it no more."""
+    return _drain(args, settings, True)
+
+
+def command_undrain(args: argparse.Namespace, settings: Settings) -> int:
+    """Give a host that was drained workloads again."""
+    return _drain(args, settings, False)
+
+
+def _drain(args: argparse.Namespace, settings: Settings, drain: bool) -> int:
+    host_id = parse_host_id(args.host_id)
+    host = asyncio.run(
+        with_database(settings.dsn_file, lambda db: drain_host(db, cli_actor(), host_id, drain))
+    )
+    what = f"drained; {host.assignments} copies leave it" if drain else "not drained any more"
+    print(f"host {host.host_id} is {what}")
+    return 0
+
+
+def command_revoke(args: argparse.Namespace, settings: Settings) -> int:
+    """Remove a host for good."""
+    host_id = parse_host_id(args.host_id)
     host = asyncio.run(
         with_database(settings.dsn_file, lambda db: revoke_host(db, cli_actor(), host_id))
     )
@@ -6270,6 +7911,9 @@ def cli_actor() -> Actor:
     return Actor(f"cli:{getpass.getuser()}")
 
 
+HOST_COMMANDS = {"revoke": command_revoke, "drain": command_drain, "undrain": command_undrain}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -6316,7 +7960,8 @@ def make_parser() -> argparse.ArgumentParser:
         hosts.add_argument(f"--{field.name}", help=field.help)
     hosts.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
     hosts.add_argument("--json", action="store_true", help="print one JSON object")
-    add("revoke", command_revoke).add_argument("host_id", help="the host's UUID")
+    for name, work in HOST_COMMANDS.items():
+        add(name, work).add_argument("host_id", help="the host's UUID")
     add_customer_commands(add)
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--invariants", action="store_true", help="test what must always hold")
@@ -6353,6 +7998,14 @@ def add_customer_commands(add: Callable[..., Any]) -> None:
     key.add_argument("customer_id", help="the customer's UUID")
     key.add_argument("--note", default="", help="what it is for")
     add("revoke-key", command_revoke_key).add_argument("key_id", help="its 16 characters")
+    workloads = add("workloads", command_workloads)
+    for field in WORKLOAD_FILTERS:
+        if field.kind == "boolean":
+            workloads.add_argument(f"--{field.name}", action="store_true", help=field.help)
+        else:
+            workloads.add_argument(f"--{field.name}", help=field.help)
+    workloads.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
+    workloads.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

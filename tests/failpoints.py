@@ -42,7 +42,8 @@ CP = (
     "Heartbeat.after_commit",
     "http.after_commit",
 )
-KNOWN = {"agent.py": AGENT, "cp_server.py": CP}
+PLACER = ("place.before_commit",)  # passed only where a customer has a workload
+KNOWN = {"agent.py": AGENT, "cp_server.py": (*CP, *PLACER)}
 
 # What takes the place of the two functions; in the copy `os`, `re`, `log`, … are there.
 BODY = """

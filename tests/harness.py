@@ -385,6 +385,9 @@ def facts(**changes: Any) -> pb.Facts:
         "memory_bytes": 8 << 30,
         "disk_bytes": 100 << 30,
         "disk_encrypted": True,
+        "engine_version": "20.10.24",
+        "offered_cpu_milli": 3000,
+        "offered_memory_bytes": 6 << 30,
     }
     return pb.Facts(**{**values, **changes})
 
@@ -485,6 +488,8 @@ STATE = {
     "liveness": "host_no",
     "namespaces": "namespace_no",
     "audit_log": "audit_id",
+    "workloads": "workload_no",
+    "assignments": "assignment_no",
 }
 
 

@@ -35,7 +35,8 @@ from tests.harness import (
 
 ACTOR = cp_server.Actor("cli:tester")
 CROWD = "10.77.66.66"  # the address that all hostile calls come from
-FACTS = cp_server.Facts("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
+_MACHINE = ("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
+FACTS = cp_server.Facts(*_MACHINE, "20.10.24", "", 3000, 6 << 30)
 
 
 class Job:
@@ -219,8 +220,11 @@ def run_schemathesis(cp: ControlPlane, directory: Path, *arguments: str) -> None
     assert done.returncode == 0, done.stderr
     config = directory / "schemathesis.toml"  # what customers may do comes with a customer's key
     of_customers = sorted({route.path for route in cp_server.ROUTES if route.scope == "customer"})
+    # A body can be too large as well as wrong.
+    rejected = ["400", "401", "403", "404", "405", "409", "411", "413", "415", "429"]
     config.write_text(
-        "".join(
+        f"[checks.negative_data_rejection]\nexpected-statuses = {json.dumps(rejected)}\n"
+        + "".join(
             f'[[operations]]\ninclude-path = "{path}"\n'
             f'headers = {{ Authorization = "Bearer {done.stdout.strip()}" }}\n'
             for path in of_customers

@@ -35,4 +35,5 @@ def is_line(text: str) -> bool:
 WALLETS = st.binary(min_size=32, max_size=32).filter(any).map(render_base58)
 LINES = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), min_size=1, max_size=60)
 schemathesis.openapi.format("solana-pubkey", WALLETS)
+schemathesis.openapi.format("solana-namespace", WALLETS.map("solana:{}".format))
 schemathesis.openapi.format("line", LINES.filter(is_line))

@@ -783,15 +783,15 @@ def test_one_session_from_two_addresses_in_one_batch(cp: ControlPlane, client: C
     client.register(cp.mint(), payout_pubkey=new_wallet())  # not approved: it has reasons
     request = pb.HeartbeatRequest(session=client.session, seq=1, boot_id=BOOT_ID)
     beats = [cp_server.parse_heartbeat(request, peer, 1000) for peer in ("127.0.0.1", "::1")]
-    got = asyncio.run(
+    got, _ = asyncio.run(
         cp_server.with_database(
             cp.dsn_file, lambda db: cp_server.record_heartbeats(db, beats, False)
         )
     )
     first, second = got.values()
-    assert isinstance(first, cp_server.Standing)
+    assert isinstance(first, cp_server.Accepted)
     assert first == second
-    assert first.reasons
+    assert first.standing.reasons
 
 
 def test_facts_of_a_refused_heartbeat_are_not_stored(

@@ -474,11 +474,14 @@ def test_an_older_schema_is_restored_and_migrated(
     spare_postgres: Postgres, target: Machine, source: Machine, tmp_path: Path
 ) -> None:
     old = Machine(spare_postgres, tmp_path / "old")
-    tables = "customer_keys, customer_namespaces, customers"
+    tables = "assignments, workloads, customer_keys, customer_namespaces, customers"
+    facts = ("engine_version", "unready", "offered_cpu_milli", "offered_memory_bytes", "drained_at")
     for sql in (
         "DROP INDEX hosts_revoked",
         "DROP INDEX audit_log_wg_key",
         f"DROP TABLE {tables}",
+        f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
+        "ALTER TABLE liveness DROP desired_revision",
         "DELETE FROM schema_migrations WHERE number >= 4",
     ):
         spare_postgres.execute(old.cp.database, sql)

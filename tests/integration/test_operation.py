@@ -832,6 +832,13 @@ def test_revoke(running: ControlPlane) -> None:
 
 # doctor
 
+# A workload, and a copy of it on the first host.
+WORK = """INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)
+  VALUES (gen_random_uuid(), 'kuma', 'web', 2, '{}', 'x');"""
+COPY = """INSERT INTO assignments
+  (workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes, port_slot)
+  SELECT 1, 1, {}, min(host_no), '{{}}', 1, 1, 5 FROM hosts;"""
+LATE = "UPDATE assignments SET stop_at = now(), stop_reason = 'x', stop_revision = 9"
 # The invariant, and what breaks it as a superuser can. `one` is a host's row.
 BREAKS = (
     ("one_host_per_invite", "DELETE FROM hosts WHERE one"),
@@ -862,6 +869,18 @@ BREAKS = (
     ("host_has_liveness", "DELETE FROM liveness WHERE one"),
     ("host_has_liveness", "UPDATE liveness SET last_heartbeat_at = now() WHERE one"),
     ("host_has_liveness", "UPDATE hosts SET status = 'online' WHERE one"),
+    (
+        "one_copy_per_replica",
+        f"DROP INDEX assignments_live, assignments_ports; {WORK} {COPY.format(0)} {COPY.format(0)}",
+    ),
+    (
+        "hosts_within_their_offer",
+        f"DROP INDEX assignments_ports; {WORK} {COPY.format(0)} {COPY.format(1)}",
+    ),
+    (
+        "hosts_within_their_offer",
+        f"{WORK} {COPY.format(0)} {LATE}",
+    ),
     ("changes_are_audited", "DELETE FROM audit_log WHERE audit_id = 1"),
     (
         "changes_are_audited",

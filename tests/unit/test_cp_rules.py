@@ -873,13 +873,17 @@ def make_facts(**changes: Any) -> pb.Facts:
         "memory_bytes": 8 << 30,
         "disk_bytes": 100 << 30,
         "disk_encrypted": True,
+        "engine_version": "20.10.24",
+        "offered_cpu_milli": 3000,
+        "offered_memory_bytes": 6 << 30,
     }
     return pb.Facts(**{**values, **changes})
 
 
 def test_facts_are_read() -> None:
     facts = cp_server.parse_facts(make_facts())
-    assert facts == cp_server.Facts("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
+    machine = ("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
+    assert facts == cp_server.Facts(*machine, "20.10.24", "", 3000, 6 << 30)
 
 
 @pytest.mark.parametrize(
@@ -1234,6 +1238,12 @@ def make_host(**changes: Any) -> Host:
         "memory_bytes": 1,
         "disk_bytes": 2,
         "disk_encrypted": True,
+        "engine_version": "20.10.24",
+        "unready": "",
+        "offered_cpu_milli": 3000,
+        "offered_memory_bytes": 6 << 30,
+        "drained_at": None,
+        "assignments": 0,
         "created_at": AT,
         "revoked_at": None,
         "last_heartbeat_at": None,

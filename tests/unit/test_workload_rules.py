@@ -1,0 +1,608 @@
+"""Tables for workloads: what may be asked for, where copies go, what is replaced when."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cp_server
+from cp_server import Assignment, Copy, Demand, Place, Refusal, Rejections, Workload
+from proto import openinfra_pb2 as pb
+
+DIGEST = "sha256:" + "ab" * 32
+WALLET = "7YttLkHDoNj9wyDur5pM1ejNaAvT9X4eqaYcHQqtj2G5"
+AT = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.timezone.utc)
+ORDER: dict[str, Any] = {
+    "name": "web",
+    "image": f"kuma/web@{DIGEST}",
+    "cpu_milli": 500,
+    "memory_bytes": 64 << 20,
+}
+
+
+def parse(**changes: Any) -> cp_server.WorkloadOrder:
+    """A body as the API reads it, from a customer with the namespace kuma."""
+    given = {key: value for key, value in {**ORDER, **changes}.items() if value is not ...}
+    values = cp_server.parse_fields(cp_server.WORKLOAD_FIELDS, given)
+    return cp_server.decide_order(values, ["kuma"], "cp.example.com")
+
+
+def test_the_smallest_order() -> None:
+    order = parse()
+    assert (order.namespace, order.name, order.replicas) == ("kuma", "web", 1)
+    assert order.spec == {
+        "image": f"kuma/web@{DIGEST}",
+        "command": [],
+        "env": {},
+        "cpu_milli": 500,
+        "memory_bytes": 64 << 20,
+        "ports": [],
+        "egress": "internet",
+        "restart": "always",
+        "arch": None,
+        "provider": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        f"kuma/web@{DIGEST}",
+        f"kuma/a/b.c_d-e@{DIGEST}",
+        f"kuma/web:v1@{DIGEST}",
+        f"cp.example.com/kuma/web@{DIGEST}",
+    ],
+)
+def test_an_image_of_the_own_registry(image: str) -> None:
+    kept = parse(image=image).spec["image"]
+    assert kept == image.removeprefix("cp.example.com/").replace(":v1", "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("name", "Web", "is not 1 to 63"),
+        ("name", "-web", "is not 1 to 63"),
+        ("name", "a" * 64, "out of range"),
+        ("name", "web\n", "is not 1 to 63"),
+        ("name", ..., "missing"),
+        ("namespace", "other", "none of your namespaces"),
+        ("namespace", "solana:x", "is not 2 to 40"),
+        ("image", "kuma/web", "names no digest"),
+        ("image", "kuma/web:latest", "names no digest"),
+        ("image", f"web@{DIGEST}", "no image of a namespace"),
+        ("image", f"other/web@{DIGEST}", "none of yours"),
+        ("image", f"docker.io/kuma/web@{DIGEST}", "registry docker.io"),
+        ("image", f"localhost/kuma/web@{DIGEST}", "registry localhost"),
+        ("image", f"cp.example.com:443/kuma/web@{DIGEST}", "registry cp.example.com:443"),
+        ("image", f"kuma/web@{DIGEST[:-1]}", "no image"),
+        ("image", f"kuma/web@{DIGEST.upper()}", "no image"),
+        ("image", f"kuma/../web@{DIGEST}", "no image"),
+        ("image", f"--privileged/kuma/web@{DIGEST}", "no image"),
+        ("image", f" kuma/web@{DIGEST}", "no image"),
+        ("image", 7, "wrong type"),
+        ("command", "sh", "wrong type"),
+        ("command", [1], "wrong type"),
+        ("command", ["a\0b"], "NUL"),
+        ("command", ["\ud800"], "broken one"),
+        ("command", ["x"] * 65, "out of range"),
+        ("command", ["x" * 4097], "out of range"),
+        ("env", ["A=1"], "wrong type"),
+        ("env", {"A": 1}, "wrong type"),
+        ("env", {"--env": "x"}, "none of a variable"),
+        ("env", {"A=B": "x"}, "none of a variable"),
+        ("env", {"": "x"}, "none of a variable"),
+        ("env", {"A\n": "x"}, "none of a variable"),
+        ("env", {"A": "\0"}, "NUL"),
+        ("env", {f"A{n}": "x" * 4096 for n in range(5)}, "larger than"),
+        ("cpu_milli", ..., "missing"),
+        ("cpu_milli", 0, "out of range"),
+        ("cpu_milli", -500, "out of range"),
+        ("cpu_milli", 1.5, "wrong type"),
+        ("cpu_milli", True, "wrong type"),
+        ("cpu_milli", "500", "wrong type"),
+        ("cpu_milli", 10**30, "out of range"),
+        ("memory_bytes", 1 << 20, "out of range"),
+        ("memory_bytes", 1 << 50, "out of range"),
+        ("replicas", -1, "out of range"),
+        ("replicas", 21, "out of range"),
+        ("ports", [0], "out of range"),
+        ("ports", [65_536], "out of range"),
+        ("ports", [80, 80], "twice"),
+        ("ports", ["80/tcp"], "wrong type"),
+        ("ports", list(range(1, 10)), "out of range"),
+        ("egress", "lan", "no known value"),
+        ("restart", "unless-stopped", "no known value"),
+        ("arch", "riscv64", "no known value"),
+        ("provider", "kuma", "no namespace of a provider"),
+        ("provider", "solana:x", "not a Solana address"),
+        *[
+            (name, True, "unknown field")
+            for name in (
+                *("privileged", "Privileged", "cap_add", "CapAdd", "devices", "volumes", "mounts"),
+                *(
+                    "network_mode",
+                    "host_network",
+                    "pid",
+                    "ipc",
+                    "HostConfig",
+                    "user",
+                    "security_opt",
+                ),
+                *("binds", "runtime", "labels", "sysctls", "host_ip", "host_port", "secrets"),
+            )
+        ],
+    ],
+)
+def test_what_cannot_be_asked_for(field: str, value: Any, said: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        parse(**{field: value})
+    code = "FORBIDDEN" if "of yours" in said or "of your" in said else "BAD_REQUEST"
+    assert (refused.value.code, refused.value.field.partition("[")[0]) == (code, field)
+    assert said in str(refused.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name for field in cp_server.WORKLOAD_FIELDS]), json_values
+    )
+)
+def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(body: dict[str, Any]) -> None:
+    refused = None
+    try:
+        order = parse(**body)
+    except Refusal as error:
+        refused = error
+    if refused is not None:
+        assert refused.code in ("BAD_REQUEST", "FORBIDDEN")
+        assert refused.field
+        return
+    row = {
+        "spec": json.loads(json.dumps(dict(order.spec))),
+        "port_slot": 1023,
+        "assignment_id": uuid.UUID(int=1),
+        "assignment_no": 1,
+        "workload_id": uuid.UUID(int=2),
+    }
+    made = cp_server.render_assignment(row, "cp.example.com")
+    assert pb.Assignment.FromString(made.SerializeToString()) == made
+
+
+def test_an_assignment_as_its_host_gets_it() -> None:
+    spec = parse(
+        command=["httpd", "-f"],
+        env={"A": "1"},
+        ports=[8080, 9090],
+        egress="none",
+        restart="on-failure",
+    ).spec
+    row = {
+        "spec": spec,
+        "port_slot": 3,
+        "assignment_id": uuid.UUID(int=1),
+        "assignment_no": 77,
+        "workload_id": uuid.UUID(int=2),
+    }
+    assert cp_server.render_assignment(row, "cp.example.com") == pb.Assignment(
+        assignment_id=str(uuid.UUID(int=1)),
+        fence=77,
+        workload_id=str(uuid.UUID(int=2)),
+        image=f"cp.example.com/kuma/web@{DIGEST}",
+        command=["httpd", "-f"],
+        env={"A": "1"},
+        cpu_milli=500,
+        memory_bytes=64 << 20,
+        ports=[
+            pb.Port(container_port=8080, host_port=20_024),
+            pb.Port(container_port=9090, host_port=20_025),
+        ],
+        egress=pb.EGRESS_NONE,
+        restart=pb.RESTART_ON_FAILURE,
+    )
+
+
+# Placement ---------------------------------------------------------------------------------------
+
+
+def make_place(host_no: int, **changes: Any) -> Place:
+    values: dict[str, Any] = {
+        "host_no": host_no,
+        "arch": "x86_64",
+        "namespace": f"solana:{host_no}",
+        "cpu_milli": 1000,
+        "memory_bytes": 1 << 30,
+        "assignments": 0,
+        "port_slots": set(),
+    }
+    return Place(**{**values, **changes})
+
+
+def make_copy(replica: int, **changes: Any) -> Copy:
+    values: dict[str, Any] = {
+        "assignment_no": 100 + replica,
+        "replica": replica,
+        "revision": 1,
+        "is_running": True,
+        "is_done": False,
+        "is_stopping": False,
+        "state_age_s": 60.0,
+        "host_no": 900 + replica,
+    }
+    return Copy(**{**values, **changes})
+
+
+def make_demand(replicas: int = 1, *copies: Copy, workload_no: int = 1, **changes: Any) -> Demand:
+    spec = dict(parse().spec) | changes.pop("spec", {})
+    values: dict[str, Any] = {"revision": 1, "rejections": {}, "rejected_by": frozenset()}
+    return Demand(workload_no, replicas=replicas, spec=spec, copies=copies, **{**values, **changes})
+
+
+def place(demands: list[Demand], places: list[Place]) -> tuple[dict[tuple[int, int], int], Any]:
+    """(workload_no, replica) -> host_no, and the reasons."""
+    made, reasons = cp_server.decide_places(demands, places)
+    return {(each.workload_no, each.replica): each.host_no for each in made}, reasons
+
+
+OTHER_PROVIDER = {"provider": "solana:2"}
+
+
+@pytest.mark.parametrize(
+    ("demand", "places", "host"),
+    [
+        (make_demand(), [make_place(1)], 1),
+        # Most memory free; of the same, the one that came first.
+        (make_demand(), [make_place(1), make_place(2, memory_bytes=2 << 30)], 2),
+        (make_demand(), [make_place(2), make_place(1)], 1),
+        # What does not fit is no place, however much of the rest is free.
+        (make_demand(), [make_place(1, cpu_milli=499), make_place(2)], 2),
+        (make_demand(), [make_place(1, memory_bytes=(64 << 20) - 1), make_place(2)], 2),
+        (make_demand(), [make_place(1, cpu_milli=500, memory_bytes=64 << 20)], 1),
+        (make_demand(), [make_place(1, assignments=200), make_place(2, assignments=199)], 2),
+        (make_demand(spec={"ports": [80]}), [make_place(1, port_slots=set(range(1024)))], None),
+        (make_demand(), [make_place(1, port_slots=set(range(1024)))], 1),
+        # As asked.
+        (make_demand(spec={"arch": "aarch64"}), [make_place(1)], None),
+        (make_demand(spec={"arch": "aarch64"}), [make_place(1), make_place(2, arch="aarch64")], 2),
+        (make_demand(spec=OTHER_PROVIDER), [make_place(1), make_place(2, memory_bytes=1 << 27)], 2),
+        # Who rejected it of late comes last, but comes.
+        (make_demand(rejected_by=frozenset({1})), [make_place(1), make_place(2, cpu_milli=600)], 2),
+        (make_demand(rejected_by=frozenset({1})), [make_place(1)], 1),
+        # Away from a copy of the same, then from the same provider.
+        (
+            make_demand(2, make_copy(0, host_no=1)),
+            [make_place(1, memory_bytes=8 << 30), make_place(2)],
+            2,
+        ),
+        (make_demand(2, make_copy(0, host_no=1)), [make_place(1)], 1),
+        (
+            make_demand(2, make_copy(0, host_no=1)),
+            [
+                make_place(1, namespace="solana:a"),
+                make_place(2, namespace="solana:a", memory_bytes=8 << 30),
+                make_place(3),
+            ],
+            3,
+        ),
+    ],
+)
+def test_where_a_copy_goes(demand: Demand, places: list[Place], host: int | None) -> None:
+    made, reasons = place([demand], places)
+    assert list(made.values()) == ([] if host is None else [host])
+    assert bool(reasons) == (host is None)
+
+
+def test_replicas_spread_and_take_what_is_free() -> None:
+    places = [make_place(1), make_place(2), make_place(3)]
+    demands = [make_demand(4, spec={"ports": [80]}), make_demand(4, workload_no=2)]
+    made, reasons = place(demands, places)
+    assert sorted(made) == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
+    assert {made[1, n] for n in range(3)} == {1, 2, 3}
+    assert [each.cpu_milli for each in places] == [0, 0, 0]  # six copies of 500
+    assert set(reasons) == {2}
+    assert "none of 3 hosts has 500 cpu_milli" in reasons[2]
+
+
+def test_ports_of_one_host_are_not_given_twice() -> None:
+    spot = make_place(1, cpu_milli=10**6, port_slots={0, 2})
+    made, _ = cp_server.decide_places([make_demand(3, spec={"ports": [80]})], [spot])
+    assert [each.port_slot for each in made] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("demand", "places", "said"),
+    [
+        (make_demand(), [], "no host is ready for work now"),
+        (make_demand(spec={"arch": "aarch64"}), [make_place(1)], "none of 1 hosts is as asked"),
+        (make_demand(), [make_place(1, cpu_milli=-5)], "the most of each is 0 and 1073741824"),
+        (
+            make_demand(rejections={0: Rejections(2, 9.0, "image not found")}),
+            [make_place(1)],
+            "a host could not run it: image not found; tried 2 times of late, again 10 s after",
+        ),
+    ],
+)
+def test_why_there_is_no_place(demand: Demand, places: list[Place], said: str) -> None:
+    made, reasons = place([demand], places)
+    assert made == {}
+    assert said in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("times", "wait_s"), [(0, 0), (1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (99, 300)]
+)
+def test_how_long_a_rejected_replica_waits(times: int, wait_s: float) -> None:
+    assert cp_server.decide_wait_s(times) == wait_s
+
+
+def test_a_replica_that_waits_does_not_hold_up_the_others() -> None:
+    demand = make_demand(2, rejections={0: Rejections(1, 4.0, "x")})
+    made, reasons = place([demand], [make_place(1)])
+    assert made == {(1, 1): 1}
+    assert set(reasons) == {1}
+    demand = dataclasses.replace(demand, rejections={0: Rejections(1, 5.0, "x")})
+    assert place([demand], [make_place(1)]) == ({(1, 0): 1, (1, 1): 1}, {})
+
+
+# Rollout -----------------------------------------------------------------------------------------
+
+old_running = make_copy
+NEW: dict[str, Any] = {"revision": 2}
+IDLE: dict[str, Any] = {"is_running": False}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "copies", "stopped", "missing"),
+    [
+        (2, [], [], [0, 1]),
+        (2, [make_copy(0, **NEW)], [], [1]),
+        (3, [make_copy(0), make_copy(1), make_copy(2)], [0], []),
+        # The new copy must run, and for a while, before the next one goes.
+        (2, [make_copy(0, **NEW, **IDLE), make_copy(1)], [], []),
+        (2, [make_copy(0, **NEW, state_age_s=9.9), make_copy(1)], [], []),
+        (2, [make_copy(0, **NEW, state_age_s=10.0), make_copy(1)], [1], []),
+        (2, [make_copy(0, **NEW, is_done=True, is_running=False), make_copy(1)], [1], []),
+        (3, [make_copy(1), make_copy(2)], [], [0]),
+        (2, [make_copy(0, is_stopping=True), make_copy(1)], [], []),
+        # What does not run anyway goes at once, and first.
+        (3, [make_copy(0), make_copy(1, **IDLE), make_copy(2, **IDLE)], [1, 2], []),
+        (1, [make_copy(0, **IDLE)], [0], []),
+        (1, [make_copy(0, is_running=False, is_done=True)], [0], []),
+        (1, [make_copy(0)], [0], []),
+    ],
+)
+def test_a_new_revision_replaces_one_copy_at_a_time(
+    replicas: int, copies: list[Copy], stopped: list[int], missing: list[int]
+) -> None:
+    got = cp_server.plan_rollout(make_demand(replicas, *copies, revision=2))
+    assert got == ([100 + replica for replica in stopped], missing)
+
+
+@given(st.data())
+def test_a_rollout_never_stops_more_than_one_copy_that_runs(data: st.DataObject) -> None:
+    replicas = data.draw(st.integers(1, 6))
+    copies = [
+        make_copy(
+            number,
+            revision=data.draw(st.sampled_from([1, 2])),
+            is_running=data.draw(st.booleans()),
+            is_stopping=data.draw(st.booleans()),
+            state_age_s=data.draw(st.sampled_from([0.0, 60.0])),
+        )
+        for number in range(replicas)
+        if data.draw(st.booleans())
+    ]
+    stopped, missing = cp_server.plan_rollout(make_demand(replicas, *copies, revision=2))
+    by_no = {copy.assignment_no: copy for copy in copies}
+    running = [by_no[number] for number in stopped if by_no[number].is_running]
+    assert len(running) <= 1
+    assert not (running and missing)
+    assert all(by_no[number].revision == 1 for number in stopped)
+    assert sorted([*missing, *(copy.replica for copy in copies)]) == list(range(replicas))
+
+
+# State -------------------------------------------------------------------------------------------
+
+
+def make_workload(**changes: Any) -> Workload:
+    values: dict[str, Any] = {
+        "workload_no": 1,
+        "workload_id": uuid.UUID(int=1),
+        "namespace": "kuma",
+        "name": "web",
+        "revision": 1,
+        "replicas": 1,
+        "spec": parse().spec,
+        "unplaced_reason": "",
+        "created_by": "customer:x:y",
+        "created_at": AT,
+        "changed_at": AT,
+        "deleted_at": None,
+    }
+    return Workload(**{**values, **changes})
+
+
+def make_assignment(replica: int = 0, **changes: Any) -> Assignment:
+    values: dict[str, Any] = {
+        "assignment_no": 100 + replica,
+        "assignment_id": uuid.UUID(int=100 + replica),
+        "workload_no": 1,
+        "revision": 1,
+        "replica": replica,
+        "host_id": uuid.UUID(int=7),
+        "wg_ip": "10.77.0.42",
+        "host_status": "online",
+        "state": "running",
+        "reason": "",
+        "restarts": 0,
+        "exit_code": None,
+        "stop_reason": None,
+        "port_slot": 2,
+        "container_ports": [8080],
+        "created_at": AT,
+        "state_at": AT,
+        "ended_at": None,
+    }
+    return Assignment(**{**values, **changes})
+
+
+RUNS = make_assignment
+WAITS: dict[str, Any] = {"state": "waiting", "reason": "ended with exit code 1"}
+
+
+@pytest.mark.parametrize(
+    ("workload", "copies", "state", "reasons"),
+    [
+        (make_workload(), [RUNS()], "running", []),
+        (make_workload(), [], "pending", ["replica 0: it is about to get a host"]),
+        (make_workload(unplaced_reason="full"), [], "pending", ["replica 0: full"]),
+        (
+            make_workload(),
+            [RUNS(state="assigned")],
+            "pending",
+            ["replica 0: its host is about to hear of it"],
+        ),
+        (
+            make_workload(),
+            [RUNS(state="pulling", reason="2 of 9 MB")],
+            "pending",
+            ["replica 0: 2 of 9 MB"],
+        ),
+        (make_workload(), [RUNS(state="starting")], "pending", ["replica 0: it is starting"]),
+        (make_workload(), [RUNS(**WAITS)], "pending", ["replica 0: ended with exit code 1"]),
+        (
+            make_workload(replicas=2),
+            [RUNS(), RUNS(1, **WAITS)],
+            "degraded",
+            ["replica 1: ended with exit code 1"],
+        ),
+        (make_workload(replicas=2), [RUNS(), RUNS(1)], "running", []),
+        (
+            make_workload(),
+            [RUNS(host_status="offline")],
+            "running",
+            ["replica 0: its host is offline; it moves when the host's right to run it is over"],
+        ),
+        (
+            make_workload(),
+            [RUNS(), RUNS(1, stop_reason="fewer replicas are wanted")],
+            "running",
+            ["replica 1: it is being stopped: fewer replicas are wanted"],
+        ),
+        (make_workload(revision=2), [RUNS()], "updating", []),
+        (make_workload(), [RUNS(state="finished")], "finished", ["replica 0: it is finished"]),
+        (
+            make_workload(),
+            [RUNS(state="failed", reason="ended with exit code 3")],
+            "failed",
+            ["replica 0: ended with exit code 3"],
+        ),
+        (make_workload(replicas=0), [], "stopped", []),
+        (
+            make_workload(replicas=0),
+            [RUNS(stop_reason="fewer")],
+            "stopping",
+            ["it is being stopped: fewer"],
+        ),
+        (make_workload(deleted_at=AT), [], "deleted", []),
+        (
+            make_workload(deleted_at=AT),
+            [RUNS(stop_reason="the workload was deleted")],
+            "deleting",
+            ["it is being stopped: the workload was deleted"],
+        ),
+        # What ended does not count.
+        (
+            make_workload(),
+            [RUNS(state="lost", ended_at=AT)],
+            "pending",
+            ["replica 0: it is about to get a host"],
+        ),
+    ],
+)
+def test_the_state_of_a_workload_and_why(
+    workload: Workload, copies: list[Assignment], state: str, reasons: list[str]
+) -> None:
+    assert cp_server.decide_workload(workload, copies) == (state, reasons)
+
+
+def test_a_workload_as_the_api_shows_it() -> None:
+    shown = cp_server.render_workload(make_workload(), [RUNS(), RUNS(wg_ip=None)])
+    assert set(shown) == set(cp_server.SCHEMAS["Workload"])
+    first, second = shown["assignments"]
+    assert set(first) == set(cp_server.SCHEMAS["Assignment"])
+    assert first["endpoints"] == [{"port": 8080, "address": "10.77.0.42:20016"}]
+    assert second["endpoints"] == [{"port": 8080, "address": "127.0.0.1:20016"}]
+    json.dumps(shown)
+
+
+# What hosts say ----------------------------------------------------------------------------------
+
+ID = str(uuid.UUID(int=5))
+
+
+def observe(*changes: dict[str, Any]) -> pb.Observed:
+    rows = [
+        pb.ObservedAssignment(
+            **{"assignment_id": ID, "state": pb.ASSIGNMENT_STATE_RUNNING, **change}
+        )
+        for change in changes
+    ]
+    return pb.Observed(revision=3, assignments=rows)
+
+
+def test_what_a_host_has_is_read() -> None:
+    got = cp_server.parse_observed(
+        observe(
+            {
+                "state": pb.ASSIGNMENT_STATE_FAILED,
+                "reason": "a\nb",
+                "restarts": 2**32 - 1,
+                "exit_code": -1,
+            }
+        )
+    )
+    (one,) = got.assignments
+    assert got.revision == 3
+    assert one == cp_server.Observation(ID, "failed", "a?b", 2**31 - 1, -1)
+    assert cp_server.parse_observed(observe({})).assignments[0].exit_code is None
+    long = cp_server.parse_observed(observe({"reason": "x" * 9999})).assignments[0].reason
+    assert len(long) == 300
+
+
+def one_more_than_fit() -> pb.Observed:
+    return observe(*({"assignment_id": str(uuid.UUID(int=n))} for n in range(402)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: observe({"state": 0}),
+        lambda: observe({"state": 99}),
+        lambda: observe({"assignment_id": ""}),
+        lambda: observe({"assignment_id": ID.upper().replace("0", "A")}),
+        lambda: observe({"assignment_id": ID + "\n"}),
+        one_more_than_fit,
+        lambda: pb.Observed(revision=2**64 - 1),
+    ],
+)
+def test_what_a_host_cannot_have(make: Callable[[], pb.Observed]) -> None:
+    with pytest.raises(Refusal) as refused:
+        cp_server.parse_observed(make())
+    assert refused.value.code == "BAD_REQUEST"
