@@ -10,7 +10,8 @@
 What it does to this machine
   `run` starts no program; `doctor` starts `wg show`. It listens on no port: the control socket
   is a unix socket. `guard` starts `nft` and `wg`, and changes the nft table `inet openinfra` and
-  the endpoint of the interface openinfra, nothing else.
+  the endpoint of the interface openinfra; where the provider's own Docker drops what workloads
+  forward, it adds two rules to its chain DOCKER-USER with `iptables`. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -53,6 +54,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -137,6 +139,23 @@ ENDPOINT_OLD_S = 150
 # The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
 GUARD_OLD_S = 45.0
 NFT_TABLE = ("inet", "openinfra")
+# UDP, in the tunnel: "heartbeat now".
+NUDGE_PORT = 9093
+# Of workloads' bridges: a range for benchmarks (RFC 2544), so that no home's network is in it.
+WORKLOADS = ipaddress.IPv4Network("198.18.0.0/15")
+DOCKER_USER_RULES = (
+    "-i oi-+ -j ACCEPT",
+    "-o oi-+ -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+)
+# What is not the internet (RFC 6890), whoever is there.
+FENCED = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4"),
+        "240.0.0.0/4",
+    )
+)
 
 CHANNEL_OPTIONS = (
     # With gRPC's defaults a channel came up 23-33 s after a long blackhole ended.
@@ -900,13 +919,37 @@ def render_status(answer: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16} {parse_line(str(value), 500)}" for name, value in rows)
 
 
-def render_table() -> str:
+def parse_routes(text: str) -> tuple[str, ...]:
+    """The networks that /proc/net/route leads to by more than a default route: not the internet.
+
+    Those of workloads and of the tunnel have rules of their own. A network larger than a /8 is half
+    a default route, as some VPNs set it.
+    """
+    found = set()
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) < 8 or words[0].startswith(("oi-", "ox-", WG_INTERFACE)):
+            continue
+        address, mask = (int.from_bytes(bytes.fromhex(words[n]), sys.byteorder) for n in (1, 7))
+        network = ipaddress.IPv4Network((address, mask.bit_count()), strict=False)
+        if network.prefixlen >= 8 and not any(network.subnet_of(known) for known in FENCED):
+            found.add(network)
+    return tuple(map(str, ipaddress.collapse_addresses(found)))
+
+
+def render_table(homes: Sequence[str] = (), ports: Sequence[int] = ()) -> str:
     """Render the host's firewall for `nft -f`, nft(8): one transaction, whatever was there before.
 
-    Nothing comes in through the tunnel but answers and ping; nothing passes between the tunnel and
-    any other network, also where this machine forwards; nobody else uses the tunnel's addresses.
+    Nothing comes in through the tunnel but answers, ping, nudges, and the hub to the published
+    `ports`; nothing passes between the tunnel and any other network, also where this machine
+    forwards; nobody else uses the tunnel's addresses. A workload reaches the internet by IPv4, and
+    neither this machine nor the tunnel, a private network, one of `homes`, another workload or a
+    mail server; one on a bridge ox-* reaches nothing. Only answers are forwarded to workloads.
     """
     name = " ".join(NFT_TABLE)
+    fenced = ", ".join([*map(str, FENCED), *homes])
+    hub = parse_address(DEFAULTS["control_plane"])
+    to_ports = f"tcp dport {{ {', '.join(map(str, ports))} }} accept" if ports else "drop"
     return f"""\
 table {name}
 delete table {name}
@@ -915,7 +958,13 @@ table {name} {{
 \t\ttype filter hook input priority -10; policy accept;
 \t\tiifname "{WG_INTERFACE}" ct state established,related accept
 \t\tiifname "{WG_INTERFACE}" icmp type echo-request limit rate 20/second accept
+\t\tiifname "{WG_INTERFACE}" ip saddr {hub} udp dport {NUDGE_PORT} limit rate 20/second accept
+\t\tiifname "{WG_INTERFACE}" ip saddr {hub} {to_ports}
 \t\tiifname "{WG_INTERFACE}" drop
+\t\tiifname "oi-*" ct state established,related accept
+\t\tiifname "ox-*" ct state established,related accept
+\t\tiifname "oi-*" drop
+\t\tiifname "ox-*" drop
 \t\tiifname != "lo" ip saddr {TUNNEL} drop
 \t\tiifname != "lo" ip daddr {TUNNEL} drop
 \t}}
@@ -923,6 +972,17 @@ table {name} {{
 \t\ttype filter hook forward priority -10; policy accept;
 \t\tiifname "{WG_INTERFACE}" drop
 \t\toifname "{WG_INTERFACE}" drop
+\t\toifname "oi-*" ct state established,related accept
+\t\toifname "oi-*" drop
+\t\toifname "ox-*" drop
+\t\tiifname "ox-*" drop
+\t\tiifname "oi-*" meta nfproto ipv6 drop
+\t\tiifname "oi-*" ip daddr {{ {fenced} }} drop
+\t\tiifname "oi-*" tcp dport {{ 25, 465, 587 }} drop
+\t}}
+\tchain postrouting {{
+\t\ttype nat hook postrouting priority srcnat; policy accept;
+\t\tip saddr {WORKLOADS} oifname != "oi-*" masquerade
 \t}}
 }}
 """
@@ -1814,7 +1874,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
 
 def ensure_firewall(before: Guard | None) -> Guard:
     """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
-    wanted = render_table()
+    wanted = render_table(parse_routes(read_text("/proc/net/route")))
     wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
     found = read_table_sha256()
     guard = Guard(read_boot_s(), "", wanted_sha256, found)
@@ -1827,11 +1887,35 @@ def ensure_firewall(before: Guard | None) -> Guard:
             raise Error("nft says that it laid the table, and it is not there", "nft list ruleset")
     except Error as error:
         return replace(guard, error=error.what)
-    if before and before.listed_sha256:
+    if before and before.listed_sha256 and before.wanted_sha256 != wanted_sha256:
+        log("INFO", "firewall follows what changed: this home's networks, or published ports")
+    elif before and before.listed_sha256:
         log("WARN", "firewall was changed or gone, and is in place again")
     else:
         log("INFO", "firewall is in place")
     return replace(guard, listed_sha256=found)
+
+
+def ensure_docker_user() -> str:
+    """Let workloads' packets past the provider's own Docker, whose FORWARD drops all but its own.
+
+    Only where workloads and that chain are; what may pass at all our own table has said before.
+    Gives back what keeps it from that.
+    """
+    has_workloads = any(name.startswith("oi-") for name in os.listdir("/sys/class/net"))
+    if not has_workloads or shutil.which("iptables") is None:
+        return ""
+    try:
+        listed = run(["iptables", "-w", "2", "-S", "DOCKER-USER"], echo=False)
+    except Error:
+        return ""  # no Docker, or one that uses nftables and has no such chain
+    try:
+        for rule in DOCKER_USER_RULES:
+            if f"-A DOCKER-USER {rule}" not in listed:
+                run(["iptables", "-w", "2", "-I", "DOCKER-USER", *rule.split()], echo=False)
+    except Error as error:
+        return error.what
+    return ""
 
 
 def ensure_endpoint(wg_conf: Path) -> str:
@@ -2078,6 +2162,7 @@ def command_guard(args: argparse.Namespace) -> int:
     path = Path(args.guard_file or DEFAULTS["guard_file"])
     before = read_guard(path)
     guard = ensure_firewall(before)
+    guard = replace(guard, error=guard.error or ensure_docker_user())
     # First this, since a dead name server takes time; the firewall is in place without it.
     save_guard(path, replace(guard, endpoint_error=before.endpoint_error if before else ""))
     if guard.error:

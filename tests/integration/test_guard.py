@@ -12,8 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,12 @@ def reach(netns: Netns, address: str, source: str = "") -> str:
     """The address that the server saw; empty when it was not reached."""
     argv = netns.argv([sys.executable, "-c", CLIENT, source, address])
     return subprocess.run(argv, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def reach_all(netns: Netns, addresses: Sequence[str]) -> list[str]:
+    """What each of the servers saw, asked at one time."""
+    with ThreadPoolExecutor(len(addresses)) as workers:
+        return list(workers.map(partial(reach, netns), addresses))
 
 
 def ping(netns: Netns, address: str) -> bool:
@@ -248,6 +256,172 @@ def test_a_guard_that_cannot_lay_the_table_says_so(home: Home, tmp_path: Path) -
     assert done.stderr.startswith("ERROR firewall is not in place: nft --file - ended with 1: ")
     assert "Operation not permitted" in done.stderr
     assert "Operation not permitted" in str(home.found()["error"])
+
+
+# Workloads --------------------------------------------------------------------------------------
+
+WORKLOAD, OTHER_WORKLOAD, BRIDGE = "198.18.0.2", "198.18.0.10", "198.18.0.1"
+INTERNET = "198.51.100.80"
+PRIVATE = ("10.9.9.9", "172.20.0.9", "192.168.9.9", "100.64.0.9", "169.254.169.254")
+
+
+@dataclass
+class Workloads:
+    """A home with two workloads; the machine of its LAN is its router, and the internet behind."""
+
+    home: Home
+    first: Netns
+    none: Netns  # one that may reach nothing
+
+
+@pytest.fixture
+def workloads(home: Home, tmp_path: Path) -> Iterator[Workloads]:
+    with contextlib.ExitStack() as stack:
+        names = ("oi-first", "oi-other", "ox-none")
+        made = []
+        for number, name in enumerate(names):
+            netns = stack.enter_context(make_netns())
+            made.append(netns)
+            ip(netns, "route del local 10.77.0.0/16 dev lo")
+            ip(home.netns, f"link add {name} type veth peer name eth0 netns {netns.name}")
+            ip(
+                home.netns,
+                f"addr add 198.18.0.{8 * number + 1}/29 dev {name}",
+                f"link set {name} up",
+            )
+            ip(netns, f"addr add 198.18.0.{8 * number + 2}/29 dev eth0", "link set eth0 up")
+            ip(netns, f"route add default via 198.18.0.{8 * number + 1}")
+            ip(home.netns, f"addr add fd00:{number + 1}::1/64 dev {name} nodad")
+            ip(netns, f"addr add fd00:{number + 1}::2/64 dev eth0 nodad")
+            ip(netns, f"route add default via fd00:{number + 1}::1")
+            argv = netns.argv([sys.executable, "-c", SERVER])
+            server = Process(argv, tmp_path / f"{netns.name}.log", {})
+            stack.callback(server.stop)
+            server.wait_log("listening")
+        ip(
+            home.netns,
+            f"route add default via {MACHINE_LAN}",
+            "addr add fd00:99::2/64 dev lan nodad",
+        )
+        ip(home.lan, *(f"addr add {each}/32 dev lo" for each in (INTERNET, *PRIVATE)))
+        # The machine of the LAN knows a way to the workloads, so that only rules keep them apart.
+        ip(
+            home.lan,
+            f"route add 198.18.0.0/15 via {HOME_LAN}",
+            "addr add fd00:99::9/64 dev lan nodad",
+        )
+        ip(home.lan, "route add fd00:1::/64 via fd00:99::2")
+        ip(home.hub, f"route add 198.18.0.0/15 via {HOME_WG} dev oi-hub onlink")
+        say(home.netns, "sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+        yield Workloads(home, made[0], made[2])
+
+
+def test_a_workload_reaches_the_internet_and_nothing_of_the_home(workloads: Workloads) -> None:
+    home, first = workloads.home, workloads.first
+    inside = (HOME_LAN, HOME_WG, BRIDGE, MACHINE_LAN, HUB_WG, OTHER_WORKLOAD, *PRIVATE)
+    assert reach_all(first, inside) == [WORKLOAD] * len(inside)  # it can fail
+    for address in ("fd00:99::9", "fd00:1::1"):
+        wait_for(f"a way to {address}", partial(ping, first, address))
+    assert home.guard().stderr == "INFO firewall is in place\n"
+    assert reach_all(first, inside) == [""] * len(inside)
+    with ThreadPoolExecutor(8) as workers:
+        assert not any(workers.map(partial(ping, first), (*inside, "fd00:99::9", "fd00:1::1")))
+    assert reach(first, INTERNET) == HOME_LAN  # masqueraded
+    assert ping(first, INTERNET)
+    # And nobody reaches a workload: not the hub, not the LAN, not another one.
+    assert reach(home.hub, WORKLOAD) == ""
+    assert reach(home.lan, WORKLOAD) == ""
+    # The machine itself does: that is how published ports are served.
+    assert reach(home.netns, WORKLOAD) == BRIDGE
+    assert reach(home.netns, MACHINE_LAN) == HOME_LAN
+    assert reach(home.netns, HUB_WG) == HOME_WG
+
+
+def test_no_packet_comes_to_a_workload_that_it_did_not_ask_for(
+    workloads: Workloads, tmp_path: Path
+) -> None:
+    """Also none that wants no answer."""
+    home, first = workloads.home, workloads.first
+    listener = Process(first.argv([sys.executable, "-c", LISTENER]), tmp_path / "udp", {})
+    listener.wait_log("listening")
+    for word in ("before", "after"):
+        for netns in (home.lan, home.hub, workloads.none, home.netns):
+            say(netns, sys.executable, "-c", SENDER, WORKLOAD, f"{word}{netns.name}")
+        if word == "before":
+            for netns in (home.lan, home.hub, workloads.none):
+                listener.wait_log(f"before{netns.name}")
+            assert home.guard().returncode == 0
+    listener.wait_log(f"after{home.netns.name}")  # the machine itself may
+    listener.stop()
+    assert listener.log.count("after") == 1
+
+
+def test_a_workload_without_egress_reaches_nothing(workloads: Workloads) -> None:
+    home, none = workloads.home, workloads.none
+    assert reach(none, MACHINE_LAN)
+    assert home.guard().returncode == 0
+    inside = (HOME_LAN, HOME_WG, "198.18.0.17", MACHINE_LAN, HUB_WG, WORKLOAD, INTERNET, *PRIVATE)
+    assert reach_all(none, inside) == [""] * len(inside)
+    assert reach(home.netns, "198.18.0.18") == "198.18.0.17"
+
+
+def test_no_mail_from_a_workload(workloads: Workloads, tmp_path: Path) -> None:
+    home, first = workloads.home, workloads.first
+    code = SERVER.replace("8022", "int(sys.argv[1])").replace("import socket", "import socket, sys")
+    with contextlib.ExitStack() as stack:
+        for port in ("25", "465", "587", "443"):
+            argv = home.lan.argv([sys.executable, "-c", code, port])
+            server = Process(argv, tmp_path / f"{port}.log", {})
+            stack.callback(server.stop)
+            server.wait_log("listening")
+
+        def call(port: str) -> str:
+            client = CLIENT.replace("8022", port)
+            argv = first.argv([sys.executable, "-c", client, "", INTERNET])
+            return subprocess.run(argv, check=False, capture_output=True, text=True).stdout.strip()
+
+        assert call("25") == WORKLOAD
+        assert home.guard().returncode == 0
+        assert [call(port) for port in ("25", "465", "587", "443")] == ["", "", "", HOME_LAN]
+
+
+def test_another_network_of_the_home_is_closed_when_it_comes(workloads: Workloads) -> None:
+    """A public one, or a VPN's: only the default route leads to the internet."""
+    home, first = workloads.home, workloads.first
+    assert home.guard().returncode == 0
+    assert reach(first, INTERNET) == HOME_LAN
+    ip(home.netns, f"route add 198.51.100.0/24 via {MACHINE_LAN}")
+    assert home.guard().stderr.startswith("INFO firewall follows what changed")
+    assert reach(first, INTERNET) == ""
+    ip(home.netns, "route del 198.51.100.0/24")
+    assert home.guard().returncode == 0
+    assert reach(first, INTERNET) == HOME_LAN
+    assert home.guard().stderr == ""
+
+
+def test_the_providers_own_docker_lets_workloads_pass(workloads: Workloads) -> None:
+    """Its FORWARD drops all but its own; its chain DOCKER-USER is for others."""
+    home, first = workloads.home, workloads.first
+    for line in ("-N DOCKER-USER", "-A FORWARD -j DOCKER-USER", "-P FORWARD DROP"):
+        say(home.netns, "iptables", "-w", "2", *line.split())
+    say(home.netns, "iptables", "-w", "2", "-A", "DOCKER-USER", "-j", "RETURN")
+    assert reach(first, INTERNET) == ""
+    for _ in range(2):
+        assert home.guard().returncode == 0
+        assert reach(first, INTERNET) == HOME_LAN
+        assert reach(first, MACHINE_LAN) == ""
+        listed = say(home.netns, "iptables", "-S", "DOCKER-USER")
+        assert len(listed.splitlines()) == 4
+    say(home.netns, "iptables", "-w", "2", "-F", "DOCKER-USER")
+    assert reach(first, INTERNET) == ""
+    assert home.guard().returncode == 0
+    assert reach(first, INTERNET) == HOME_LAN
+
+
+def test_a_home_without_workloads_keeps_its_docker_as_it_is(home: Home) -> None:
+    say(home.netns, "iptables", "-w", "2", "-N", "DOCKER-USER")
+    assert home.guard().returncode == 0
+    assert say(home.netns, "iptables", "-S", "DOCKER-USER") == "-N DOCKER-USER\n"
 
 
 CONF = """

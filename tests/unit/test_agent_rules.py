@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,53 @@ def test_mistyped_token_is_refused_and_its_secret_not_shown(text: str) -> None:
 def test_mistyped_token_names_the_invite() -> None:
     with pytest.raises(agent.Error, match=ID):
         agent.parse_token(GOOD[:-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Firewall
+# ------------------------------------------------------------------------------------------------
+
+ROUTES = """\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+{rows}"""
+
+
+def make_route(interface: str, network: str) -> str:
+    """A line of /proc/net/route on this machine."""
+    net = ipaddress.IPv4Network(network)
+    words = [
+        int.from_bytes(value.packed, sys.byteorder) for value in (net.network_address, net.netmask)
+    ]
+    return f"{interface}\t{words[0]:08X}\t00000000\t0001\t0\t0\t0\t{words[1]:08X}\t0\t0\t0\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "networks"),
+    [
+        ([], ()),
+        ([("eth0", "0.0.0.0/0"), ("eth0", "203.0.113.0/24")], ("203.0.113.0/24",)),
+        ([("eth0", "192.168.1.0/24"), ("wlan0", "10.0.0.0/16")], ()),  # closed anyway
+        ([("tun0", "0.0.0.0/1"), ("tun0", "128.0.0.0/1"), ("tun0", "8.0.0.0/7")], ()),
+        ([("tun0", "8.0.0.0/8")], ("8.0.0.0/8",)),
+        ([("oi-abc", "203.0.113.0/29"), ("ox-abc", "203.0.113.8/29")], ()),
+        ([("openinfra", "203.0.113.1/32")], ()),
+        ([("a", "203.0.113.0/25"), ("b", "203.0.113.128/25"), ("c", "203.0.113.0/24")],) * 1
+        + (("203.0.113.0/24",),),
+    ],
+)
+def test_which_networks_are_the_homes(
+    rows: list[tuple[str, str]], networks: tuple[str, ...]
+) -> None:
+    text = ROUTES.format(rows="".join(make_route(*row) for row in rows))
+    assert agent.parse_routes(text) == networks
+    table = agent.render_table(networks, (20_000, 20_001))
+    assert all(network in table for network in networks)
+    assert "ip saddr 10.77.0.1 tcp dport { 20000, 20001 } accept" in table
+
+
+@pytest.mark.parametrize("text", ["", "\n", "Iface\n", ROUTES.format(rows="eth0\t00\n")])
+def test_routes_that_cannot_be_read_are_none(text: str) -> None:
+    assert agent.parse_routes(text) == ()
 
 
 # ------------------------------------------------------------------------------------------------
