@@ -2594,6 +2594,17 @@ GRANT INSERT (engine_version, unready, offered_cpu_milli, offered_memory_bytes),
 GRANT UPDATE (desired_revision) ON liveness TO @ROLE@;
 """,
     ),
+    (
+        7,
+        "assignments after a restore",
+        """
+ALTER TABLE cp_state ADD restored_at timestamptz;
+COMMENT ON COLUMN cp_state.restored_at IS 'When a backup took the place of this database';
+ALTER TABLE assignments ADD restored boolean NOT NULL DEFAULT false;
+COMMENT ON COLUMN assignments.restored IS 'From a backup; its host has not said that it has it';
+GRANT UPDATE (restored) ON assignments TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -3121,8 +3132,12 @@ ORDER BY a.assignment_no DESC LIMIT 20
 """
 
 SQL_PLACER_LOCK = """
--- one control plane places at a time
-SELECT pg_try_advisory_xact_lock(7726003) AS is_mine
+-- one control plane places at a time; and not while hosts may have what no backup knew of
+SELECT pg_try_advisory_xact_lock(7726003) AS is_mine,
+  restored_at + make_interval(secs => %(lease_s)s + %(grace_s)s) AS from_at,
+  coalesce(restored_at + make_interval(secs => %(lease_s)s + %(grace_s)s) > now(), false)
+    AS is_too_early
+FROM cp_state
 """
 
 SQL_ASSIGNMENT_EXPIRE = """
@@ -3256,6 +3271,7 @@ SQL_DESIRED = """
 SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot
 FROM assignments a JOIN workloads w USING (workload_no)
 WHERE a.host_no = ANY(%(host_nos)s) AND a.ended_at IS NULL AND a.stop_at IS NULL
+  AND NOT a.restored
 ORDER BY a.assignment_no
 """
 
@@ -3267,7 +3283,7 @@ WITH seen AS (
     AS t (host_no, assignment_id, state, reason, restarts, exit_code)
 ), changed AS (
   UPDATE assignments a SET state = seen.state, reason = seen.reason, restarts = seen.restarts,
-    exit_code = seen.exit_code,
+    exit_code = seen.exit_code, restored = false,
     state_at = CASE WHEN a.state = seen.state THEN a.state_at ELSE now() END,
     ended_at = CASE WHEN seen.state = 'rejected' THEN now() END
   FROM seen WHERE a.assignment_id = seen.assignment_id AND a.host_no = seen.host_no
@@ -3281,12 +3297,14 @@ SELECT count(*) AS changed FROM changed
 """
 
 SQL_OBSERVED_GONE = """
--- what hosts were to stop and have nothing of any more, after they took a list without it
+-- what hosts were to stop and have nothing of any more, after they took a list without it; and
+-- what only a backup says that they have
 UPDATE assignments a SET ended_at = now(), state_at = now(), state = 'stopped',
-  reason = a.stop_reason
+  reason = coalesce(a.stop_reason, 'it was over when the backup was restored')
 FROM unnest(%(host_no)s::integer[], %(revision)s::bigint[]) AS t (host_no, revision)
 WHERE a.host_no = t.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
-  AND a.stop_revision <= t.revision AND a.assignment_id <> ALL(%(assignment_id)s::uuid[])
+  AND (a.restored OR a.stop_revision <= t.revision)
+  AND a.assignment_id <> ALL(%(assignment_id)s::uuid[])
 """
 
 SQL_SERVE_START = """
@@ -4416,21 +4434,25 @@ class Round:
 async def place(db: Database) -> Round:
     """End what has no right any more, stop what is not wanted, give places to what has none."""
     async with db.transaction() as tx:
-        if not (await tx.the(SQL_PLACER_LOCK))["is_mine"]:
+        times = {"lease_s": LEASE_S, "grace_s": LEASE_GRACE_S}
+        turn = await tx.the(SQL_PLACER_LOCK, **times)
+        if not turn["is_mine"]:
             return Round()
-        lost = await tx.execute(
-            SQL_ASSIGNMENT_EXPIRE,
-            lease_s=LEASE_S,
-            grace_s=LEASE_GRACE_S,
-            intervals=OFFLINE_AFTER_INTERVALS,
-        )
+        lost = 0
+        if not turn["is_too_early"]:
+            lost = await tx.execute(
+                SQL_ASSIGNMENT_EXPIRE, intervals=OFFLINE_AFTER_INTERVALS, **times
+            )
         demands = await _read_demands(tx)
         replaced = [number for demand in demands for number in plan_rollout(demand)[0]]
         rows = await tx.dicts(SQL_ASSIGNMENT_STOP, replaced=replaced)
         touched = {row["host_no"] for row in rows}
         made: list[Placement] = []
         reasons: dict[int, str] = {}
-        if demands:
+        if demands and turn["is_too_early"]:
+            why = f"a backup was restored; places are given from {turn['from_at']:%H:%M:%S} UTC on"
+            reasons = {each.workload_no: why for each in demands if plan_rollout(each)[1]}
+        elif demands:
             places = [
                 Place(**{**row, "port_slots": set(row["port_slots"])})
                 for row in await tx.dicts(SQL_PLACES)
@@ -7071,6 +7093,13 @@ DO $$ BEGIN
     INSERT INTO public.audit_log (actor, action, subject, detail)
     SELECT current_setting('openinfra.actor'), 'key.revoke', key_id,
       '{"why": "it was revoked before a restore"}' FROM again;
+  END IF;
+END $$;
+DO $$ BEGIN
+  IF EXISTS (SELECT 1 FROM information_schema.columns WHERE table_schema = 'public'
+      AND table_name = 'assignments' AND column_name = 'restored') THEN
+    UPDATE public.assignments SET restored = true WHERE ended_at IS NULL;
+    UPDATE public.cp_state SET restored_at = now();
   END IF;
 END $$;
 INSERT INTO public.audit_log (actor, action, subject, detail)

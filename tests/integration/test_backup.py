@@ -437,6 +437,25 @@ def test_customers_and_their_keys(source: Machine, target: Machine, tmp_path: Pa
     assert len(target.cp.query("SELECT 1 FROM audit_log WHERE action = 'key.revoke'")) == 1
 
 
+def test_assignments_wait_for_their_hosts(source: Machine, target: Machine, tmp_path: Path) -> None:
+    """What lives in a backup may be over since, and a copy of it may run elsewhere."""
+    sql = """
+    INSERT INTO customers (customer_id, name, created_by) VALUES (gen_random_uuid(), 'x', 'x');
+    INSERT INTO customer_namespaces SELECT 'later', max(customer_no) FROM customers;
+    INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)
+      VALUES (gen_random_uuid(), 'later', 'web', 2, '{}', 'x');
+    INSERT INTO assignments (workload_no, revision, replica, host_no, spec, cpu_milli,
+      memory_bytes, state, ended_at)
+    SELECT max(workload_no), 1, 0, 1, '{}', 1, 1, 'lost', now() FROM workloads
+    UNION ALL SELECT max(workload_no), 1, 1, 1, '{}', 1, 1, 'running', NULL FROM workloads"""
+    source.cp.postgres.execute(source.cp.database, sql)
+    target.restore(source.back_up(tmp_path / "backup.gpg"))
+    rows = target.cp.query("SELECT state, restored FROM assignments ORDER BY replica")
+    assert [(row["state"], row["restored"]) for row in rows] == [("lost", False), ("running", True)]
+    now = "SELECT restored_at > now() - interval '1 min' AS now FROM cp_state"
+    assert target.cp.query(now) == [{"now": True}]
+
+
 def test_customers_without_a_host_are_in_the_way(
     backup: Path, postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -482,6 +501,7 @@ def test_an_older_schema_is_restored_and_migrated(
         f"DROP TABLE {tables}",
         f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
         "ALTER TABLE liveness DROP desired_revision",
+        "ALTER TABLE cp_state DROP restored_at",
         "DELETE FROM schema_migrations WHERE number >= 4",
     ):
         spare_postgres.execute(old.cp.database, sql)

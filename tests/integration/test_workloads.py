@@ -470,6 +470,70 @@ def test_a_restart_of_the_agent_keeps_its_copies(cp: ControlPlane, tenant: Tenan
     machine.channel.close()
 
 
+def restore(cp: ControlPlane) -> None:
+    """What `restore` leaves in a database that it took from a backup; and a new start."""
+    cp.stop()
+    for sql in (
+        "DELETE FROM sessions WHERE ended_at IS NULL",
+        "UPDATE assignments SET restored = true WHERE ended_at IS NULL",
+        "UPDATE cp_state SET restored_at = now()",
+    ):
+        cp.postgres.execute(cp.database, sql)
+    cp.start()
+
+
+def test_after_a_restore_no_host_starts_what_another_may_run(
+    cp: ControlPlane, tenant: Tenant
+) -> None:
+    has, has_not = Machine(cp), Machine(cp)
+    for machine in (has, has_not):
+        machine.beat()
+    workload = tenant.post(replicas=2)
+    wait_placed(tenant, workload, 2)
+    (kept,) = has.obey()
+    (over,) = has_not.obey()
+    restore(cp)
+    for machine in (has, has_not):
+        machine.resume()
+        machine.revision = 0
+    has_not.wanted = {}
+    # One still has its copy: it goes on. Of the other the copy was moved after the backup.
+    assert set(has.beat(**{kept: "running"})) == {kept}
+    assert has_not.beat() == {}
+    found = tenant.get(workload)
+    assert {each["assignment_id"]: each["state"] for each in found["assignments"]} == {
+        kept: "running",
+        over: "stopped",
+    }
+    wait_for("why", lambda: "a backup was restored" in str(tenant.get(workload)["reasons"]))
+    assert has_not.beat() == {}
+    sql = "UPDATE cp_state SET restored_at = now() - interval '631 s'"
+    cp.postgres.execute(cp.database, sql)
+    wait_placed(tenant, workload, 2)
+    for machine in (has, has_not):
+        machine.obey()
+        machine.channel.close()
+    tenant.wait(workload, "running")
+
+
+def test_after_a_restore_a_silent_hosts_copy_is_not_lost_early(
+    cp: ControlPlane, tenant: Tenant
+) -> None:
+    machine = Machine(cp)
+    machine.beat()
+    workload = tenant.post()
+    wait_placed(tenant, workload)
+    (key,) = machine.obey()
+    restore(cp)
+    age_host(cp, 86_400)  # the backup is of yesterday
+    time.sleep(cp_server.PLACE_S + 1)
+    assert tenant.get(workload)["assignments"][0]["state"] == "running"
+    machine.resume()
+    machine.revision = 0
+    assert set(machine.beat(**{key: "running"})) == {key}
+    machine.channel.close()
+
+
 def test_a_revoked_host_loses_its_copy_by_the_clock(cp: ControlPlane, tenant: Tenant) -> None:
     machine, other = Machine(cp), None
     machine.beat()
