@@ -446,7 +446,7 @@ def test_assignments_wait_for_their_hosts(source: Machine, target: Machine, tmp_
       VALUES (gen_random_uuid(), 'later', 'web', 2, '{}', 'x');
     INSERT INTO assignments (workload_no, revision, replica, host_no, spec, cpu_milli,
       memory_bytes, state, ended_at)
-    SELECT max(workload_no), 1, 0, 1, '{}', 1, 1, 'lost', now() FROM workloads
+    SELECT max(workload_no), 1, 0, 1, '{}'::jsonb, 1, 1, 'lost', now() FROM workloads
     UNION ALL SELECT max(workload_no), 1, 1, 1, '{}', 1, 1, 'running', NULL FROM workloads"""
     source.cp.postgres.execute(source.cp.database, sql)
     target.restore(source.back_up(tmp_path / "backup.gpg"))
