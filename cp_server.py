@@ -4348,6 +4348,9 @@ def decide_order(
     values: Mapping[str, Any], namespaces: Sequence[str], registry: str
 ) -> WorkloadOrder:
     """What a checked body asks for, in one of the customer's namespaces; raises Refusal."""
+    if not registry:
+        what = "this control plane has no registry, so there are no images"
+        raise Refusal("CONFLICT", what, "ask the operator to set REGISTRY in cp.env")
     namespace = values["namespace"] or (namespaces[0] if len(namespaces) == 1 else "")
     if namespace not in namespaces:
         code, what = "BAD_REQUEST", "namespace is missing"

@@ -50,7 +50,7 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     Its heartbeats are 30 s apart, so that nothing changes by itself while the tests look.
     """
-    with serving(postgres, tmp_path_factory.mktemp("edge")) as cp:
+    with serving(postgres, tmp_path_factory.mktemp("edge"), "--registry=cp.example.com") as cp:
         for number in range(6):
             with Client(cp) as client:
                 wallet = OTHER_WALLET if number == 5 else WALLET

@@ -110,6 +110,9 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         key, *table = shell.run("operator-customer").splitlines()
         assert "kuma" in table[-1]
         assert '"kuma"' in shell.run("customer", OPENINFRA_KEY=key)
+        posted = shell.run("customer-post", OPENINFRA_KEY=key)
+        assert posted.count('"pending"') == 2
+        assert "replica 1: " in posted
         jwt = (shell.directory / "admin.jwt").read_text().strip()
         printed = shell.run("operator-http", ADMIN_JWT=jwt)
         assert re.match(r"oi1_\S+\n", printed)

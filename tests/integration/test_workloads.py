@@ -208,6 +208,13 @@ def test_one_name_posted_at_once_is_one_workload(cp: ControlPlane, tenant: Tenan
     assert len(cp.query("SELECT 1 AS one FROM workloads")) == 1
 
 
+def test_without_a_registry_there_are_no_images(make_cp: Callable[..., ControlPlane]) -> None:
+    tenant = Tenant(make_cp())
+    status, answer = tenant.call("POST", "", tenant.order())
+    assert (status, answer["error"]["code"]) == (409, "conflict")
+    assert "REGISTRY" in answer["error"]["message"]
+
+
 def test_customers_see_and_change_their_own_only(cp: ControlPlane, tenant: Tenant) -> None:
     other = Tenant(cp)
     mine = tenant.post()
