@@ -174,7 +174,7 @@ def test_decoders(tmp_path: Path) -> None:
 
 
 def test_http_api(make_cp: Callable[..., ControlPlane], tmp_path: Path) -> None:
-    cp = make_cp()
+    cp = make_cp("--registry=cp.example.com")
     for _ in range(3):
         with Client(cp) as client:
             client.register(cp.mint(payout_pubkey=WALLET))

@@ -6,6 +6,7 @@ all, OPENINFRA_SEED repeats a run (each prints its own).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,10 @@ def test_no_bytes_break_a_decoder(tmp_path: Path) -> None:
     assert min(counts.values()) > 100, counts  # how many more is this machine's affair
 
 
-def test_the_http_api_is_what_its_document_says(cp: ControlPlane, tmp_path: Path) -> None:
+def test_the_http_api_is_what_its_document_says(
+    make_cp: Callable[..., ControlPlane], tmp_path: Path
+) -> None:
+    cp = make_cp("--heartbeat-s=1", "--registry=cp.example.com")
     for _ in range(3):
         with Client(cp) as client:
             client.register(cp.mint(payout_pubkey=WALLET))
