@@ -1,21 +1,28 @@
 #!/usr/bin/python3
-"""The OpenInfra agent: makes this machine a host of one fleet and keeps it online.
+"""The OpenInfra agent: makes this machine a host of one fleet, keeps it online, runs workloads.
 
-  agent.py run       the daemon: redeems the invite once, then sends heartbeats (systemd starts it)
+  agent.py run       the daemon: redeems the invite once, then sends heartbeats, and runs what it is
+                     assigned as containers (systemd starts it)
   agent.py status    what the running agent says: exit 0 when this host is online, else 1
   agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
                      its address changed; once, as root (a systemd timer starts it each 10 s)
 
 What it does to this machine
-  `run` starts no program; `doctor` starts `wg show`. It listens on no port: the control socket
-  is a unix socket. `guard` starts `nft` and `wg`, and changes the nft table `inet openinfra` and
-  the endpoint of the interface openinfra; where the provider's own Docker drops what workloads
-  forward, it adds two rules to its chain DOCKER-USER with `iptables`. Nothing else.
+  `run` starts no program: it tells the container engine what to pull, run and remove, and only of
+  what carries its label `openinfra.assignment` and a name `oi-…`. It stops all of that when the
+  control plane is silent for long, and leaves it running when it is itself stopped or upgraded.
+  Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a
+  unix socket. `doctor` starts `wg show`. `guard` starts `nft` and `wg`, and changes the nft table
+  `inet openinfra` and the endpoint of the interface openinfra; where the provider's own Docker
+  drops what workloads forward, it adds two rules to its chain DOCKER-USER with `iptables`. It stops
+  the workloads whose time is over when the agent does not. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
                                            is replaced by `oi1_<id>_used`, all else is kept
+  /etc/openinfra/limits.conf               read: what is lent to workloads, CPUS=1.5 and MEMORY=2G;
+                                           absent: all cores but one and 70 % of the memory
   /etc/wireguard/openinfra.pub             read: this host's WireGuard public key
   /var/lib/openinfra/                0700  must exist, and lie on dm-crypt
     identity.json                    0600  who this host is; losing it takes a fresh invite
@@ -25,9 +32,12 @@ Files (mode)
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
+  /run/openinfra/lease.json          0600  which workloads may run, and until when
+  /run/openinfra-engine/engine.sock        the container engine; who can open it is root
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
+  10.77.x.y:9093/udp       here, in the tunnel: any packet means "heartbeat now"
 
 Needs: Python 3.10, grpcio 1.51, protobuf 4.21 or newer (Debian 12's own packages do).
 Exit codes: 0 ended well; 1 error; 2 usage or configuration; 75 try later (data directory locked or
@@ -46,6 +56,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import json
@@ -69,6 +80,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 if sys.argv[1:2] != ["guard"]:  # it runs each 10 s and would spend most of its time on these
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
     try:
         import grpc
@@ -122,7 +134,7 @@ LOG_AGAIN_S = 600.0
 STUCK_AFTER_S = 90.0
 
 SOCKET_LINE_MAX_BYTES = 4_096
-SOCKET_ANSWER_MAX_BYTES = 65_536
+SOCKET_ANSWER_MAX_BYTES = 262_144
 SOCKET_TIMEOUT_S = 5.0
 SOCKET_CLIENTS_MAX = 16
 # sockaddr_un holds 108 bytes with the final zero, unix(7).
@@ -138,9 +150,9 @@ PROBE_TIMEOUT_S = 3.0
 ENDPOINT_OLD_S = 150
 # The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
 GUARD_OLD_S = 45.0
+# The agent ends what has no right any more by itself; later than this it is dead or stuck.
+GUARD_LATE_S = 3.0
 NFT_TABLE = ("inet", "openinfra")
-# UDP, in the tunnel: "heartbeat now".
-NUDGE_PORT = 9093
 # Of workloads' bridges: a range for benchmarks (RFC 2544), so that no home's network is in it.
 WORKLOADS = ipaddress.IPv4Network("198.18.0.0/15")
 DOCKER_USER_RULES = (
@@ -157,6 +169,56 @@ FENCED = tuple(
     )
 )
 
+# What the provider lends when limits.conf does not say: all cores but one, and this of the memory.
+LEND_MEMORY = 0.7
+ASSIGNMENTS_MAX = 200
+PORTS_MAX = 8
+# Below those that the kernel gives to whoever asks for any (ip_local_port_range).
+HOST_PORTS = range(20_000, 28_192)
+# Command and environment of one workload; of what came, no more than this is named in a refusal.
+COMMAND_MAX_BYTES = 65_536
+NAMED_MAX = 64
+# The control plane takes 64 KiB in one message; beyond this the reasons are cut.
+OBSERVED_MAX_BYTES = 48_000
+# Docker makes no container with less memory; the kernel takes no smaller share of a processor.
+MEMORY_MIN_BYTES = 6 << 20
+CPU_MIN_MILLI = 10
+# Nobody, in the container; on the host it is 65,534 above the engine's first subordinate id.
+WORKLOAD_UID = 65_534
+# An image's own volumes become files in memory, as /tmp is.
+VOLUMES_MAX = 16
+LABEL = "openinfra.assignment"
+# The host stops this much before the control plane may place a workload elsewhere.
+LEASE_MARGIN_S = 15.0
+LEASE_MAX_S = 3_600.0
+# From SIGTERM to SIGKILL.
+STOP_S = 10.0
+# A workload that ran this long is started again at once after its end.
+STEADY_S = 600.0
+BACK_OFF_MAX_S = 300.0
+# What the engine could not do is tried again after these waits, then another host may.
+TRY_PAUSES_S = (1.0, 3.0, 8.0)
+# The containers are looked at this often: when something is about to change, while there are any,
+# while there is none.
+TEND_SOON_S = 0.5
+TEND_S = 2.0
+TEND_IDLE_S = 30.0
+ENGINE_API = "/v1.41"
+ENGINE_TIMEOUT_S = 30.0
+ENGINE_VERSION_TIMEOUT_S = 2.0
+ENGINE_VERSION_AGE_S = 10.0
+# Pulls at once, other work at once, and threads in all: stops never wait for the others.
+PULLS_MAX = 4
+STEPS_MAX = 4
+STOPS_MAX = 6
+THREADS_MAX = PULLS_MAX + STEPS_MAX + STOPS_MAX + 2
+# While it pulls, the engine says something this often; the digits of one line are a few hundred.
+PULL_SILENCE_S = 60.0
+ENGINE_LINE_MAX_BYTES = 65_536
+ENGINE_ANSWER_MAX_BYTES = 4 << 20
+# In the tunnel: any packet means "heartbeat now".
+NUDGE_PORT = 9093
+
 CHANNEL_OPTIONS = (
     # With gRPC's defaults a channel came up 23-33 s after a long blackhole ended.
     ("grpc.initial_reconnect_backoff_ms", 1_000),
@@ -172,7 +234,8 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),
     # Not shared with anything else in the process, and no surprise in memory.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", 1_048_576),
+    # A hundred assignments with all the environment that they may have.
+    ("grpc.max_receive_message_length", 8 << 20),
 )
 
 TOKEN_RE = re.compile(
@@ -182,6 +245,14 @@ TOKEN_USED_RE = re.compile(r"oi1_([a-z2-7]{16})_used")
 TOKEN_START_RE = re.compile(r"oi1_([a-z2-7]{16})_")
 INVITE_ID_RE = re.compile(r"[a-z2-7]{16}")
 HOST_ID_RE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+UUID_RE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+# <registry>/<namespace>/<name>@<digest> in Docker's grammar: the registry has a dot or a port.
+IMAGE_RE = re.compile(
+    r"(?=[a-z0-9-]*[.:])[a-z0-9]+(?:-+[a-z0-9]+)*(?:\.[a-z0-9]+(?:-+[a-z0-9]+)*)*(?::[0-9]{1,5})?"
+    r"(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*){2}@sha256:[0-9a-f]{64}"
+)
+WORKLOAD_ENV_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+VOLUME_RE = re.compile(r"(?:/[A-Za-z0-9_.-]{1,64}){1,8}/?")
 HEX_32_RE = re.compile(r"[0-9a-f]{64}")
 WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 ENV_KEY_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
@@ -321,6 +392,15 @@ OPTIONS = (
     Option("wg_pubkey_file", "--wg-pubkey-file", "", "/etc/wireguard/openinfra.pub", "our key"),
     Option("wg_conf", "--wg-conf", "", "/etc/wireguard/openinfra.conf", "settings of the tunnel"),
     Option("guard_file", "--guard-file", "", "/run/openinfra/guard.json", "what guard found"),
+    Option("lease_file", "--lease-file", "", "/run/openinfra/lease.json", "the right to run"),
+    Option(
+        "engine_socket",
+        "--engine-socket",
+        "",
+        "/run/openinfra-engine/engine.sock",
+        "the container engine",
+    ),
+    Option("limits", "--limits", "", "/etc/openinfra/limits.conf", "what this machine lends"),
 )
 DEFAULTS = {option.name: option.default for option in OPTIONS}
 
@@ -353,6 +433,9 @@ class Config:
     socket: Path
     wg_pubkey_file: Path
     guard_file: Path
+    lease_file: Path
+    engine_socket: Path
+    limits: Path
     wallet: str
     token: Token | None
     allow_unencrypted: bool
@@ -442,6 +525,180 @@ class Guard:
     endpoint_error: str = ""
 
 
+class EngineError(Exception):
+    """What the container engine could not do: its HTTP status (0: none came), and its words."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+class Refuse(Exception):
+    """Why this host does not take an assignment: the field, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the provider lends; never more than the machine has."""
+
+    cpu_milli: int
+    memory_bytes: int
+
+
+class Restart(enum.IntEnum):
+    """What follows when a workload's process ends; the contract's numbers."""
+
+    ALWAYS = 1
+    ON_FAILURE = 2
+    NEVER = 3
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An assignment that this host takes; `sha256` is of the container that it asks for."""
+
+    assignment_id: str
+    fence: int
+    workload_id: str
+    image: str
+    command: tuple[str, ...] = field(repr=False)
+    env: tuple[tuple[str, str], ...] = field(repr=False)
+    cpu_milli: int
+    memory_bytes: int
+    # Inside, and on the host's address in the tunnel.
+    ports: tuple[tuple[int, int], ...]
+    has_internet: bool
+    restart: Restart
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of ours as the engine has it; the last three of its end."""
+
+    id: str
+    name: str
+    assignment_id: str
+    wish_sha256: str
+    is_running: bool
+    has_ended: bool = False
+    exit_code: int = 0
+    is_oom: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the agent remembers of one assignment; forgotten when its wish changes."""
+
+    wish_sha256: str = ""
+    has_image: bool = False
+    # Of the last start, and of the end that followed; None: not yet.
+    started_s: float | None = None
+    ended_s: float | None = None
+    exit_code: int | None = None
+    restarts: int = 0
+    # Ends in a row, each after less than STEADY_S.
+    streak: int = 0
+    # True when we ended it ourselves, since the right to run was over.
+    is_stopped: bool = False
+    # What the engine could not do, how often, and when it is tried again.
+    trouble: str = ""
+    tries: int = 0
+    retry_at_s: float = 0.0
+    # Why this host cannot run it.
+    rejected: str = ""
+
+
+class Verb(enum.Enum):
+    """The steps from what the engine has to what is wished."""
+
+    PULL = "pull"
+    CREATE = "create"
+    START = "start"
+    TERM = "term"
+    KILL = "kill"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do; no two with the same key at one time."""
+
+    verb: Verb
+    assignment_id: str
+    container_id: str = ""
+    wish: Wish | None = None
+    network: str = ""
+
+    @property
+    def key(self) -> str:
+        """A stop goes on beside what else is done to the same assignment."""
+        is_stop = self.verb in (Verb.TERM, Verb.KILL)
+        return f"stop {self.container_id}" if is_stop else self.assignment_id
+
+
+@dataclass
+class Memory:
+    """What the agent remembers of its workloads, beside what the engine says."""
+
+    pasts: dict[str, Past] = field(default_factory=dict)
+    # When a container was told to stop.
+    stops: dict[str, float] = field(default_factory=dict)
+    # Assignments of the lease: they run on while the list is not known.
+    kept: frozenset[str] = frozenset()
+
+
+@dataclass
+class Workloads:
+    """All that the daemon knows of workloads. Times are seconds of CLOCK_BOOTTIME."""
+
+    engine: Engine
+    limits: Limits
+    threads: ThreadPoolExecutor
+    pulls: asyncio.Semaphore
+    quick: asyncio.Semaphore
+    stops: asyncio.Semaphore
+    # Set when there is something to look at.
+    stirred: asyncio.Event
+
+    engine_version: str = ""
+    engine_error: str = "it was not asked yet"
+    engine_asked_s: float = -ENGINE_VERSION_AGE_S
+    is_engine_logged: bool = False
+    lease_error: str = ""
+
+    # This host's address in the tunnel; empty while it is not known.
+    address: str = ""
+    revision: int = 0
+    # The list that was known before the engine was last looked at, with nothing else under way:
+    # what is not in that list and was not seen is gone.
+    seen_revision: int = 0
+    # None: the list did not come yet.
+    wishes: tuple[Wish, ...] | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    right_until_s: float = 0.0
+    saved_lease: tuple[float, frozenset[str]] | None = None
+
+    containers: tuple[Container, ...] = ()
+    # Names of our networks, by assignment.
+    networks: dict[str, str] = field(default_factory=dict)
+    ends: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    looks: int = 0
+    memory: Memory = field(default_factory=Memory)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    progress: dict[str, str] = field(default_factory=dict)
+    # What ends a pull that nobody wants any more.
+    sockets: dict[Wish, socket.socket] = field(default_factory=dict)
+    # What the last accepted heartbeat said; None: nothing in this session.
+    acknowledged: pb.Observed | None = None
+    last_states: dict[str, tuple[int, int]] = field(default_factory=dict)
+    last_trouble: str = ""
+
+    nudge: socket.socket | None = None
+    nudge_address: str = ""
+
+
 @dataclass
 class Agent:
     """The daemon's memory. Times are seconds of CLOCK_BOOTTIME, which counts through suspend."""
@@ -456,6 +713,10 @@ class Agent:
     channel: grpc.aio.Channel
     # Set when the channel comes up; ends a wait before the first accepted heartbeat.
     ready: asyncio.Event
+    # Set by a nudge, and when what the host has of assignments changed; ends a wait between two
+    # accepted heartbeats.
+    wake: asyncio.Event
+    workloads: Workloads
     # asyncio's clock at the last step of the main loop, for the watchdog.
     moved_s: float = 0.0
 
@@ -487,6 +748,8 @@ class Agent:
     trouble_logged_s: float = 0.0
     # True when a connection that comes up should end the wait.
     is_wakeable: bool = False
+    # True when the last heartbeat was accepted: then `wake` ends the wait.
+    is_nudgeable: bool = False
     last_error: dict[str, str] | None = None
     clients: int = 0
 
@@ -623,6 +886,9 @@ def decide_config(args: argparse.Namespace, env: EnvFile) -> Config:
         socket=Path(value["socket"]),
         wg_pubkey_file=Path(value["wg_pubkey_file"]),
         guard_file=Path(value["guard_file"]),
+        lease_file=Path(value["lease_file"]),
+        engine_socket=Path(value["engine_socket"]),
+        limits=Path(value["limits"]),
         wallet=parse_wallet(value["wallet"]),
         token=parse_token(value["token"]),
         allow_unencrypted=args.allow_unencrypted,
@@ -839,6 +1105,528 @@ def decide_error(
     return Error(refusal.what, refusal.todo, IDENTITY, **pairs)
 
 
+def parse_limits(text: str, name: str, cpu_count: int, memory_bytes: int) -> Limits:
+    """Read limits.conf; what it does not say is all cores but one, and 70 % of the memory."""
+    cpu_milli = max(500, (cpu_count - 1) * 1000)
+    lent_bytes = int(memory_bytes * LEND_MEMORY)
+    todo = "write lines like CPUS=1.5 and MEMORY=2G, then: sudo systemctl restart openinfra-agent"
+    seen: set[str] = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        key, _, value = (part.strip() for part in line.partition("="))
+        if not key or key[0] in "#;":
+            continue
+        cpus = re.fullmatch(r"[0-9]{1,5}(?:\.[0-9]{1,3})?", value)
+        size = re.fullmatch(r"([0-9]{1,18})([KMG]?)", value)
+        if key == "CPUS" and cpus and float(value) > 0 and key not in seen:
+            cpu_milli = round(float(value) * 1000)
+        elif key == "MEMORY" and size and int(size[1]) > 0 and key not in seen:
+            lent_bytes = int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+        else:
+            raise Error(f"{name}:{number}: line is no limit, or a second one", todo, USAGE)
+        seen.add(key)
+    return Limits(min(cpu_milli, cpu_count * 1000), min(lent_bytes, memory_bytes))
+
+
+def parse_assignment(assignment: pb.Assignment, offered: Limits) -> Wish:
+    """Take an assignment, or raise Refuse: the container is root's to make, so nothing is trusted.
+
+    What a newer control plane asks for and this agent does not know is refused, not left out.
+    """
+    known = type(assignment)()
+    known.CopyFrom(assignment)
+    known.DiscardUnknownFields()
+    named, image = assignment.assignment_id, assignment.image
+    command, env = tuple(assignment.command), tuple(sorted(assignment.env.items()))
+    texts = (*command, *(f"{key}={value}" for key, value in env))
+    size = sum(len(text.encode()) + 1 for text in texts)
+    over = "that this host has left to lend"
+    check_fits("assignment has fields unknown here", known.ByteSize() == assignment.ByteSize())
+    check_fits("assignment_id is no UUID", UUID_RE.fullmatch(named))
+    check_fits("workload_id is no UUID", UUID_RE.fullmatch(assignment.workload_id))
+    is_named = IMAGE_RE.fullmatch(image) and len(image.partition("@")[0]) <= 255
+    check_fits("image is not <registry>/<namespace>/<name>@<digest>", is_named)
+    check_fits("command has a NUL", not any("\0" in word for word in command))
+    for key, value in env:
+        shown = parse_line(key, NAMED_MAX)
+        check_fits(f"env has a key that is no name: {shown}", WORKLOAD_ENV_RE.fullmatch(key))
+        check_fits(f"env has a NUL in {shown}", "\0" not in value)
+    check_fits(f"command and env are over {COMMAND_MAX_BYTES} bytes", size <= COMMAND_MAX_BYTES)
+    cpus, memory = assignment.cpu_milli, assignment.memory_bytes
+    check_fits(f"cpu_milli is under {CPU_MIN_MILLI}", cpus >= CPU_MIN_MILLI)
+    check_fits(f"cpu_milli is over the {offered.cpu_milli} {over}", cpus <= offered.cpu_milli)
+    check_fits(f"memory_bytes is under {MEMORY_MIN_BYTES}", memory >= MEMORY_MIN_BYTES)
+    is_left = memory <= offered.memory_bytes
+    check_fits(f"memory_bytes is over the {offered.memory_bytes} {over}", is_left)
+    is_known = assignment.egress in (pb.EGRESS_NONE, pb.EGRESS_INTERNET)
+    check_fits("egress is none that is known here", is_known)
+    check_fits("restart is none that is known here", assignment.restart in [*Restart])
+    return Wish(
+        assignment_id=named,
+        fence=assignment.fence,
+        workload_id=assignment.workload_id,
+        image=image,
+        command=command,
+        env=env,
+        cpu_milli=cpus,
+        memory_bytes=memory,
+        ports=parse_ports(assignment.ports),
+        has_internet=assignment.egress == pb.EGRESS_INTERNET,
+        restart=Restart(assignment.restart),
+    )
+
+
+def check_fits(why: str, is_right: object) -> None:
+    """Raise Refuse with what is wrong, unless it is right."""
+    if not is_right:
+        raise Refuse(why)
+
+
+def parse_ports(ports: Sequence[pb.Port]) -> tuple[tuple[int, int], ...]:
+    """Take the ports of one assignment."""
+    check_fits(f"ports are more than {PORTS_MAX}", len(ports) <= PORTS_MAX)
+    pairs = tuple((port.container_port, port.host_port) for port in ports)
+    span = f"{HOST_PORTS[0]} to {HOST_PORTS[-1]}"
+    for inside, outside in pairs:
+        check_fits(f"ports has container_port {inside}, not 1 to 65535", 1 <= inside <= 65_535)
+        check_fits(f"ports has host_port {outside}, not {span}", outside in HOST_PORTS)
+    for each in zip(*pairs, strict=True):
+        check_fits("ports has one twice", len(set(each)) == len(each))
+    return pairs
+
+
+def decide_wishes(
+    assignments: Sequence[pb.Assignment], offered: Limits, address: str
+) -> tuple[tuple[Wish, ...], dict[str, str]]:
+    """Take the list as far as it fits, in its order; the others' reasons, by their ids."""
+    wishes: dict[str, Wish] = {}
+    refused: dict[str, str] = {}
+    ports: set[int] = set()
+    left = offered
+    for assignment in assignments[: 2 * ASSIGNMENTS_MAX]:
+        name = assignment.assignment_id[:NAMED_MAX]
+        if name in wishes or name in refused:
+            continue
+        try:
+            wish = parse_assignment(assignment, left)
+            check_fits("ports has a host_port of another assignment", not ports & {*outer(wish)})
+            check_fits(
+                f"assignment is beyond the first {ASSIGNMENTS_MAX}", len(wishes) < ASSIGNMENTS_MAX
+            )
+        except Refuse as why:
+            refused[name] = str(why)
+            continue
+        left = Limits(left.cpu_milli - wish.cpu_milli, left.memory_bytes - wish.memory_bytes)
+        ports |= {*outer(wish)}
+        sha256 = render_container(wish, address)["Labels"]["openinfra.wish"]
+        wishes[name] = replace(wish, sha256=sha256)
+    return tuple(wishes.values()), refused
+
+
+def outer(wish: Wish) -> Iterator[int]:
+    """The ports that a workload has on the host."""
+    return (port for _, port in wish.ports)
+
+
+def render_network_name(wish: Wish) -> str:
+    """Name a workload's bridge; the firewall knows by it what may pass, and 15 characters fit."""
+    prefix = "oi-" if wish.has_internet else "ox-"
+    return prefix + wish.assignment_id.replace("-", "")[:11]
+
+
+def render_network(wish: Wish) -> dict[str, Any]:
+    """Write the body of POST /networks/create: a bridge of its own, from the engine's addresses."""
+    name = render_network_name(wish)
+    return {
+        "Name": name,
+        "CheckDuplicate": True,
+        "Driver": "bridge",
+        "EnableIPv6": False,
+        "Options": {"com.docker.network.bridge.name": name},
+        "Labels": {LABEL: wish.assignment_id},
+    }
+
+
+def render_container(wish: Wish, address: str) -> dict[str, Any]:
+    """Write the body of POST /containers/create: the sandbox, whatever the assignment says.
+
+    Nothing of the host is in it, no capability, no way to write but to memory; the default seccomp
+    filter and the engine's user namespace are there because nothing here turns them off.
+    """
+    network = render_network_name(wish)
+    body: dict[str, Any] = {
+        "Image": wish.image,
+        "User": f"{WORKLOAD_UID}:{WORKLOAD_UID}",
+        "Env": [f"{key}={value}" for key, value in wish.env],
+        "ExposedPorts": {f"{inner}/tcp": {} for inner, _ in wish.ports},
+        "Healthcheck": {"Test": ["NONE"]},
+        "Labels": {
+            LABEL: wish.assignment_id,
+            "openinfra.workload": wish.workload_id,
+            "openinfra.fence": str(wish.fence),
+        },
+        "HostConfig": {
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": True,
+            "Tmpfs": {"/tmp": render_tmpfs(wish)},  # noqa: S108 the container's own
+            "IpcMode": "private",
+            "CgroupnsMode": "private",
+            "Init": True,
+            "PidsLimit": 128,
+            "Memory": wish.memory_bytes,
+            "MemorySwap": wish.memory_bytes,
+            "NanoCpus": wish.cpu_milli * 1_000_000,
+            "OomScoreAdj": 500,
+            "Ulimits": [
+                {"Name": "nofile", "Soft": 1024, "Hard": 4096},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+            ],
+            "RestartPolicy": {"Name": "no"},
+            "LogConfig": {"Type": "local", "Config": {"max-size": "5m", "max-file": "2"}},
+            "NetworkMode": network,
+            "Dns": ["9.9.9.9", "1.1.1.1"],
+            "PortBindings": {
+                f"{inner}/tcp": [{"HostIp": address, "HostPort": str(port)}]
+                for inner, port in wish.ports
+            },
+        },
+        "NetworkingConfig": {"EndpointsConfig": {network: {}}},
+    }
+    if wish.command:
+        body["Cmd"] = [*wish.command]
+    text = json.dumps([body, render_network(wish)], sort_keys=True)
+    body["Labels"]["openinfra.wish"] = hashlib.sha256(text.encode()).hexdigest()
+    return body
+
+
+def render_tmpfs(wish: Wish) -> str:
+    """Write the options of a directory in memory; it counts as the workload's memory."""
+    owner = f"uid={WORKLOAD_UID},gid={WORKLOAD_UID},mode=0700"
+    return f"rw,noexec,nosuid,nodev,size={wish.memory_bytes // 2},{owner}"
+
+
+def parse_volumes(config: object) -> tuple[str, ...]:
+    """List the volumes that an image declares; raise Refuse for those that have no place here."""
+    volumes = config.get("Volumes") if isinstance(config, dict) else None
+    found = tuple(sorted(volumes)) if isinstance(volumes, dict) else ()
+    check_fits(f"image has more than {VOLUMES_MAX} volumes", len(found) <= VOLUMES_MAX)
+    for path in found:
+        is_right = VOLUME_RE.fullmatch(path) and not {".", ".."} & {*path.split("/")}
+        check_fits(f"image has a volume with no place here: {parse_line(path, 80)}", is_right)
+    return found
+
+
+def parse_answer(status: int, raw: bytes) -> Any:
+    """Read the engine's answer; raise EngineError with its words when it says no."""
+    if len(raw) > ENGINE_ANSWER_MAX_BYTES:
+        raise EngineError(502, "the engine's answer is too long")
+    try:
+        data = json.loads(raw) if raw.strip() else None
+    except (ValueError, RecursionError):
+        raise EngineError(502, "the engine's answer could not be read") from None
+    if status >= 400:
+        words = data.get("message") if isinstance(data, dict) else None
+        raise EngineError(status, parse_line(str(words or f"HTTP status {status}"), 500))
+    return data
+
+
+def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Container:
+    """Read a row of GET /containers/json, and the State of its end where it has one."""
+    labels, state = row.get("Labels") or {}, str(row.get("State"))
+    found = Container(
+        id=str(row.get("Id")),
+        name=str((row.get("Names") or ["/"])[0])[1:],
+        assignment_id=str(labels.get(LABEL)),
+        wish_sha256=str(labels.get("openinfra.wish")),
+        is_running=state in ("running", "paused", "restarting"),
+    )
+    if end is None or found.is_running:
+        return found
+    error = parse_line(str(end.get("Error") or ""), 200)
+    return replace(
+        found,
+        has_ended=state in ("exited", "dead") or bool(error),
+        exit_code=int(end.get("ExitCode") or 0),
+        is_oom=bool(end.get("OOMKilled")),
+        error=error,
+    )
+
+
+def parse_pull(line: bytes, layers: dict[str, tuple[int, int]]) -> str:
+    """Read one line of a pull's progress into `layers`; the engine's error, if it is one."""
+    try:
+        event = json.loads(line)
+        if event.get("error"):
+            return parse_line(str(event["error"]))
+        detail, layer = event.get("progressDetail") or {}, str(event.get("id"))
+        if event.get("status") == "Downloading" and detail.get("total"):
+            layers[layer] = (int(detail.get("current") or 0), int(detail["total"]))
+        elif event.get("status") == "Download complete" and layer in layers:
+            layers[layer] = (layers[layer][1], layers[layer][1])
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "the engine's words could not be read"
+    return ""
+
+
+def render_progress(layers: Mapping[str, tuple[int, int]]) -> str:
+    """Say how far a pull is."""
+    done, total = (sum(each) for each in zip(*layers.values(), strict=True))
+    return f"{done // 1_000_000} of {-(-total // 1_000_000)} MB"
+
+
+def decide_pull_error(words: str) -> bool:
+    """Tell whether the registry itself said no, so that another try gets the same answer."""
+    finals = ("manifest unknown", "not found", "denied", "unauthorized", "no matching manifest")
+    return any(final in words.lower() for final in (*finals, "invalid reference", "unsupported"))
+
+
+def decide_back_off_s(streak: int) -> float:
+    """Choose the wait after the streak-th quick end in a row."""
+    return min(BACK_OFF_MAX_S, 2.0 ** (min(streak, 20) - 1))
+
+
+def decide_end(past: Past, found: Container, was_told: bool, now_s: float) -> Past:
+    """Note that a container ended, by itself or because it was told to."""
+    ran_s = now_s - (now_s if past.started_s is None else past.started_s)
+    streak = 1 if ran_s >= STEADY_S else past.streak + 1
+    return replace(
+        past,
+        ended_s=now_s,
+        exit_code=found.exit_code,
+        streak=past.streak if was_told else streak,
+        is_stopped=was_told,
+    )
+
+
+def is_final(wish: Wish, past: Past, found: Container) -> bool:
+    """Tell whether a workload that ended stays ended."""
+    if not found.has_ended or past.is_stopped or wish.restart is Restart.ALWAYS:
+        return False
+    return wish.restart is Restart.NEVER or (found.exit_code == 0 and not found.error)
+
+
+def decide_right_s(sent_s: float, lease_s: int) -> float:
+    """Until when the host may run what is assigned to it; 0: it may not."""
+    if not lease_s:
+        return 0.0
+    return sent_s + min(float(lease_s), LEASE_MAX_S) - LEASE_MARGIN_S
+
+
+def parse_lease(raw: bytes, boot_id: str, now_s: float) -> tuple[float, frozenset[str]]:
+    """Read the lease file: the end of the right, and for which assignments; none after a boot."""
+    try:
+        data = json.loads(raw)
+        ids = frozenset(str(each) for each in data["assignments"][: 2 * ASSIGNMENTS_MAX])
+        if data["boot_id"] == boot_id != "":
+            return min(float(data["until_s"]), now_s + LEASE_MAX_S), ids
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return 0.0, frozenset()
+
+
+def render_lease(
+    boot_id: str, until_s: float, kept: frozenset[str], ports: Sequence[int] = ()
+) -> bytes:
+    """Write the lease file; `guard` opens the ports."""
+    data: dict[str, object] = {"boot_id": boot_id, "until_s": round(until_s, 3)}
+    data |= {"assignments": sorted(kept), "ports": sorted(ports)}
+    return json.dumps(data).encode() + b"\n"
+
+
+def plan_containers(
+    wishes: Sequence[Wish] | None,
+    found: Sequence[Container],
+    networks: Mapping[str, str],
+    now_s: float,
+    right_until_s: float,
+    memory: Memory,
+    unready: str = "",
+) -> list[Step]:
+    """Decide the next step of each assignment; an empty list when nothing is to do now.
+
+    Without the right to run, or before the list is known, nothing begins.
+    """
+    steps: list[Step] = []
+    wished = {wish.assignment_id: wish for wish in wishes or ()}
+    has_right = now_s < right_until_s
+    mine: dict[str, Container] = {}
+    for each in found:
+        wish = wished.get(each.assignment_id)
+        past = memory.pasts.get(each.assignment_id, Past())
+        is_named = each.name == f"oi-{each.assignment_id}"
+        if wishes is None:
+            is_wanted = is_named and each.assignment_id in memory.kept
+        else:
+            is_wanted = is_named and wish is not None and wish.sha256 == each.wish_sha256
+            is_wanted = is_wanted and not past.rejected
+        if each.is_running and not (is_wanted and has_right):
+            steps += plan_stop(each, now_s, memory)
+        elif wishes is not None and not is_wanted and not each.is_running:
+            network = networks.get(each.assignment_id, "") if is_named else ""
+            steps.append(Step(Verb.REMOVE, each.assignment_id, each.id, network=network))
+        if is_named:
+            mine[each.assignment_id] = each
+    for assignment_id, network in networks.items():
+        has_any = any(each.assignment_id == assignment_id for each in found)
+        is_gone = wishes is not None and assignment_id not in wished
+        if not has_any and (is_gone or memory.pasts.get(assignment_id, Past()).rejected):
+            steps.append(Step(Verb.REMOVE, assignment_id, network=network))
+    if has_right and not unready:
+        for wish in wished.values():
+            past = memory.pasts.get(wish.assignment_id, Past())
+            network = networks.get(wish.assignment_id, "")
+            steps += plan_start(wish, mine.get(wish.assignment_id), past, network, now_s)
+    return steps
+
+
+def plan_stop(found: Container, now_s: float, memory: Memory) -> Iterator[Step]:
+    """Ask a container to end, then end it."""
+    told_s = memory.stops.get(found.id)
+    if told_s is None:
+        yield Step(Verb.TERM, found.assignment_id, found.id)
+    elif now_s >= told_s + STOP_S:
+        yield Step(Verb.KILL, found.assignment_id, found.id)
+
+
+def plan_start(
+    wish: Wish, found: Container | None, past: Past, network: str, now_s: float
+) -> Iterator[Step]:
+    """Decide what brings a wished container nearer to running."""
+    if past.rejected or now_s < past.retry_at_s:
+        return
+    if found is None:
+        verb = Verb.CREATE if past.has_image else Verb.PULL
+        yield Step(verb, wish.assignment_id, "", wish, network)
+        return
+    if found.wish_sha256 != wish.sha256 or found.is_running or is_final(wish, past, found):
+        return
+    due_s = now_s
+    if found.has_ended and not past.is_stopped:
+        ended_s = now_s if past.ended_s is None else past.ended_s
+        due_s = ended_s + decide_back_off_s(past.streak)
+    if now_s >= due_s:
+        yield Step(Verb.START, wish.assignment_id, found.id, wish)
+
+
+def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> Past:
+    """Note what the engine could not do: tried again, or left to another host."""
+    words = parse_line(str(error), 500)
+    tries = past.tries + 1
+    if "already allocated" in words or "address already in use" in words:
+        ports = ", ".join(str(port) for port in outer(step.wish)) if step.wish else ""
+        return replace(past, rejected=f"a port is taken on this host (it asks for {ports})")
+    if step.verb is Verb.START:
+        return past  # the container says it itself, as its end
+    if step.verb is Verb.CREATE and "no such image" in words.lower():
+        return replace(past, has_image=False)
+    is_no = decide_pull_error(words) if step.verb is Verb.PULL else error.status in (400, 409)
+    what = "image cannot be fetched" if step.verb is Verb.PULL else "container cannot be made"
+    if is_no or tries > len(TRY_PAUSES_S):
+        return replace(past, rejected=parse_line(f"{what}: {words}"))
+    past = replace(past, tries=tries, retry_at_s=now_s + TRY_PAUSES_S[tries - 1])
+    return replace(past, trouble=parse_line(f"{what} yet: {words}"))
+
+
+def render_end(found: Container, memory_bytes: int) -> str:
+    """Say how a container ended."""
+    if found.error:
+        return f"cannot start: {found.error}"
+    if found.is_oom:
+        limit = f" its {memory_bytes // 1_000_000} MB of" if memory_bytes else " its"
+        return f"killed: it used more than{limit} memory"
+    if found.exit_code > 128:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(found.exit_code - 128).name
+            return f"ended by {name} (exit code {found.exit_code})"
+    return f"ended with exit code {found.exit_code}"
+
+
+def decide_report(
+    wish: Wish | None, found: Container | None, past: Past, progress: str, unready: str
+) -> tuple[int, str]:
+    """Say how far a wished or kept assignment is, and why it does not run."""
+    if past.rejected:
+        is_gone = found is None
+        state = pb.ASSIGNMENT_STATE_REJECTED if is_gone else pb.ASSIGNMENT_STATE_STOPPING
+        return state, past.rejected
+    if found is None and not past.has_image:
+        return pb.ASSIGNMENT_STATE_PULLING, unready or progress or past.trouble
+    if found is None:
+        return pb.ASSIGNMENT_STATE_STARTING, unready or past.trouble
+    if wish is not None and found.wish_sha256 != wish.sha256:
+        return pb.ASSIGNMENT_STATE_STARTING, "another container of it is stopped first"
+    if found.is_running:
+        return pb.ASSIGNMENT_STATE_RUNNING, ""
+    if past.is_stopped:
+        return pb.ASSIGNMENT_STATE_WAITING, unready or "stopped: its right to run was over"
+    if not found.has_ended:
+        return pb.ASSIGNMENT_STATE_STARTING, unready or past.trouble
+    said = render_end(found, wish.memory_bytes if wish else 0)
+    if wish is None or not is_final(wish, past, found):
+        again = f", started again after {decide_back_off_s(past.streak):g} s"
+        return pb.ASSIGNMENT_STATE_WAITING, said + again
+    is_good = found.exit_code == 0 and not found.error
+    return pb.ASSIGNMENT_STATE_FINISHED if is_good else pb.ASSIGNMENT_STATE_FAILED, said
+
+
+def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
+    """Say what the host has of each assignment, in the list's order, then of those to go."""
+    observed = pb.Observed(revision=workloads.seen_revision)
+    memory, found = workloads.memory, {}
+    for each in workloads.containers:
+        if each.assignment_id not in found or each.name == f"oi-{each.assignment_id}":
+            found[each.assignment_id] = each
+    wished = {wish.assignment_id: wish for wish in workloads.wishes or ()}
+    kept = memory.kept if workloads.wishes is None else frozenset[str]()
+    for name in [*wished, *sorted(kept & found.keys())]:
+        past = memory.pasts.get(name, Past())
+        progress = workloads.progress.get(name, "")
+        state, reason = decide_report(wished.get(name), found.get(name), past, progress, unready)
+        one = observed.assignments.add(assignment_id=name, reason=reason, restarts=past.restarts)
+        one.state = cast("pb.AssignmentState.ValueType", state)
+        if past.exit_code is not None:
+            one.exit_code = past.exit_code
+    for name, reason in workloads.refused.items():
+        if name not in found:
+            rejected = pb.ASSIGNMENT_STATE_REJECTED
+            observed.assignments.add(assignment_id=name, state=rejected, reason=reason)
+    for name in sorted(found.keys() - wished.keys() - kept):
+        stopping = pb.ASSIGNMENT_STATE_STOPPING
+        observed.assignments.add(assignment_id=name, state=stopping)
+    if observed.ByteSize() > OBSERVED_MAX_BYTES:
+        for one in observed.assignments:
+            one.reason = parse_line(one.reason, NAMED_MAX)
+    return observed
+
+
+def decide_unready(
+    engine_error: str, firewall: str, lease_error: str, offered: Limits
+) -> tuple[str, str]:
+    """Say why the host can take no workload, and what to type; two empty texts when it can."""
+    guard = "sudo systemctl start openinfra-guard.service openinfra-guard.timer"
+    if engine_error:
+        return engine_error, "sudo systemctl restart openinfra-engine"
+    if firewall:
+        return f"the firewall is not known to be in place: {firewall}", guard
+    if lease_error:
+        return lease_error, "sudo systemctl restart openinfra-agent"
+    if offered.cpu_milli < CPU_MIN_MILLI or offered.memory_bytes < MEMORY_MIN_BYTES:
+        return "limits.conf lends too little", "sudoedit /etc/openinfra/limits.conf"
+    return "", ""
+
+
+def decide_tick_s(workloads: Workloads, now_s: float) -> float:
+    """Choose how long the containers need not be looked at."""
+    if workloads.memory.stops:
+        tick_s = TEND_SOON_S
+    elif workloads.containers or workloads.networks or workloads.wishes:
+        tick_s = TEND_S
+    else:
+        tick_s = ENGINE_VERSION_AGE_S if workloads.engine_error else TEND_IDLE_S
+    right_s = workloads.right_until_s - now_s
+    return min(tick_s, right_s) if right_s > 0 else tick_s
+
+
 def parse_handshakes(text: str) -> int | None:
     """Find the newest handshake in `wg show … latest-handshakes`, Unix seconds; None: never."""
     times = [int(last) for last in re.findall(r"^\S+\t([0-9]+)$", text, re.MULTILINE)]
@@ -860,9 +1648,12 @@ def parse_request(line: bytes) -> str:
     return "status"
 
 
-def render_answer(agent: Agent, token: str, pid: int, now_s: float) -> dict[str, object]:
+def render_answer(
+    agent: Agent, unready: tuple[str, str], token: str, pid: int, now_s: float
+) -> dict[str, object]:
     """Say what the agent knows, for `status` and `doctor`."""
-    standing = agent.standing
+    standing, workloads = agent.standing, agent.workloads
+    images = {wish.assignment_id: wish.image for wish in workloads.wishes or ()}
     age = None if agent.last_heartbeat_s is None else round(now_s - agent.last_heartbeat_s, 1)
     return {
         "state": agent.state,
@@ -878,11 +1669,30 @@ def render_answer(agent: Agent, token: str, pid: int, now_s: float) -> dict[str,
         "reasons": [parse_line(reason) for reason in standing.reasons[:16]] if standing else [],
         "onchain_payout": agent.onchain_payout,
         "disk_encrypted": agent.disk_encrypted,
+        "engine_version": workloads.engine_version,
+        "unready": unready[0],
+        "unready_todo": unready[1],
+        "offered": vars(workloads.limits),
+        "assignments": [
+            {
+                "id": parse_line(one.assignment_id, NAMED_MAX),
+                "image": images.get(one.assignment_id, ""),
+                "state": parse_state(one.state),
+                "reason": parse_line(one.reason),
+                "restarts": one.restarts,
+            }
+            for one in render_observed(workloads, unready[0]).assignments
+        ],
         "token": token,
         "last_error": agent.last_error,
         "pid": pid,
         "started_age_s": round(now_s - agent.started_s, 1),
     }
+
+
+def parse_state(state: int) -> str:
+    """Name an AssignmentState in lower case."""
+    return pb.AssignmentState.Name(cast("pb.AssignmentState.ValueType", state))[17:].lower()
 
 
 def is_online(answer: Mapping[str, Any]) -> bool:
@@ -899,6 +1709,9 @@ def is_online(answer: Mapping[str, Any]) -> bool:
 def render_status(answer: Mapping[str, Any]) -> str:
     """Lay the agent's answer out for a person."""
     age, error = answer.get("last_heartbeat_age_s"), answer.get("last_error")
+    offered = answer.get("offered") or {}
+    lent = f"{offered.get('cpu_milli', 0) / 1000:g} processors, "
+    lent += f"{offered.get('memory_bytes', 0) // 1_000_000} MB"
     beats = f"{answer.get('heartbeats')} accepted, every {answer.get('interval_s')} s"
     rows = [
         ("state", answer.get("state")),
@@ -911,12 +1724,22 @@ def render_status(answer: Mapping[str, Any]) -> str:
         *(("  reason", reason) for reason in answer.get("reasons") or ()),
         ("on-chain payout", "yes" if answer.get("onchain_payout") else "no"),
         ("disk encrypted", "yes" if answer.get("disk_encrypted") else "no"),
+        ("engine", answer.get("engine_version") or "none"),
+        ("lends", lent),
+        *((("takes no work", answer["unready"]),) if answer.get("unready") else ()),
+        *(("workload", render_row(one)) for one in answer.get("assignments") or ()),
         ("invite token", answer.get("token")),
         *((("last error", f"{error['what']}; {error['todo']}"),) if error else ()),
         ("agent", f"{answer.get('version')}, pid {answer.get('pid')}"),
         ("up", f"{answer.get('started_age_s')} s"),
     ]
     return "\n".join(f"{name:<16} {parse_line(str(value), 500)}" for name, value in rows)
+
+
+def render_row(one: Mapping[str, Any]) -> str:
+    """Say one line of an assignment."""
+    words = (one.get("id"), one.get("state"), one.get("reason"), one.get("image"))
+    return "  ".join(str(word) for word in words if word)
 
 
 def parse_routes(text: str) -> tuple[str, ...]:
@@ -1085,6 +1908,11 @@ def list_fleet_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
         said = f"{error['what']}; {error['todo']}" if error else f"it is {status.get('state')}"
         said = f"The agent runs, and this host is not online: {said}."
         yield "ERROR", said, "journalctl -u openinfra-agent -n 50"
+    if status.get("unready") and not seen.firewall:
+        said = f"This host can take no workload: {status['unready']}."
+        # A control plane on this machine is for a try, which may do without.
+        level = "INFO" if seen.wg == "skipped" else "ERROR"
+        yield level, said, str(status.get("unready_todo"))
     if not seen.wallet and not status.get("onchain_payout"):
         yield "WARN", "No payout wallet is set (SOLANA_PAYOUT_PUBKEY): nothing is paid out.", edit
     if is_online(status) and not status.get("assignable"):
@@ -1355,11 +2183,35 @@ def read_text(path: str) -> str:
         return ""
 
 
-def read_facts(data_dir: Path, encrypted: bool) -> pb.Facts:
+def read_limits(path: Path) -> Limits:
+    """Read what this machine lends."""
+    try:
+        raw, _ = read_small(path, FILE_MAX_BYTES)
+    except FileNotFoundError:
+        raw = b""
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror}", "mend or remove it", USAGE) from None
+    memory_bytes = parse_memory_bytes(read_text("/proc/meminfo"))
+    cpu_count = len(os.sched_getaffinity(0))
+    return parse_limits(raw.decode("ascii", "replace"), str(path), cpu_count, memory_bytes)
+
+
+def read_unready(agent: Agent) -> tuple[str, str]:
+    """Look whether the host can take workloads: why not, and what to type."""
+    workloads, firewall = agent.workloads, ""
+    if not parse_address(agent.config.control_plane).is_loopback:
+        guard, now_s = read_guard(agent.config.guard_file), read_boot_s()
+        firewall = decide_firewall(guard, now_s)
+        if guard and now_s - guard.at_s > GUARD_OLD_S:
+            firewall = "guard does not run"  # a sentence that stays the same
+    return decide_unready(workloads.engine_error, firewall, workloads.lease_error, workloads.limits)
+
+
+def read_facts(agent: Agent) -> pb.Facts:
     """Look at the machine."""
     machine = os.uname()
     try:
-        disk = os.statvfs(data_dir)
+        disk = os.statvfs(agent.config.data_dir)
         disk_bytes = disk.f_blocks * disk.f_frsize
     except OSError:
         disk_bytes = 0
@@ -1371,7 +2223,11 @@ def read_facts(data_dir: Path, encrypted: bool) -> pb.Facts:
         cpu_count=len(os.sched_getaffinity(0)),
         memory_bytes=parse_memory_bytes(read_text("/proc/meminfo")),
         disk_bytes=disk_bytes,
-        disk_encrypted=encrypted,
+        disk_encrypted=agent.disk_encrypted,
+        engine_version=agent.workloads.engine_version,
+        unready=read_unready(agent)[0],
+        offered_cpu_milli=agent.workloads.limits.cpu_milli,
+        offered_memory_bytes=agent.workloads.limits.memory_bytes,
     )
 
 
@@ -1485,21 +2341,29 @@ def read_status(path: Path) -> dict[str, Any]:
     return answer
 
 
-def read_stray(control_plane: str) -> str:
-    """Say why a packet to the control plane would miss the tunnel; empty when it would not.
+def read_source(control_plane: str) -> str:
+    """This host's address towards the control plane; raises OSError outside the tunnel.
 
     With the tunnel down the kernel's route is the home LAN's. Nothing is sent to find that out.
     """
     address = parse_address(control_plane)
     if address.is_loopback:
-        return ""
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.connect((str(address), 9))
+        source = str(sock.getsockname()[0])
+    if ipaddress.IPv4Address(source) not in TUNNEL:
+        raise OSError(errno.ENETUNREACH, f"packets would leave from {source}")
+    return source
+
+
+def read_stray(control_plane: str) -> str:
+    """Say why a packet to the control plane would miss the tunnel; empty when it would not."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.connect((str(address), 9))
-            source = sock.getsockname()[0]
+        read_source(control_plane)
     except OSError as error:
         return error.strerror or str(error)
-    return "" if ipaddress.IPv4Address(source) in TUNNEL else f"packets would leave from {source}"
+    return ""
 
 
 def read_unreachable(control_plane: str) -> str:
@@ -1558,6 +2422,169 @@ def read_endpoints() -> str:
     return run(["wg", "show", WG_INTERFACE, "endpoints"], echo=False)
 
 
+class Engine:
+    """The container engine on its unix socket, by the Docker Engine API; blocks, for a thread.
+
+    It is asked only for what carries our label, and told only to change what it listed so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def open(
+        self, method: str, path: str, query: Mapping[str, str], body: object, timeout_s: float
+    ) -> Iterator[tuple[Any, socket.socket]]:
+        """Send one request; whatever goes wrong becomes an EngineError."""
+        import http.client  # `guard` seldom needs these
+        import urllib.parse
+
+        connection = http.client.HTTPConnection("engine", timeout=timeout_s)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        connection.sock = sock
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(str(self.path))
+            target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+            raw = None if body is None else json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"} if raw else {}
+            connection.request(method, ENGINE_API + target, raw, headers)
+            yield connection, sock
+        except TimeoutError:
+            raise EngineError(504, f"no answer for {timeout_s:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            why = error.strerror if isinstance(error, OSError) else type(error).__name__
+            what = f"no container engine answers at {self.path}: {why or error}"
+            raise EngineError(0, what) from None
+        finally:
+            connection.close()
+            sock.close()
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+        timeout_s: float = ENGINE_TIMEOUT_S,
+    ) -> Any:
+        """Make one request; give back the JSON of the answer, None for an empty one."""
+        with self.open(method, path, query or {}, body, timeout_s) as (connection, _):
+            answer = connection.getresponse()
+            raw = answer.read(ENGINE_ANSWER_MAX_BYTES + 1)
+        return parse_answer(answer.status, raw)
+
+    def ask_gone(self, method: str, path: str, query: Mapping[str, str] | None = None) -> None:
+        """Make one request that is done as well when what it is about is gone."""
+        try:
+            self.ask(method, path, query)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+
+    def read_object(self, path: str, timeout_s: float = ENGINE_TIMEOUT_S) -> dict[str, Any]:
+        """One object of the engine's; it may be another program that answers."""
+        answer = self.ask("GET", path, timeout_s=timeout_s)
+        if not isinstance(answer, dict):
+            raise EngineError(502, f"what answers at {self.path} is no container engine")
+        return answer
+
+    def read_ours(self, path: str, **query: str) -> list[dict[str, Any]]:
+        """The rows of a list that carry our label."""
+        query["filters"] = json.dumps({"label": [LABEL]})
+        rows = self.ask("GET", path, query)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise EngineError(502, f"what answers at {self.path} is no container engine")
+        return [row for row in rows if LABEL in (row.get("Labels") or {})]
+
+    def read_version(self) -> str:
+        """The engine's version."""
+        answer = self.read_object("/version", ENGINE_VERSION_TIMEOUT_S)
+        return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
+
+    def read_image(self, image: str) -> object:
+        """The Config of an image that is here; EngineError 404 when it is not."""
+        return self.read_object(f"/images/{image}/json").get("Config")
+
+    def pull(
+        self, image: str, opened: Callable[[socket.socket], None], note: Callable[[str], None]
+    ) -> None:
+        """Fetch an image by its digest; `opened` gets the socket, whose shutdown ends this."""
+        name, _, digest = image.partition("@")
+        layers: dict[str, tuple[int, int]] = {}
+        query = {"fromImage": name, "tag": digest}
+        with self.open("POST", "/images/create", query, None, PULL_SILENCE_S) as (connection, sock):
+            opened(sock)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
+            while line := answer.readline(ENGINE_LINE_MAX_BYTES):
+                words = parse_pull(line, layers)
+                if words:
+                    raise EngineError(500, words)
+                if layers:
+                    note(render_progress(layers))
+
+    def create(self, wish: Wish, address: str, network: str) -> None:
+        """Make a workload's container, and its network unless it is there."""
+        volumes = parse_volumes(self.read_image(wish.image))
+        body = render_container(wish, address)
+        body["HostConfig"]["Tmpfs"] |= {path: render_tmpfs(wish) for path in volumes}
+        if network != render_network_name(wish):
+            self.ask("POST", "/networks/create", None, render_network(wish))
+        self.ask("POST", "/containers/create", {"name": f"oi-{wish.assignment_id}"}, body)
+
+    def remove(self, container_id: str, network: str) -> None:
+        """Remove a container that ended, and its network."""
+        if container_id:
+            self.ask_gone("DELETE", f"/containers/{container_id}", {"v": "1"})
+        if network:
+            self.ask_gone("DELETE", f"/networks/{network}")
+
+    def read_workloads(
+        self, ends: Mapping[str, Mapping[str, Any]], busy: frozenset[str]
+    ) -> tuple[tuple[Container, ...], dict[str, str], dict[str, Mapping[str, Any]]]:
+        """All containers and networks of ours, and how containers ended; known ends stay."""
+        found, seen = [], {}
+        for row in self.read_ours("/containers/json", all="1"):
+            bare = parse_container(row, None)
+            end = ends.get(bare.id)
+            if not bare.is_running and end is None and bare.assignment_id not in busy:
+                try:
+                    end = self.read_object(f"/containers/{bare.id}/json").get("State")
+                except EngineError as error:
+                    if error.status == 404:
+                        continue
+                    raise
+            each = parse_container(row, end)
+            found.append(each)
+            if each.has_ended and end is not None:
+                seen[each.id] = end
+        networks = {
+            str(row["Labels"][LABEL]): str(row.get("Name"))
+            for row in self.read_ours("/networks")
+            if re.fullmatch(r"o[ix]-[0-9a-f]{11}", str(row.get("Name")))
+        }
+        return tuple(found), networks, seen
+
+
+def read_ports(path: Path) -> tuple[int, ...]:
+    """The published ports of what may run, from the lease file; of an earlier boot too."""
+    try:
+        data = json.loads(read_small(path, FILE_MAX_BYTES)[0])
+        return tuple(sorted({int(port) for port in data["ports"] if int(port) in HOST_PORTS}))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ()
+
+
+def read_lease(path: Path, boot_id: str) -> tuple[float, frozenset[str]]:
+    """Read what an earlier run of the agent had the right to."""
+    try:
+        return parse_lease(read_small(path, FILE_MAX_BYTES)[0], boot_id, read_boot_s())
+    except OSError:
+        return 0.0, frozenset()
+
+
 # ------------------------------------------------------------------------------------------------
 # Operations: one call, one refusal, one answer each, on the agent's memory. Not pure.
 # ------------------------------------------------------------------------------------------------
@@ -1598,7 +2625,7 @@ async def register(agent: Agent) -> pb.RegisterReply:
         session=bytes.fromhex(identity.next_session or ""),
         payout_pubkey=agent.config.wallet,
         wg_pubkey=agent.wg_pubkey,
-        facts=read_facts(agent.config.data_dir, agent.disk_encrypted),
+        facts=read_facts(agent),
     )
     failpoint("Register.before_send")
     reply = await call(agent, agent.stub.Register, request)
@@ -1672,6 +2699,8 @@ async def open_session(agent: Agent) -> None:
     agent.seq = 1
     agent.session_heartbeats = 0
     agent.acknowledged_facts = None
+    agent.workloads.revision = agent.workloads.seen_revision = 0
+    agent.workloads.acknowledged = None
     agent.onchain_payout = reply.onchain_payout
     nominal_s = reply.heartbeat_interval_s or INTERVAL_NOMINAL_S
     agent.nominal_s = agent.interval_s = decide_interval_s(0, nominal_s)
@@ -1682,20 +2711,32 @@ async def open_session(agent: Agent) -> None:
 
 
 async def beat(agent: Agent) -> None:
-    """Send one heartbeat; a repeated one keeps its number, facts go until they are acknowledged."""
+    """Send one heartbeat; a repeated one keeps its number, news go until they are acknowledged."""
+    workloads = agent.workloads
     request = pb.HeartbeatRequest(
-        session=bytes.fromhex(agent.identity.session or ""), seq=agent.seq, boot_id=agent.boot_id
+        session=bytes.fromhex(agent.identity.session or ""),
+        seq=agent.seq,
+        boot_id=agent.boot_id,
+        desired_revision=workloads.revision,
+        nudge_port=ensure_nudge(agent),
     )
-    facts = read_facts(agent.config.data_dir, agent.disk_encrypted)
+    agent.wake.clear()
+    facts = read_facts(agent)
     if facts != agent.acknowledged_facts:
         request.facts.CopyFrom(facts)
+    observed = render_observed(workloads, facts.unready) if workloads.looks else None
+    if observed is not None and observed != workloads.acknowledged:
+        request.observed.CopyFrom(observed)
     failpoint("Heartbeat.before_send")
+    sent_s = read_boot_s()
     reply = await call(agent, agent.stub.Heartbeat, request)
     failpoint("Heartbeat.after_reply")
     agent.seq += 1
     agent.session_heartbeats += 1
     agent.heartbeats += 1
     agent.acknowledged_facts = facts
+    workloads.acknowledged = observed
+    take_reply(agent, reply, sent_s)
     agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
     agent.last_heartbeat_s = read_boot_s()
     note_accepted(agent)
@@ -1708,6 +2749,275 @@ async def beat(agent: Agent) -> None:
         with contextlib.suppress(OSError):
             (agent.config.data_dir / REFUSED_NAME).unlink()
         failpoint("scrub.after")
+
+
+def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
+    """Take the list and the right to run it from an accepted heartbeat."""
+    workloads, address = agent.workloads, agent.workloads.address
+    with contextlib.suppress(OSError):  # the tunnel may have gone just now
+        address = read_source(agent.config.control_plane)
+    if reply.HasField("desired") and address:
+        workloads.revision, workloads.address = reply.desired.revision, address
+        workloads.wishes, workloads.refused = decide_wishes(
+            reply.desired.assignments, workloads.limits, address
+        )
+        pasts = workloads.memory.pasts
+        for wish in workloads.wishes:
+            if pasts.get(wish.assignment_id, Past()).wish_sha256 != wish.sha256:
+                pasts[wish.assignment_id] = Past(wish.sha256)
+    elif workloads.revision == 0 and not reply.HasField(
+        "desired"
+    ):  # there is no list for this host
+        workloads.wishes, workloads.refused = (), {}
+    kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
+    ensure_lease(agent, decide_right_s(sent_s, reply.lease_s), kept)
+    workloads.stirred.set()
+
+
+def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
+    """Save the right to run, for the guard and for the next agent; it counts once it is saved."""
+    workloads, path = agent.workloads, agent.config.lease_file
+    if workloads.saved_lease == (until_s, kept):
+        return
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o755)
+        ports = [port for wish in workloads.wishes or () for port in outer(wish)]
+        write_file(path, render_lease(agent.boot_id, until_s, kept, ports), 0o600)
+    except OSError as error:
+        why = f"cannot write the lease file {path}: {error.strerror}"
+        if until_s and why != workloads.lease_error:
+            log("WARN", why, "no workload is started", error=error.strerror)
+        workloads.lease_error = why
+        return
+    workloads.lease_error, workloads.saved_lease = "", (until_s, kept)
+    workloads.right_until_s, workloads.memory.kept = until_s, kept
+
+
+def ensure_nudge(agent: Agent) -> int:
+    """Hear nudges on this host's address in the tunnel; give back the port, 0 for none.
+
+    After a packet no other is looked at before the next heartbeat is made.
+    """
+    workloads = agent.workloads
+    try:
+        address = read_source(agent.config.control_plane)
+        if workloads.nudge is None or workloads.nudge_address != address:
+            close_nudge(workloads)
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            workloads.nudge = socket.socket(socket.AF_INET, kind)
+            workloads.nudge.bind((address, 0 if address == "127.0.0.1" else NUDGE_PORT))
+            workloads.nudge_address = address
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(64):
+                workloads.nudge.recv(1)
+        asyncio.get_running_loop().add_reader(workloads.nudge, hear_nudge, agent)
+        return int(workloads.nudge.getsockname()[1])
+    except OSError:
+        close_nudge(workloads)
+        return 0
+
+
+def close_nudge(workloads: Workloads) -> None:
+    """Hear no nudges."""
+    if workloads.nudge is not None:
+        asyncio.get_running_loop().remove_reader(workloads.nudge)
+        workloads.nudge.close()
+        workloads.nudge = None
+
+
+def hear_nudge(agent: Agent) -> None:
+    """Let the next heartbeat go out at once."""
+    if agent.workloads.nudge is not None:
+        asyncio.get_running_loop().remove_reader(agent.workloads.nudge)
+    agent.wake.set()
+
+
+async def in_thread(workloads: Workloads, function: Callable[..., Reply], *args: object) -> Reply:
+    """Do what blocks beside the loop; the thread ends with the process at the latest."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(workloads.threads, lambda: function(*args))
+
+
+async def ask_version(workloads: Workloads) -> None:
+    """Keep the engine's version, at most ten seconds old."""
+    now_s = read_boot_s()
+    if now_s < workloads.engine_asked_s + ENGINE_VERSION_AGE_S:
+        return
+    workloads.engine_asked_s = now_s
+    try:
+        workloads.engine_version = await in_thread(workloads, workloads.engine.read_version)
+        workloads.engine_error = ""
+    except EngineError as error:
+        workloads.engine_version, workloads.engine_error = "", str(error)
+
+
+async def look(workloads: Workloads) -> None:
+    """See what the engine has of ours, and note what ended."""
+    engine, memory = workloads.engine, workloads.memory
+    busy, revision = frozenset(workloads.tasks), workloads.revision
+    wished = {wish.assignment_id for wish in workloads.wishes or ()}
+    is_calm = all(key in wished or key.startswith("stop ") for key in busy)
+    workloads.containers, workloads.networks, workloads.ends = await in_thread(
+        workloads, engine.read_workloads, workloads.ends, busy
+    )
+    workloads.looks += 1
+    if is_calm and revision == workloads.revision:
+        workloads.seen_revision = revision
+    now_s = read_boot_s()
+    for each in workloads.containers:
+        past = memory.pasts.get(each.assignment_id, Past(each.wish_sha256))
+        if past.wish_sha256 != each.wish_sha256:
+            continue  # it is to go, and another one takes its place
+        if each.has_ended and past.ended_s is None:
+            past = decide_end(past, each, each.id in memory.stops, now_s)
+        elif each.is_running and (past.started_s is None or past.ended_s is not None):
+            past = replace(past, started_s=now_s, ended_s=None)
+        memory.pasts[each.assignment_id] = past
+    running = {each.id for each in workloads.containers if each.is_running}
+    for name, told_s in [*memory.stops.items()]:
+        if name not in running or now_s > told_s + 3 * STOP_S:
+            del memory.stops[name]
+    known = {each.assignment_id for each in workloads.containers}.union(
+        workloads.networks, workloads.tasks, (w.assignment_id for w in workloads.wishes or ())
+    )
+    memory.pasts = {name: past for name, past in memory.pasts.items() if name in known}
+
+
+def begin_steps(agent: Agent, unready: str) -> None:
+    """Begin what is to be done, each step beside the others; no two at once for one assignment."""
+    workloads, memory, now_s = agent.workloads, agent.workloads.memory, read_boot_s()
+    seen, right_until_s = (workloads.containers, workloads.networks), workloads.right_until_s
+    for step in plan_containers(workloads.wishes, *seen, now_s, right_until_s, memory, unready):
+        if step.key in workloads.tasks:
+            continue
+        if step.verb is Verb.TERM:
+            memory.stops[step.container_id] = now_s
+        workloads.tasks[step.key] = asyncio.create_task(do_step(workloads, step))
+    for wish in workloads.sockets.keys() - {*(workloads.wishes or ())}:
+        with contextlib.suppress(OSError):
+            workloads.sockets[wish].shutdown(socket.SHUT_RDWR)
+
+
+async def do_step(workloads: Workloads, step: Step) -> None:
+    """Do one step in its turn, and note what came of it."""
+    pools = {Verb.PULL: workloads.pulls, Verb.CREATE: workloads.quick, Verb.START: workloads.quick}
+    try:
+        async with pools.get(step.verb, workloads.stops):
+            if step.wish is not None and (
+                step.wish not in (workloads.wishes or ())
+                or read_boot_s() >= workloads.right_until_s
+            ):
+                return
+            await in_thread(workloads, run_step, workloads, step)
+        settle_step(workloads, step, None)
+        workloads.stirred.set()
+    except EngineError as error:
+        settle_step(workloads, step, error)
+    except Refuse as why:
+        settle_step(workloads, step, EngineError(400, str(why)))
+    finally:
+        workloads.tasks.pop(step.key, None)
+        workloads.progress.pop(step.assignment_id, None)
+        if step.wish is not None:
+            workloads.sockets.pop(step.wish, None)
+
+
+def run_step(workloads: Workloads, step: Step) -> None:
+    """Tell the engine to do one step; in a thread."""
+    engine, container = workloads.engine, f"/containers/{step.container_id}"
+    if step.verb is Verb.REMOVE:
+        engine.remove(step.container_id, step.network)
+    elif step.verb in (Verb.TERM, Verb.KILL):
+        engine.ask_gone("POST", f"{container}/kill", {"signal": f"SIG{step.verb.name}"})
+    elif step.verb is Verb.START:
+        engine.ask("POST", f"{container}/start")
+    elif step.wish is not None and step.verb is Verb.CREATE:
+        engine.create(step.wish, workloads.address, step.network)
+    elif step.wish is not None:
+        name, wish = step.assignment_id, step.wish
+        try:
+            engine.read_image(wish.image)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            opened = functools.partial(workloads.sockets.__setitem__, wish)
+            noted = functools.partial(workloads.progress.__setitem__, name)
+            engine.pull(wish.image, opened, noted)
+
+
+def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> None:
+    """Note what came of a step; an engine that is down is no fault of the assignment."""
+    if error is not None and error.status == 0:
+        return
+    if step.wish is None:
+        if error is not None and error.status != 409 and str(error) != workloads.last_trouble:
+            workloads.last_trouble = str(error)
+            log("WARN", "the engine cannot do it", verb=step.verb.value, error=error)
+        return
+    now_s = read_boot_s()
+    past = workloads.memory.pasts.get(step.assignment_id, Past())
+    if past.wish_sha256 != step.wish.sha256:
+        return
+    if step.verb is Verb.START:
+        was_ended = workloads.ends.pop(step.container_id, None) is not None
+        past = replace(past, started_s=now_s, ended_s=None, is_stopped=False)
+        past = replace(past, restarts=past.restarts + was_ended)
+    if error is not None:
+        past = decide_failure(past, step, error, now_s)
+    else:
+        past = replace(past, tries=0, trouble="", has_image=True)
+    workloads.memory.pasts[step.assignment_id] = past
+
+
+def note_engine(workloads: Workloads) -> None:
+    """Log once that an engine that is needed does not answer, and once that it does again."""
+    is_needed = bool(workloads.wishes or workloads.containers)
+    if workloads.engine_error and is_needed and not workloads.is_engine_logged:
+        workloads.is_engine_logged = True
+        todo = "sudo systemctl restart openinfra-engine"
+        log("WARN", "container engine does not answer", todo, error=workloads.engine_error)
+    elif not workloads.engine_error and workloads.is_engine_logged:
+        workloads.is_engine_logged = False
+        log("INFO", "container engine answers again", version=workloads.engine_version)
+
+
+def note_observed(agent: Agent, unready: str) -> None:
+    """Log what changed of each assignment, and let the control plane hear it soon."""
+    workloads = agent.workloads
+    states: dict[str, tuple[int, int]] = {}
+    for one in render_observed(workloads, unready).assignments:
+        now = states[one.assignment_id] = (one.state, one.restarts)
+        if workloads.last_states.get(one.assignment_id) != now:
+            name, state = parse_line(one.assignment_id, NAMED_MAX), parse_state(one.state)
+            log("INFO", f"workload {state}", assignment_id=name, reason=one.reason)
+    facts = agent.acknowledged_facts
+    said = workloads.acknowledged
+    is_told = said is not None and said.revision == workloads.seen_revision
+    is_told = is_told and states == workloads.last_states
+    if not is_told or (facts is not None and facts.unready != unready):
+        agent.wake.set()
+    workloads.last_states = states
+
+
+async def end_workloads(agent: Agent) -> None:
+    """Stop and remove everything, since the control plane has ended this agent."""
+    workloads = agent.workloads
+    workloads.wishes, workloads.refused = (), {}
+    ensure_lease(agent, 0.0, frozenset())
+    workloads.right_until_s = 0.0
+    workloads.stirred.set()
+    deadline_s, looks = read_boot_s() + STOP_S + LEASE_MARGIN_S, workloads.looks
+    while read_boot_s() < deadline_s and not workloads.engine_error:
+        left = workloads.containers or workloads.networks or workloads.tasks
+        if not left and workloads.looks > looks + 1:
+            return
+        if workloads.tasks:
+            looks = workloads.looks
+        workloads.stirred.set()
+        await asyncio.sleep(0.1)
+    if workloads.containers:
+        log("ERROR", "workloads are left", "sudo systemctl stop openinfra-engine")
 
 
 def ensure_saved(agent: Agent) -> None:
@@ -1872,9 +3182,9 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
     )
 
 
-def ensure_firewall(before: Guard | None) -> Guard:
+def ensure_firewall(before: Guard | None, ports: Sequence[int] = ()) -> Guard:
     """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
-    wanted = render_table(parse_routes(read_text("/proc/net/route")))
+    wanted = render_table(parse_routes(read_text("/proc/net/route")), ports)
     wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
     found = read_table_sha256()
     guard = Guard(read_boot_s(), "", wanted_sha256, found)
@@ -1894,6 +3204,28 @@ def ensure_firewall(before: Guard | None) -> Guard:
     else:
         log("INFO", "firewall is in place")
     return replace(guard, listed_sha256=found)
+
+
+def ensure_ended(engine: Engine, lease_file: Path) -> str:
+    """End the workloads whose right is over, which is the agent's work while it lives.
+
+    Gives back what keeps it from that; without an engine there is nothing to end.
+    """
+    if not engine.path.exists():
+        return ""
+    boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
+    until_s, _ = read_lease(lease_file, boot_id)
+    if read_boot_s() < until_s + GUARD_LATE_S:
+        return ""
+    try:
+        found, _, _ = engine.read_workloads({}, frozenset())
+        for each in found:
+            if each.is_running:
+                engine.ask_gone("POST", f"/containers/{each.id}/kill", {"signal": "SIGKILL"})
+                log("WARN", "workload ended: its right to run was over", name=each.name)
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 def ensure_docker_user() -> str:
@@ -1957,7 +3289,7 @@ async def read_request(agent: Agent, reader: asyncio.StreamReader) -> dict[str, 
     except BrokenError as broken:
         return {"error": str(broken)}
     token = read_token_state(agent.config.env_file)
-    return render_answer(agent, token, os.getpid(), read_boot_s())
+    return render_answer(agent, read_unready(agent), token, os.getpid(), read_boot_s())
 
 
 async def answer_client(
@@ -1986,7 +3318,7 @@ async def answer_client(
 
 
 async def wait(agent: Agent, delay_s: float) -> None:
-    """Wait by a clock that counts suspend; a connection that comes up may end it early."""
+    """Wait by a clock that counts suspend; a connection, a nudge or news may end it early."""
     loop = asyncio.get_running_loop()
     started_s = read_boot_s()
     agent.ready.clear()
@@ -1996,13 +3328,14 @@ async def wait(agent: Agent, delay_s: float) -> None:
         if gone_s >= delay_s:
             return
         piece_s = min(delay_s - gone_s, WAIT_PIECE_S)
-        if not agent.is_wakeable:
+        event = agent.ready if agent.is_wakeable else agent.wake
+        if not agent.is_wakeable and not agent.is_nudgeable:
             await asyncio.sleep(piece_s)
         elif gone_s < WAKE_AFTER_S:
             await asyncio.sleep(min(piece_s, WAKE_AFTER_S))
         else:
             try:
-                await asyncio.wait_for(agent.ready.wait(), piece_s)
+                await asyncio.wait_for(event.wait(), piece_s)
                 return
             except asyncio.TimeoutError:
                 pass
@@ -2012,15 +3345,39 @@ async def live(agent: Agent) -> NoReturn:
     """Open a session, send heartbeats, and begin again where a refusal says so."""
     while True:
         agent.moved_s = asyncio.get_running_loop().time()
-        agent.is_wakeable = False
+        agent.is_wakeable = agent.is_nudgeable = False
         try:
             if not agent.is_open:
                 await open_session(agent)
             await beat(agent)
-            delay_s = agent.interval_s
+            delay_s, agent.is_nudgeable = agent.interval_s, True
         except RefusedError as refused:
-            delay_s = settle_refusal(agent, refused)
+            try:
+                delay_s = settle_refusal(agent, refused)
+            except Error:
+                await end_workloads(agent)
+                raise
         await wait(agent, delay_s)
+
+
+async def tend(agent: Agent) -> NoReturn:
+    """Bring the containers to what is assigned, and end them when the right to run them does."""
+    workloads = agent.workloads
+    while True:
+        workloads.stirred.clear()
+        await ask_version(workloads)
+        try:
+            await look(workloads)
+        except EngineError as error:
+            workloads.engine_error = str(error)
+        else:
+            workloads.engine_error = ""
+            begin_steps(agent, read_unready(agent)[0])
+        note_engine(workloads)
+        note_observed(agent, read_unready(agent)[0])
+        with contextlib.suppress(asyncio.TimeoutError):
+            tick_s = decide_tick_s(workloads, read_boot_s())
+            await asyncio.wait_for(workloads.stirred.wait(), tick_s)
 
 
 async def watch_channel(agent: Agent) -> NoReturn:
@@ -2062,8 +3419,26 @@ def ensure_stop(stop: asyncio.Event, signum: int) -> None:
         sd_notify("STOPPING=1")
 
 
+def make_workloads(config: Config, limits: Limits) -> Workloads:
+    """Make the memory of workloads, empty."""
+    return Workloads(
+        engine=Engine(config.engine_socket),
+        limits=limits,
+        threads=ThreadPoolExecutor(THREADS_MAX),
+        pulls=asyncio.Semaphore(PULLS_MAX),
+        quick=asyncio.Semaphore(STEPS_MAX),
+        stops=asyncio.Semaphore(STOPS_MAX),
+        stirred=asyncio.Event(),
+    )
+
+
 async def serve(
-    config: Config, identity: Identity, wg_pubkey: str, encrypted: bool, listener: socket.socket
+    config: Config,
+    identity: Identity,
+    wg_pubkey: str,
+    encrypted: bool,
+    limits: Limits,
+    listener: socket.socket,
 ) -> None:
     """Run the daemon until a signal or an error ends it."""
     loop = asyncio.get_running_loop()
@@ -2084,18 +3459,22 @@ async def serve(
         stub=cast("openinfra_pb2_grpc.AgentApiAsyncStub", openinfra_pb2_grpc.AgentApiStub(channel)),
         channel=channel,
         ready=asyncio.Event(),
+        wake=asyncio.Event(),
+        workloads=make_workloads(config, limits),
         moved_s=loop.time(),
     )
+    ensure_lease(agent, *read_lease(config.lease_file, agent.boot_id))
+    await ask_version(agent.workloads)
     server = await asyncio.start_unix_server(
         lambda reader, writer: answer_client(agent, reader, writer),
         sock=listener,
         limit=SOCKET_LINE_MAX_BYTES,
     )
     sd_notify("READY=1")
-    parts = [live(agent), watch_channel(agent), stop.wait(), feed_watchdog(agent)]
+    parts = [live(agent), tend(agent), watch_channel(agent), stop.wait(), feed_watchdog(agent)]
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        done, _ = await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks[:4], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
@@ -2104,6 +3483,8 @@ async def serve(
         with contextlib.suppress(OSError):
             config.socket.unlink()
         await channel.close()
+        close_nudge(agent.workloads)
+        agent.workloads.threads.shutdown(wait=False, cancel_futures=True)
     for task in done:
         task.result()
 
@@ -2120,6 +3501,7 @@ def command_run(args: argparse.Namespace) -> int:
         grpc=grpc.__version__,
     )
     wg_pubkey = read_wg_pubkey(config.wg_pubkey_file)
+    limits = read_limits(config.limits)
     check_data_dir(config.data_dir, (os.geteuid(),))
     encrypted = is_encrypted(config.data_dir)
     check_encrypted(config.data_dir, encrypted, config.allow_unencrypted)
@@ -2129,7 +3511,7 @@ def command_run(args: argparse.Namespace) -> int:
         identity = ensure_identity(config.data_dir, config.token)
         failpoint("start.after_identity")
         listener = open_control_socket(config.socket)
-        asyncio.run(serve(config, identity, wg_pubkey, encrypted, listener))
+        asyncio.run(serve(config, identity, wg_pubkey, encrypted, limits, listener))
     finally:
         os.close(lock)
     return 0
@@ -2161,8 +3543,13 @@ def command_guard(args: argparse.Namespace) -> int:
     """Put the firewall in place, and find the control plane again; once, as root."""
     path = Path(args.guard_file or DEFAULTS["guard_file"])
     before = read_guard(path)
-    guard = ensure_firewall(before)
+    engine = Engine(Path(args.engine_socket or DEFAULTS["engine_socket"]))
+    lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
+    guard = ensure_firewall(before, read_ports(lease_file))
     guard = replace(guard, error=guard.error or ensure_docker_user())
+    late = ensure_ended(engine, lease_file)
+    if late:
+        log("WARN", "cannot look for workloads whose right to run is over", error=late)
     # First this, since a dead name server takes time; the firewall is in place without it.
     save_guard(path, replace(guard, endpoint_error=before.endpoint_error if before else ""))
     if guard.error:

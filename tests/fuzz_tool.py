@@ -172,6 +172,9 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         socket=DIRECTORY / "agent.sock",
         wg_pubkey_file=DIRECTORY / "key",
         guard_file=DIRECTORY / "guard.json",
+        lease_file=DIRECTORY / "lease.json",
+        engine_socket=DIRECTORY / "engine.sock",
+        limits=DIRECTORY / "limits.conf",
         wallet=WALLET,
         token=token,
         allow_unencrypted=True,
@@ -189,6 +192,8 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         stub=Stub(data),  # type: ignore[arg-type]
         channel=None,  # type: ignore[arg-type]
         ready=asyncio.Event(),
+        wake=asyncio.Event(),
+        workloads=agent.make_workloads(config, agent.Limits(2000, 4 << 30)),
         is_settled=True,
     )
 
@@ -213,7 +218,7 @@ def run_agent(data: bytes, work: Callable[[agent.Agent], Any], registered: bool)
                 settled.append(agent.settle_refusal(one, refused))
         except agent.Error as error:
             check_plain(str(error))
-        answer = json.loads(json.dumps(agent.render_answer(one, "unspent", 1, 5.0)))
+        answer = json.loads(json.dumps(agent.render_answer(one, ("", ""), "unspent", 1, 5.0)))
         for line in agent.render_status(answer).splitlines():
             check_plain(line)
         assert all(delay_s >= 0 for delay_s in settled)

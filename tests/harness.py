@@ -665,6 +665,9 @@ class Agent:
         self.env_file = directory / "agent.env"
         self.socket = directory / "agent.sock"
         self.key_file = directory / "openinfra.pub"
+        self.lease_file = directory / "lease.json"
+        self.engine_socket = directory / "engine.sock"
+        self.limits_file = directory / "limits.conf"
         if wg_key:
             self.key_file.write_text(wg_key + "\n")
         self.write_env(token, wallet, control_plane)
@@ -679,7 +682,8 @@ class Agent:
     def argv(self, command: str, *more: str) -> list[str]:
         """A command line of agent.py."""
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
-        flags += [f"--wg-pubkey-file={self.key_file}"]
+        flags += [f"--wg-pubkey-file={self.key_file}", f"--lease-file={self.lease_file}"]
+        flags += [f"--engine-socket={self.engine_socket}", f"--limits={self.limits_file}"]
         argv = [self.python, "-W", "error", str(self.scripts / "agent.py"), command, *flags, *more]
         return self.netns.argv(argv) if self.netns else argv
 

@@ -70,6 +70,8 @@ class Host:
     def argv(self, command: str, *more: str) -> list[str]:
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
         flags.append(f"--wg-pubkey-file={self.env_file.parent / 'wg.pub'}")
+        for name in ("lease-file", "engine-socket", "limits"):
+            flags.append(f"--{name}={self.env_file.parent / name}")
         return [*self.runtime, str(ROOT / "agent.py"), command, *flags, *more]
 
     def call(
@@ -530,6 +532,7 @@ def test_status_answer(host: Host) -> None:
         *("state", "version", "host_id", "control_plane", "connected", "last_heartbeat_age_s"),
         *("heartbeats", "interval_s", "status", "assignable", "reasons", "onchain_payout"),
         *("disk_encrypted", "token", "last_error", "pid", "started_age_s"),
+        *("engine_version", "unready", "unready_todo", "offered", "assignments"),
     }
     assert (answer["pid"], answer["token"], answer["host_id"]) == (child.pid, "unspent", None)
     assert answer["connected"] is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -104,8 +105,11 @@ def test_status_and_doctor_of_a_host_that_is_well(
     assert status["host_id"] == host["host_id"]
     assert status["status"] == "online"
     assert status["assignable"] is True
-    done = agent.run_command("doctor", "--allow-unencrypted")
+    done = agent.run_command("doctor", "--allow-unencrypted", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)["findings"][-1]  # and it is no fault of a try
+    assert said["command"] == "sudo systemctl restart openinfra-engine"
+    assert f"no container engine answers at {agent.engine_socket}: " in said["sentence"]
 
 
 @pytest.mark.parametrize("python", RUNTIMES)

@@ -115,6 +115,7 @@ def test_the_agent_touches_what_its_page_says(
         "/etc/openinfra/agent.env": str(agent.env_file),
         "/etc/wireguard/openinfra.pub": str(agent.key_file),
         "/run/openinfra/agent.sock": str(agent.socket),
+        "/run/openinfra/lease.json": str(agent.lease_file),
         "/var/lib/openinfra": str(agent.data),
     }
     allowed = table("agent.py", places)

@@ -833,6 +833,18 @@ def test_nothing_is_wrong_with_a_good_host() -> None:
             "restart openinfra-agent",
         ),
         (
+            {"wg": "skipped", "status": {**ONLINE, "unready": "no engine"}},
+            "INFO",
+            "can take no workload: no engine.",
+            "",
+        ),
+        (
+            {"status": {**ONLINE, "unready": "no engine", "unready_todo": "start it"}},
+            "ERROR",
+            "can take no workload: no engine.",
+            "start it",
+        ),
+        (
             {"status": {**ONLINE, "assignable": False, "reasons": ["disk is full"]}},
             "ERROR",
             "no workloads: disk is full.",

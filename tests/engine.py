@@ -1,0 +1,271 @@
+"""A real container engine for tests: dockerd, a registry and an image, in a network namespace.
+
+dockerd runs as `openinfra-engine.service` starts it on a host, without systemd. All of it lies in
+one directory and is ended by process ids; `close` fails when anything is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.harness import Netns, Process, wait_for
+
+USER = "openinfra-engine"
+REGISTRY = "127.0.0.1:5000"
+# sched.h
+CLONE_NEWNET = 0x40000000
+APPLETS = ("sh", "cat", "dd", "echo", "grep", "httpd", "id", "nc", "sleep", "tail", "touch", "true")
+
+
+def ensure_user() -> None:
+    """The system user whose subordinate ids the engine maps root to."""
+    with Path("/run/lock/openinfra-tests-engine").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        argv = ["getent", "passwd", USER]
+        if subprocess.run(argv, stdout=subprocess.DEVNULL, check=False).returncode:
+            argv = ["useradd", "--system", "--no-create-home", "--shell=/usr/sbin/nologin", USER]
+            subprocess.run(argv, check=True)
+        for name in ("/etc/subuid", "/etc/subgid"):
+            path = Path(name)
+            text = path.read_text() if path.exists() else ""
+            if f"{USER}:" not in text:
+                path.write_text(f"{text}{USER}:100000:65536\n")
+
+
+@contextlib.contextmanager
+def inside(netns: Netns) -> Iterator[None]:
+    """This thread's new sockets belong to the namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(file: int) -> None:
+        if libc.setns(file, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{netns.name}") as there:
+        enter(there.fileno())
+        try:
+            yield
+        finally:
+            enter(home.fileno())
+
+
+def make_layer() -> bytes:
+    """A tar of busybox and a few of its names; the same bytes each time."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as tar:
+        for name in ("bin", "data", "proc", "sys", "dev", "etc", "tmp"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+        program = Path("/bin/busybox").read_bytes()
+        entry = tarfile.TarInfo("bin/busybox")
+        entry.size, entry.mode = len(program), 0o755
+        tar.addfile(entry, io.BytesIO(program))
+        for name in APPLETS:
+            entry = tarfile.TarInfo(f"bin/{name}")
+            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(entry)
+    return raw.getvalue()
+
+
+def sha256(raw: bytes) -> str:
+    return "sha256:" + hashlib.sha256(raw).hexdigest()
+
+
+class Engine:
+    """dockerd and a registry inside a namespace."""
+
+    def __init__(self, netns: Netns) -> None:
+        ensure_user()
+        self.netns = netns
+        # dockerd's remapped root must reach it, and containerd's socket wants a short path.
+        self.directory = Path(tempfile.mkdtemp(prefix="oi-engine-", dir="/tmp"))
+        self.directory.chmod(0o711)
+        self.socket = self.directory / "engine.sock"
+        self.registry = Process(
+            self.enter(["docker-registry", "serve", str(self._write_registry())]),
+            self.directory / "registry.log",
+            {"OTEL_TRACES_EXPORTER": "none"},
+        )
+        self.start()
+
+    def enter(self, argv: list[str]) -> list[str]:
+        """A command in the namespace; `ip netns exec` would hide mounts from dockerd."""
+        return ["nsenter", f"--net=/run/netns/{self.netns.name}", "--", *argv]
+
+    def _write_registry(self) -> Path:
+        path = self.directory / "registry.yml"
+        store = f"{{filesystem: {{rootdirectory: {self.directory}/registry}}}}"
+        path.write_text(f"version: 0.1\nstorage: {store}\nhttp: {{addr: {REGISTRY}}}\n")
+        return path
+
+    def start(self) -> None:
+        """Start dockerd, wait until it answers."""
+        at = self.directory
+        argv = ["dockerd", f"--host=unix://{self.socket}", f"--data-root={at}/root"]
+        argv += [f"--exec-root={at}/exec", f"--pidfile={at}/pid", "--iptables=false"]
+        argv += ["--ip6tables=false", "--ip-masq=false", "--bridge=none", f"--userns-remap={USER}"]
+        argv += ["--live-restore", "--log-driver=local"]
+        argv += ["--default-address-pool=base=198.18.0.0/15,size=29"]
+        (at / "pid").unlink(missing_ok=True)
+        self.dockerd = Process(self.enter(argv), at / "dockerd.log", {})
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return self.call("GET", "/version")[0] == 200
+            assert self.dockerd.child.poll() is None, self.dockerd.log
+            return False
+
+        wait_for("dockerd", answers, 30)
+
+    def kill(self) -> None:
+        """SIGKILL to dockerd; its containers go on.
+
+        Its containerd gets the same by the kernel; a dockerd that starts before that one is gone
+        would wait for it in vain (under systemd it starts a second later).
+        """
+        self.dockerd.stop(signal.SIGKILL)
+        path = self.directory / "exec/containerd/containerd.pid"
+        pid = int(path.read_text()) if path.exists() else 0
+        wait_for("containerd's end", lambda: pid == 0 or not Path(f"/proc/{pid}").exists() or None)
+
+    def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One request to dockerd; gives back status and JSON."""
+        connection = http.client.HTTPConnection("engine", timeout=30)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        with contextlib.closing(connection):
+            connection.sock.settimeout(30)
+            connection.sock.connect(str(self.socket))
+            raw = None if body is None else json.dumps(body).encode()
+            headers = {"Content-Type": "application/json"} if raw else {}
+            connection.request(method, f"/v1.41{path}", raw, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, text.decode(errors="replace")
+
+    def containers(self, label: str = "openinfra.assignment") -> dict[str, dict[str, Any]]:
+        """What `inspect` says of each container with this label (empty: of all), by its name."""
+        wanted = json.dumps({"label": [label]} if label else {})
+        _, rows = self.call("GET", f"/containers/json?all=1&filters={urllib.parse.quote(wanted)}")
+        found = [self.call("GET", f"/containers/{row['Id']}/json") for row in rows]
+        return {one["Name"][1:]: one for status, one in found if status == 200}
+
+    def networks(self) -> list[str]:
+        """Names of the networks that are ours."""
+        names = [row["Name"] for row in self.call("GET", "/networks")[1]]
+        return sorted(name for name in names if name[:3] in ("oi-", "ox-"))
+
+    def logs(self, container: str) -> str:
+        """What a container printed."""
+        text = self.call("GET", f"/containers/{container}/logs?stdout=1&stderr=1")[1]
+        return str(text)
+
+    def push(self, name: str, config: Mapping[str, object] | None = None) -> str:
+        """Put an image of busybox into the registry; gives back its reference by digest."""
+        layer = make_layer()
+        packed = gzip.compress(layer, 1, mtime=0)
+        rootfs = {"type": "layers", "diff_ids": [sha256(layer)]}
+        image = {"architecture": "amd64", "os": "linux", "config": config or {}, "rootfs": rootfs}
+        raw = json.dumps(image).encode()
+        parts = []
+        kind = "application/vnd.docker"
+        for blob, suffix in (
+            (raw, "container.image.v1+json"),
+            (packed, "image.rootfs.diff.tar.gzip"),
+        ):
+            parts.append(
+                {"mediaType": f"{kind}.{suffix}", "size": len(blob), "digest": sha256(blob)}
+            )
+            self._upload(name, blob)
+        manifest = {"schemaVersion": 2, "mediaType": f"{kind}.distribution.manifest.v2+json"}
+        text = json.dumps({**manifest, "config": parts[0], "layers": parts[1:]}).encode()
+        self._put(f"/v2/{name}/manifests/latest", text, str(manifest["mediaType"]))
+        return f"{REGISTRY}/{name}@{sha256(text)}"
+
+    def _upload(self, name: str, blob: bytes) -> None:
+        path = self._put(f"/v2/{name}/blobs/uploads/", b"", "", "POST")
+        joint = "&" if "?" in path else "?"
+        self._put(f"{path}{joint}digest={sha256(blob)}", blob, "application/octet-stream")
+
+    def _put(self, path: str, body: bytes, kind: str, method: str = "PUT") -> str:
+        """One request to the registry; gives back where it says to go on."""
+        host, _, port = REGISTRY.partition(":")
+
+        def connect() -> bool:
+            with inside(self.netns), contextlib.suppress(OSError):
+                connection.connect()
+                return True
+            return False
+
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        with contextlib.closing(connection):
+            wait_for("registry", connect)
+            connection.request(method, path, body, {"Content-Type": kind} if kind else {})
+            answer = connection.getresponse()
+            text = answer.read()
+        assert answer.status in (201, 202), (answer.status, text)
+        parsed = urllib.parse.urlsplit(answer.headers["Location"])
+        return f"{parsed.path}?{parsed.query}" if parsed.query else parsed.path
+
+    def clear(self) -> None:
+        """Remove every container and every network of ours."""
+        for row in self.call("GET", "/containers/json?all=1")[1]:
+            self.call("DELETE", f"/containers/{row['Id']}?force=1&v=1")
+        for name in self.networks():
+            self.call("DELETE", f"/networks/{name}")
+
+    def _list_processes(self) -> list[int]:
+        """Everything that runs in the namespace or for this directory."""
+        argv = ["ip", "netns", "pids", self.netns.name]
+        found = {int(pid) for pid in subprocess.check_output(argv).split()}
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(self.directory).encode() in path.read_bytes():
+                    found.add(int(path.parent.name))
+        return sorted(found - {os.getpid()})
+
+    def _list_mounts(self) -> list[str]:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        found = [line.split()[1] for line in lines]
+        return [mount for mount in reversed(found) if mount.startswith(f"{self.directory}/")]
+
+    def close(self) -> None:
+        """End everything and remove it; fails when something is left."""
+        if self.dockerd.child.poll() is None:
+            self.clear()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.dockerd.stop(signal.SIGTERM, 15)
+        self.registry.stop(signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while (left := self._list_processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        self.dockerd.child.wait(10)
+        for mount in self._list_mounts():
+            subprocess.run(["umount", "--lazy", mount], check=True)
+        assert (self._list_processes(), self._list_mounts()) == ([], [])
+        shutil.rmtree(self.directory)

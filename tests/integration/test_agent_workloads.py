@@ -1,0 +1,520 @@
+"""The real agent with a real engine: assignments become containers, and end with their right.
+
+The control plane is a script here: what it asks for, how long it lets the host run it, and when it
+falls silent. It heartbeats each 30 s, so that all that is quick comes by nudges and by news.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import agent as agent_script
+from proto import openinfra_pb2 as pb
+from proto import openinfra_pb2_grpc
+from tests.engine import REGISTRY, Engine, inside
+from tests.harness import Agent, Netns, make_netns, wait_for
+
+BODY = "oi1_abcdefghij234567_" + "A" * 43
+TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
+HOST_ID = "2b6f0cc9-04ef-4e5d-9f4e-3d1c5a8b7e60"
+ADDRESS = "10.77.0.1"
+LOOP = ["sh", "-c", "trap exit TERM; while :; do sleep 0.1; done"]
+SELF = "id; cat /proc/self/status; touch /tmp/x && echo tmp; touch /x; touch /data/x && echo data"
+SLEEP = ["sleep", "1000"]
+
+
+class Plane(openinfra_pb2_grpc.AgentApiServicer):
+    """A control plane of a few words, at 10.77.0.1 in a namespace."""
+
+    def __init__(self, netns: Netns) -> None:
+        self.netns = netns
+        self.desired = pb.Desired()
+        self.lease_s = 600
+        self.next_ms = 30_000
+        self.refusal = ""
+        self.is_silent = False
+        self.beats: list[tuple[float, pb.HeartbeatRequest]] = []
+        self.observed = pb.Observed()
+        self.facts = pb.Facts()
+        self.server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
+        openinfra_pb2_grpc.add_AgentApiServicer_to_server(self, self.server)
+        with inside(netns):
+            assert self.server.add_insecure_port(f"{ADDRESS}:9092")
+        self.server.start()
+
+    def _check(self, context: grpc.ServicerContext) -> None:
+        reason = "TRY_LATER" if self.is_silent else self.refusal
+        if reason:
+            context.set_trailing_metadata((("openinfra-reason", reason),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "as the test says; wait")
+
+    def Register(
+        self, request: pb.RegisterRequest, context: grpc.ServicerContext
+    ) -> pb.RegisterReply:
+        self._check(context)
+        self.facts = request.facts
+        invite = request.invite_token.split("_")[1]
+        return pb.RegisterReply(host_id=HOST_ID, heartbeat_interval_s=30, invite_id=invite)
+
+    def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.ResumeReply:
+        self._check(context)
+        assert len(request.session) == 32
+        return pb.ResumeReply(host_id=HOST_ID, heartbeat_interval_s=30)
+
+    def Heartbeat(
+        self, request: pb.HeartbeatRequest, context: grpc.ServicerContext
+    ) -> pb.HeartbeatReply:
+        self._check(context)
+        if request.HasField("observed"):
+            self.observed = request.observed
+        if request.HasField("facts"):
+            self.facts = request.facts
+        self.beats.append((time.monotonic(), request))
+        standing = pb.Standing(status=pb.HOST_STATUS_ONLINE, assignable=True)
+        reply = pb.HeartbeatReply(
+            next_heartbeat_ms=self.next_ms, standing=standing, lease_s=self.lease_s
+        )
+        if request.desired_revision != self.desired.revision:
+            reply.desired.CopyFrom(self.desired)
+        return reply
+
+    def post(self, *assignments: pb.Assignment) -> None:
+        """Assign this and nothing else, and say so."""
+        revision = self.desired.revision + 1
+        self.desired = pb.Desired(revision=revision, assignments=assignments)
+        self.nudge()
+
+    def nudge(self) -> None:
+        if self.beats and self.beats[-1][1].nudge_port:
+            with inside(self.netns), socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.sendto(b"", (ADDRESS, self.beats[-1][1].nudge_port))
+
+    def state(self, assignment: pb.Assignment) -> pb.ObservedAssignment | None:
+        """What the host said last of an assignment."""
+        name = assignment.assignment_id
+        return next((one for one in self.observed.assignments if one.assignment_id == name), None)
+
+    def wait_state(
+        self, assignment: pb.Assignment, state: str, timeout_s: float = 15
+    ) -> pb.ObservedAssignment:
+        """Wait until the host says that an assignment is so far."""
+        wanted = pb.AssignmentState.Value(f"ASSIGNMENT_STATE_{state}")
+
+        def probe() -> pb.ObservedAssignment | None:
+            seen = self.state(assignment)
+            return seen if seen is not None and seen.state == wanted else None
+
+        try:
+            return wait_for(f"{state}", probe, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said last: {self.state(assignment)}") from None
+
+
+class World:
+    """A namespace with an engine, an image, a control plane and one host."""
+
+    def __init__(self, engine: Engine, image: str, plane: Plane, agent: Agent) -> None:
+        self.engine, self.image, self.plane, self.agent = engine, image, plane, agent
+        self.guard = f"--guard-file={agent.directory / 'guard.json'}"
+
+    def assignment(self, command: list[str], **changes: Any) -> pb.Assignment:
+        values: dict[str, Any] = {
+            "assignment_id": str(uuid.uuid4()),
+            "fence": 7,
+            "workload_id": str(uuid.uuid4()),
+            "image": self.image,
+            "command": command,
+            "env": {"GREETING": "hello"},
+            "cpu_milli": 400,
+            "memory_bytes": 16 << 20,
+            "egress": pb.EGRESS_INTERNET,
+            "restart": pb.RESTART_ALWAYS,
+            **changes,
+        }
+        return pb.Assignment(**values)
+
+    def start(self) -> None:
+        """Start the agent; wait until it was heard."""
+        before = len(self.plane.beats)
+        self.agent.start(self.guard)
+        self.agent.process.wait_log("INFO agent starting")
+        try:
+            wait_for("a heartbeat", lambda: len(self.plane.beats) > before, 15)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.agent.log}") from None
+
+    def container(self, assignment: pb.Assignment) -> dict[str, Any]:
+        return self.engine.containers().get(f"oi-{assignment.assignment_id}", {})
+
+    def run(self, command: list[str], **changes: Any) -> pb.Assignment:
+        """Assign one workload; wait until it runs."""
+        made = self.assignment(command, **changes)
+        self.plane.post(made)
+        self.plane.wait_state(made, "RUNNING")
+        return made
+
+    def fetch(self, port: int) -> str:
+        """What the host's port answers."""
+        with inside(self.engine.netns), socket.create_connection((ADDRESS, port), 5) as sock:
+            sock.settimeout(5)
+            return sock.recv(100).decode()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with make_netns() as netns:
+        made = Engine(netns)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture(scope="module")
+def image(engine: Engine) -> str:
+    return engine.push("acme/box", {"Volumes": {"/data": {}}, "Env": ["PATH=/bin"]})
+
+
+@pytest.fixture
+def world(
+    engine: Engine, image: str, make_agent: Callable[..., Agent], request: pytest.FixtureRequest
+) -> Iterator[World]:
+    plane = Plane(engine.netns)
+    python = getattr(request, "param", "/usr/bin/python3")
+    agent = make_agent(f"{ADDRESS}:9092", TOKEN, netns=engine.netns, python=python)
+    agent.engine_socket = engine.socket
+    (agent.directory / "guard.json").write_text('{"at_s": 1e12}')
+    agent.limits_file.write_text("CPUS=2\nMEMORY=200M\n")
+    made = World(engine, image, plane, agent)
+    try:
+        made.start()
+        yield made
+    finally:
+        if agent.started:
+            agent.process.stop(signal.SIGKILL)
+        plane.server.stop(0).wait()
+        engine.clear()
+
+
+@pytest.mark.parametrize("world", ["/usr/bin/python3", sys.executable], indirect=True)
+def test_an_assignment_runs_in_its_sandbox_until_it_leaves_the_list(world: World) -> None:
+    plane, engine = world.plane, world.engine
+    assert (plane.facts.engine_version[:2], plane.facts.unready) == ("20", "")
+    assert (plane.facts.offered_cpu_milli, plane.facts.offered_memory_bytes) == (2000, 200 << 20)
+    script = f"{SELF}; echo $GREETING; while :; do echo served | nc -l -p 80; done"
+    made = world.assignment(
+        ["sh", "-c", script], ports=[pb.Port(container_port=80, host_port=20_000)]
+    )
+    posted_s = time.monotonic()
+    plane.post(made)
+    wait_for("running", lambda: world.container(made).get("State", {}).get("Running"), 6)
+    ran_s = time.monotonic() - posted_s
+    print(f"post to running: {ran_s:.2f} s")
+    assert ran_s < 4  # 1.5 s, and the time of an engine on two busy processors
+    seen = plane.wait_state(made, "RUNNING")
+    assert (seen.reason, seen.restarts, seen.HasField("exit_code")) == ("", 0, False)
+    assert wait_for("port", lambda: world.fetch(20_000)) == "served\n"
+    said = engine.logs(f"oi-{made.assignment_id}")
+    for line in (
+        "uid=65534 gid=65534",
+        "CapEff:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ):
+        assert line in said, said
+    for line in (
+        "CapBnd:\t0000000000000000",
+        "/x: Read-only file system",
+        "tmp\n",
+        "data\n",
+        "hello\n",
+    ):
+        assert line in said, said
+    name = "oi-" + made.assignment_id.replace("-", "")[:11]
+    assert engine.networks() == [name]
+    status = world.agent.status()["assignments"]
+    assert [(one["id"], one["state"], one["image"]) for one in status] == [
+        (made.assignment_id, "running", world.image)
+    ]
+    assert world.image in world.agent.run_command("status").stdout
+
+    plane.post()
+    wait_for("gone", lambda: not engine.containers() and not engine.networks(), 5)
+    wait_for("empty", lambda: not plane.observed.assignments and plane.observed.revision == 2)
+
+
+def test_slow_ends_and_slow_pulls_hold_up_nobody(world: World) -> None:
+    """Who ignores SIGTERM is killed; a registry that does not answer is tried some times."""
+    deaf = world.run(["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"])
+    left_s = time.monotonic()
+    pull = world.assignment(SLEEP, image=f"127.0.0.1:5999/acme/box@sha256:{'0' * 64}")
+    other = world.assignment(LOOP)
+    world.plane.post(pull, other)
+    world.plane.wait_state(deaf, "STOPPING")
+    world.plane.wait_state(pull, "PULLING")
+    world.plane.wait_state(other, "RUNNING", 5)
+    wait_for("gone", lambda: not world.container(deaf) and len(world.engine.networks()) == 1, 15)
+    assert 10 <= time.monotonic() - left_s < 13
+    world.plane.nudge()
+    wait_for("news", lambda: "connection refused" in str(world.plane.state(pull)))
+
+
+def test_a_changed_wish_replaces_and_a_stranger_is_left_alone(world: World) -> None:
+    engine = world.engine
+    body = {"Image": world.image, "Cmd": LOOP, "HostConfig": {"NetworkMode": "none"}}
+    made = world.run(LOOP)
+    assert engine.call("POST", "/containers/create?name=stranger", body)[0] == 201
+    assert engine.call("POST", "/containers/stranger/start")[0] == 204
+    first = world.container(made)
+    made.env["GREETING"] = "bye"
+    made.egress = pb.EGRESS_NONE
+    world.plane.post(made)
+
+    def replaced() -> bool:
+        found = world.container(made)
+        return bool(found) and found["Id"] != first["Id"] and found["State"]["Running"]
+
+    wait_for("another container", replaced)
+    assert "GREETING=bye" in world.container(made)["Config"]["Env"]
+    assert engine.networks() == ["ox-" + made.assignment_id.replace("-", "")[:11]]
+    world.plane.wait_state(made, "RUNNING")
+    world.plane.post()
+    wait_for("gone", lambda: not engine.containers())
+    assert engine.containers("")["stranger"]["State"]["Running"]
+
+
+def test_an_agent_that_was_killed_adopts_what_runs(world: World) -> None:
+    made = world.run(LOOP)
+    before = world.container(made)
+    lease = json.loads(world.agent.lease_file.read_text())
+    assert lease["assignments"] == [made.assignment_id]
+    assert world.agent.lease_file.stat().st_mode & 0o777 == 0o600
+    world.agent.process.stop(signal.SIGKILL)
+    world.plane.is_silent = True  # the right of the lease file is enough
+    world.agent.start(world.guard)
+    wait_for("trouble", lambda: "cannot take requests now" in world.agent.log)
+    time.sleep(2)
+    assert world.container(made)["State"] == before["State"]
+    world.plane.is_silent = False
+    beats = len(world.plane.beats)
+    wait_for("a heartbeat", lambda: len(world.plane.beats) > beats)
+    assert world.plane.beats[beats][1].desired_revision == 0
+    world.plane.wait_state(made, "RUNNING")
+    time.sleep(1)
+    after = world.container(made)
+    assert (after["Id"], after["State"]) == (before["Id"], before["State"])
+    # An ordinary stop leaves it too.
+    assert world.agent.process.stop() == 0
+    assert world.container(made)["State"] == before["State"]
+
+
+def test_a_lease_of_another_boot_is_no_right(world: World) -> None:
+    made = world.run(LOOP)
+    world.agent.process.stop(signal.SIGKILL)
+    lease = json.loads(world.agent.lease_file.read_text())
+    world.agent.lease_file.write_text(json.dumps({**lease, "boot_id": "another"}))
+    world.plane.is_silent = True
+    world.agent.start(world.guard)
+    wait_for("stopped", lambda: not world.container(made)["State"]["Running"])
+
+
+def test_a_workload_outlives_its_engine(world: World) -> None:
+    made = world.run(LOOP)
+    before = world.container(made)
+    world.engine.kill()
+    try:
+        wait_for("trouble", lambda: "container engine does not answer" in world.agent.log, 15)
+        wait_for("facts", lambda: "no container engine answers" in world.plane.facts.unready)
+        done = world.agent.run_command("doctor", "--allow-unencrypted", world.guard)
+        assert "sudo systemctl restart openinfra-engine" in done.stdout
+    finally:
+        world.engine.start()
+    wait_for("facts", lambda: not world.plane.facts.unready, 20)
+    assert "container engine answers again" in world.agent.log
+    after = world.container(made)
+    assert (after["Id"], after["State"]["StartedAt"]) == (
+        before["Id"],
+        before["State"]["StartedAt"],
+    )
+    assert world.plane.wait_state(made, "RUNNING").restarts == 0
+
+
+def test_workloads_end_before_their_lease_does(world: World) -> None:
+    world.plane.lease_s = 20  # 15 of them are the margin
+    world.plane.next_ms = 500
+    made = world.run(LOOP)
+    assert world.container(made)["State"]["Running"]
+    world.plane.is_silent = True
+    last_s = world.plane.beats[-1][0]
+    wait_for("stopped", lambda: not world.container(made)["State"]["Running"], 20)
+    assert 4 <= time.monotonic() - last_s < 8
+    world.plane.is_silent = False
+    wait_for("running", lambda: world.container(made)["State"]["Running"], 30)
+
+
+def test_a_revoked_host_ends_its_workloads_before_itself(world: World) -> None:
+    made = world.run(LOOP)
+    world.plane.refusal = "HOST_REVOKED"
+    world.plane.nudge()
+    assert world.agent.process.child.wait(20) == 78
+    assert world.container(made) == {}
+    assert world.engine.networks() == []
+
+
+def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: World) -> None:
+    def make(code: int, restart: int) -> pb.Assignment:
+        script = ["sh", "-c", f"echo said; exit {code}"]
+        return world.assignment(script, restart=restart)
+
+    crash = make(3, pb.RESTART_ALWAYS)
+    good = make(0, pb.RESTART_ON_FAILURE)
+    bad = make(9, pb.RESTART_NEVER)
+    hog = world.assignment(["tail", "/dev/zero"], restart=pb.RESTART_NEVER)
+    killed = world.assignment(["sh", "-c", "kill -SEGV $$"], restart=pb.RESTART_NEVER)
+    world.plane.post(crash, good, bad, hog, killed)
+    assert world.plane.wait_state(good, "FINISHED").exit_code == 0
+    seen = world.plane.wait_state(bad, "FAILED")
+    assert (seen.exit_code, seen.reason) == (9, "ended with exit code 9")
+    seen = world.plane.wait_state(hog, "FAILED")
+    assert seen.reason == "killed: it used more than its 16 MB of memory"
+    seen = world.plane.wait_state(killed, "FAILED")
+    assert seen.reason == "ended by SIGSEGV (exit code 139)"
+
+    def restarted() -> pb.ObservedAssignment | None:
+        seen = world.plane.state(crash)
+        return seen if seen and seen.restarts >= 2 else None
+
+    wait_for("restarts", restarted, 20)
+    seen = world.plane.wait_state(crash, "WAITING")
+    assert seen.exit_code == 3
+    assert seen.reason.startswith("ended with exit code 3, started again after ")
+    assert world.container(good)["State"]["ExitCode"] == 0
+    assert "said" in world.engine.logs(f"oi-{bad.assignment_id}")
+
+
+def test_what_this_host_cannot_run_is_rejected_with_the_reason(world: World) -> None:
+    port = [pb.Port(container_port=80, host_port=20_001)]
+    nowhere = f"@sha256:{'0' * 64}"
+    missing = world.assignment(SLEEP, image=f"{REGISTRY}/acme/none{nowhere}")
+    program = world.assignment(["/no/such/program"], restart=pb.RESTART_NEVER)
+    taken = world.assignment(SLEEP, ports=port)
+    hostile = world.assignment(SLEEP, image="alpine:latest")
+    greedy = world.assignment(SLEEP, memory_bytes=1 << 40)
+    with inside(world.engine.netns), socket.create_server((ADDRESS, 20_001)):
+        world.plane.post(missing, program, taken, hostile, greedy)
+        seen = world.plane.wait_state(missing, "REJECTED")
+        assert seen.reason.startswith("image cannot be fetched: manifest for ")
+        assert "unknown" in seen.reason
+        seen = world.plane.wait_state(taken, "REJECTED")
+        assert seen.reason == "a port is taken on this host (it asks for 20001)"
+    assert world.plane.wait_state(hostile, "REJECTED").reason.startswith("image is not <registry>")
+    assert world.plane.wait_state(greedy, "REJECTED").reason.startswith("memory_bytes is over the")
+    assert world.plane.wait_state(program, "FAILED").exit_code == 127
+    assert list(world.engine.containers()) == [f"oi-{program.assignment_id}"]
+    assert len(world.engine.networks()) == 1
+
+
+def test_nothing_starts_while_the_firewall_is_not_known_to_be_in_place(world: World) -> None:
+    guard = world.agent.directory / "guard.json"
+    guard.write_text('{"at_s": 1}')
+    made = world.assignment(LOOP)
+    world.plane.post(made)
+    seen = world.plane.wait_state(made, "PULLING")
+    assert seen.reason == "the firewall is not known to be in place: guard does not run"
+    wait_for("facts", lambda: "guard does not run" in world.plane.facts.unready)
+    guard.write_text('{"at_s": 1e12}')
+    world.plane.wait_state(made, "RUNNING")
+
+
+def test_a_nudge_brings_one_heartbeat_a_second_and_many_workloads_little_memory(
+    world: World,
+) -> None:
+    many = [world.assignment(SLEEP, cpu_milli=200) for _ in range(5)]
+    world.plane.post(*many)
+    for made in many:
+        world.plane.wait_state(made, "RUNNING", 30)
+    time.sleep(2)
+    before, stop = len(world.plane.beats), threading.Event()
+
+    def flood() -> None:
+        with inside(world.plane.netns), socket.socket(type=socket.SOCK_DGRAM) as sock:
+            while not stop.is_set():
+                with contextlib.suppress(OSError):
+                    sock.sendto(b"x" * 500, (ADDRESS, 9093))
+
+    asked_s = time.monotonic()
+    world.plane.nudge()
+    wait_for("a heartbeat", lambda: len(world.plane.beats) > before)
+    assert time.monotonic() - asked_s < 1
+    thread = threading.Thread(target=flood)
+    thread.start()
+    time.sleep(3)
+    stop.set()
+    thread.join()
+    times = [at_s for at_s, _ in world.plane.beats[before:]]
+    gaps = [later - at_s for at_s, later in itertools.pairwise(times)]
+    assert 2 <= len(gaps) <= 4
+    assert min(gaps) >= 0.99
+    status = Path(f"/proc/{world.agent.process.child.pid}/status").read_text()
+    resident_kb = int(status.split("VmRSS:")[1].split()[0])
+    print(f"agent with 5 workloads: {resident_kb / 1024:.1f} MB")
+    assert resident_kb < 64 * 1024
+    assert "observed" not in [field.name for field, _ in world.plane.beats[-1][1].ListFields()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "readable"),
+    [
+        (b"", 0),
+        (b"SSH-2.0-OpenSSH\r\n", 0),
+        # An empty list is one of no containers; an empty object a version without words.
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", 1),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", 2),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull", 0),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 99\r\n\r\n{", 0),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 0),
+    ],
+)
+def test_what_is_no_engine_is_no_crash(tmp_path: Path, answer: bytes, readable: int) -> None:
+    path = tmp_path / "engine.sock"
+
+    def serve() -> None:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                with server.accept()[0] as client:
+                    client.recv(65_536)
+                    client.sendall(answer)
+
+    def can(call: Callable[..., object], *args: object) -> bool:
+        with contextlib.suppress(agent_script.EngineError):
+            call(*args)
+            return True
+        return False
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        server.settimeout(0.5)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        engine = agent_script.Engine(path)
+        found = [can(engine.read_version), can(engine.read_image, "x")]
+        found.append(can(engine.read_workloads, {}, frozenset()))
+        thread.join()
+    assert found.count(True) == readable

@@ -1,0 +1,218 @@
+"""A customer's order becomes a process: control plane, agent and container engine, all real.
+
+The control plane and the agent are on loopback; engine and registry in a namespace of their own.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import REGISTRY, Engine, inside
+from tests.harness import WALLET, Agent, ControlPlane, make_netns, wait_for
+from tests.integration.test_workloads import Tenant
+
+HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/bin"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with make_netns() as netns:
+        made = Engine(netns)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+class Fleet:
+    """One home machine, and a customer with an image."""
+
+    def __init__(self, cp: ControlPlane, agent: Agent, engine: Engine) -> None:
+        self.cp, self.agent, self.engine = cp, agent, engine
+        self.tenant = Tenant(cp)
+        self.image = engine.push(f"{self.tenant.namespace}/web").removeprefix(f"{REGISTRY}/")
+
+    def start_agent(self) -> None:
+        self.agent.start(
+            f"--engine-socket={self.engine.socket}",
+            f"--lease-file={self.agent.directory / 'lease.json'}",
+            f"--limits={self.agent.directory / 'limits.conf'}",
+        )
+
+    def post(self, status: int = 201, **changes: Any) -> dict[str, Any]:
+        order = {"image": self.image, "command": HTTPD, "cpu_milli": 50, "memory_bytes": 32 << 20}
+        return self.tenant.post(status, **{**order, **changes})
+
+    def running(self, count: int = 1) -> list[dict[str, Any]]:
+        """Wait until so many containers run, and no other is there."""
+
+        def probe() -> list[dict[str, Any]] | None:
+            found = list(self.engine.containers().values())
+            is_right = len(found) == count and all(each["State"]["Running"] for each in found)
+            return found if is_right else None
+
+        return wait_for(f"{count} containers", probe, 20) if count else self.gone()
+
+    def gone(self) -> list[dict[str, Any]]:
+        wait_for("no container", lambda: not self.engine.containers() or None, 20)
+        return []
+
+
+@pytest.fixture
+def fleet(
+    make_cp: Callable[..., ControlPlane], make_agent: Callable[..., Agent], engine: Engine
+) -> Iterator[Fleet]:
+    engine.clear()
+    cp = make_cp(f"--registry={REGISTRY}")  # the nominal 30 s: what is quick comes by nudges
+    agent = make_agent(f"127.0.0.1:{cp.grpc_port}", cp.mint(payout_pubkey=WALLET))
+    (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
+    made = Fleet(cp, agent, engine)
+    made.start_agent()
+    wait_for("online", lambda: [h for h in cp.hosts() if h["engine_version"]] or None)
+    yield made
+    cp.check_invariants()
+
+
+def ask(engine: Engine, address: str) -> int:
+    """The HTTP status of what answers at an endpoint."""
+    host, _, port = address.partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=5)
+    with inside(engine.netns):
+        connection.connect()
+    connection.request("GET", "/busybox")
+    return connection.getresponse().status
+
+
+def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
+    (host,) = fleet.cp.hosts()
+    assert (host["assignable"], host["offered_memory_bytes"]) == (True, 2 << 30)
+    workload = fleet.post(ports=[8080], replicas=2)
+    found = fleet.tenant.wait(workload, "running")
+    ports = [each["endpoints"][0]["address"] for each in found["assignments"]]
+    assert ports == ["127.0.0.1:20000", "127.0.0.1:20008"]
+    assert [ask(fleet.engine, each) for each in ports] == [200, 200]
+    ids = {each["Id"] for each in fleet.running(2)}
+    status = fleet.agent.status()
+    assert {each["state"] for each in status["assignments"]} == {"running"}
+    # A new revision, one copy at a time; then fewer; then none.
+    fleet.post(200, ports=[8080], replicas=2, env={"A": "2"})
+    wait_for(
+        "both are new",
+        lambda: not ids & {c["Id"] for c in fleet.engine.containers().values()} or None,
+        60,
+    )
+    found = fleet.tenant.wait(workload, "running")
+    assert found["revision"] == 2
+    assert all("A=2" in each["Config"]["Env"] for each in fleet.running(2))
+    fleet.post(200, ports=[8080], replicas=1, env={"A": "2"})
+    fleet.running(1)
+    fleet.tenant.call("DELETE", f"/{workload['workload_id']}")
+    fleet.gone()
+    fleet.tenant.wait(workload, "deleted")
+    assert fleet.engine.networks() == []
+
+
+def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
+    ends = fleet.post(name="ends", command=["/bin/sh", "-c", "exit 3"], restart="never")
+    hungry = "x=a; while :; do x=$x$x; done"
+    hog = fleet.post(name="hog", command=["/bin/sh", "-c", hungry], restart="never")
+    gone = fleet.post(name="gone", image=f"{fleet.tenant.namespace}/no@sha256:{'0' * 64}")
+    loop = fleet.post(name="loop", command=["/bin/sh", "-c", "exit 1"])
+    assert "exit code 3" in fleet.tenant.wait(ends, "failed")["reasons"][0]
+    assert "memory" in fleet.tenant.wait(hog, "failed")["reasons"][0]
+    assert fleet.tenant.get(hog)["assignments"][0]["exit_code"] == 137
+    wait_for("restarts", lambda: fleet.tenant.get(loop)["assignments"][0]["restarts"] or None, 20)
+    wait_for("why", lambda: "exit code 1" in str(fleet.tenant.get(loop)["reasons"]), 20)
+
+    def probe() -> bool:
+        return "a host could not run it" in str(fleet.tenant.get(gone)["reasons"])
+
+    wait_for("rejected", probe, 30)
+    past = [each for each in fleet.tenant.get(gone)["assignments"] if each["ended_at"]]
+    assert past[0]["state"] == "rejected"
+    assert past[0]["reason"]
+
+
+def test_kill_9_of_each_part_keeps_the_process(fleet: Fleet) -> None:
+    workload = fleet.post()
+    fleet.tenant.wait(workload, "running")
+    (before,) = fleet.running()
+    fleet.agent.process.stop(signal.SIGKILL)
+    fleet.start_agent()
+    fleet.engine.kill()
+    fleet.engine.start()
+    fleet.cp.stop(signal.SIGKILL)
+    fleet.cp.start()
+    wait_for("heard", lambda: fleet.cp.log.count("host online") or None)
+    time.sleep(3)
+    (after,) = fleet.running()
+    assert (after["Id"], after["State"]["Pid"]) == (before["Id"], before["State"]["Pid"])
+    assert fleet.tenant.get(workload)["state"] == "running"
+
+
+def test_drain_and_revoke_take_the_process_away(fleet: Fleet) -> None:
+    workload = fleet.post()
+    fleet.tenant.wait(workload, "running")
+    (host,) = fleet.cp.hosts()
+    assert fleet.cp.command("drain", host["host_id"]).returncode == 0
+    fleet.gone()
+    fleet.cp.command("undrain", host["host_id"])
+    fleet.running()
+    fleet.tenant.wait(workload, "running")
+    assert fleet.cp.command("revoke", host["host_id"]).returncode == 0
+    assert fleet.agent.process.child.wait(60) == 78  # at its next heartbeat
+    assert [each["State"]["Running"] for each in fleet.engine.containers().values()] in (
+        [],
+        [False],
+    )
+
+
+def test_a_post_is_a_process_soon(fleet: Fleet) -> None:
+    """Beside what `docker run` takes for the same image on this machine."""
+    workload = fleet.post(name="first")  # the image is there from then on
+    fleet.tenant.wait(workload, "running")
+    argv = ["docker", f"--host=unix://{fleet.engine.socket}", "run", "--detach", "--network=none"]
+    argv += [f"{REGISTRY}/{fleet.image}", *HTTPD]
+    began = time.monotonic()
+    subprocess.run(argv, check=True, capture_output=True)
+    docker_run_s = time.monotonic() - began
+    took = []
+    for number in range(5):
+        began = time.monotonic()
+        fleet.post(name=f"w{number}")
+        fleet.running(2 + number)
+        took.append(time.monotonic() - began)
+    print(f"docker run {docker_run_s:.2f} s; post to process {[f'{s:.2f}' for s in took]} s")
+    assert sorted(took)[2] <= 1.5 + docker_run_s
+
+
+def test_the_engine_refuses_nothing_that_cp_and_agent_agree_on(fleet: Fleet) -> None:
+    """The largest and the oddest order that the API takes."""
+    order: dict[str, Any] = {
+        "command": ["/bin/sh", "-c", 'echo "$A"; sleep 1000', "--privileged", "\u00e9\n\t", ""],
+        "env": {"A": "x" * 4000 + "\n=é", "_": "--cap-add=ALL", "B" * 100: ""},
+        "ports": [1, 80, 65_535],
+        "egress": "none",
+        "cpu_milli": 10,
+        "memory_bytes": 16 << 20,
+        "restart": "on-failure",
+    }
+    workload = fleet.post(**order)
+    fleet.tenant.wait(workload, "running")
+    (found,) = fleet.running()
+    assert found["Config"]["Cmd"] == order["command"]
+    assert set(found["Config"]["Env"]) >= {f"{k}={v}" for k, v in order["env"].items()}
+    assert fleet.engine.networks()[0].startswith("ox-")
+    host = found["HostConfig"]
+    assert (host["Privileged"], host["CapAdd"], host["Binds"]) == (False, None, None)
+    assert json.dumps(host["PortBindings"]).count('"127.0.0.1"') == 3
+    assert Path("/proc", str(found["State"]["Pid"])).exists()

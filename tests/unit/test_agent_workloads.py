@@ -1,0 +1,629 @@
+"""Tables for the agent's rules of workloads: what it takes, what it makes of it, what it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import agent
+from agent import Container, Limits, Memory, Past, Restart, Verb, Wish
+from proto import openinfra_pb2 as pb
+
+ID = "3f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f01"
+OTHER = "4f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f02"
+WORKLOAD = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f03"
+IMAGE = f"registry.coledex.com/acme/web@sha256:{'ab' * 32}"
+OFFERED = Limits(4000, 8 << 30)
+ADDRESS = "10.77.16.5"
+
+
+def make(**changes: Any) -> pb.Assignment:
+    values: dict[str, Any] = {
+        "assignment_id": ID,
+        "fence": 7,
+        "workload_id": WORKLOAD,
+        "image": IMAGE,
+        "command": ["serve", "--quick"],
+        "env": {"B": "2", "A": "1"},
+        "cpu_milli": 250,
+        "memory_bytes": 64 << 20,
+        "ports": [pb.Port(container_port=80, host_port=20_000)],
+        "egress": pb.EGRESS_INTERNET,
+        "restart": pb.RESTART_ALWAYS,
+        **changes,
+    }
+    return pb.Assignment(**values)
+
+
+def take(**changes: Any) -> Wish:
+    (wish,), refused = agent.decide_wishes([make(**changes)], OFFERED, ADDRESS)
+    assert refused == {}
+    return wish
+
+
+# ------------------------------------------------------------------------------------------------
+# Limits
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus", "expected"),
+    [
+        ("", 4, Limits(3000, 700)),
+        ("", 1, Limits(500, 700)),
+        ("# all\n\nCPUS=1.5\nMEMORY = 512\n", 4, Limits(1500, 512)),
+        ("CPUS=0.25\n", 1, Limits(250, 700)),
+        ("CPUS=64\nMEMORY=1G\n", 4, Limits(4000, 1000)),
+    ],
+)
+def test_limits(text: str, cpus: int, expected: Limits) -> None:
+    assert agent.parse_limits(text, "f", cpus, 1000) == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [("3K", 3 << 10), ("2M", 2 << 20), ("1G", 1 << 30)])
+def test_memory_has_a_suffix(size: str, expected: int) -> None:
+    assert agent.parse_limits(f"MEMORY={size}", "f", 2, 1 << 40).memory_bytes == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("CPUS", "CPUS=", "CPUS=-1", "CPUS=0", "CPUS=nan", "CPUS=1e3", "CPUS=1\nCPUS=1"),
+        *("MEMORY=1.5G", "MEMORY=0", "MEMORY=1T", "cpus=1", "DISK=1G"),
+    ],
+)
+def test_malformed_limits_say_what_to_do(line: str) -> None:
+    with pytest.raises(agent.Error, match=r"f:[12]: line is no limit.*; write lines like") as error:
+        agent.parse_limits(line, "f", 2, 1000)
+    assert error.value.exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Assignments
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_good_assignment_is_taken() -> None:
+    wish = take()
+    assert dataclasses.replace(wish, sha256="") == Wish(
+        assignment_id=ID,
+        fence=7,
+        workload_id=WORKLOAD,
+        image=IMAGE,
+        command=("serve", "--quick"),
+        env=(("A", "1"), ("B", "2")),
+        cpu_milli=250,
+        memory_bytes=64 << 20,
+        ports=((80, 20_000),),
+        has_internet=True,
+        restart=Restart.ALWAYS,
+    )
+    assert "quick" not in repr(wish)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["docker.io/library/redis", "a:5000/b/c", "127.0.0.1:5000/acme/a_b__c-d.e", "x.y-z.io/a/b"],
+)
+def test_good_images(name: str) -> None:
+    assert take(image=f"{name}@sha256:{'0' * 64}").image.startswith(name)
+
+
+def port(inner: int, outer: int) -> pb.Port:
+    return pb.Port(container_port=inner, host_port=outer)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"assignment_id": ""}, "assignment_id is no UUID"),
+        ({"assignment_id": ID.upper()}, "assignment_id is no UUID"),
+        ({"assignment_id": ID + "\n"}, "assignment_id is no UUID"),
+        ({"assignment_id": "../" + ID[3:]}, "assignment_id is no UUID"),
+        ({"workload_id": "x"}, "workload_id is no UUID"),
+        ({"image": ""}, "image is not"),
+        ({"image": "redis"}, "image is not"),
+        ({"image": "docker.io/library/redis:7"}, "image is not"),
+        ({"image": IMAGE.replace("registry.coledex.com/", "")}, "image is not"),
+        ({"image": IMAGE.replace("coledex", "Coledex")}, "image is not"),
+        ({"image": IMAGE.replace("acme", "Acme")}, "image is not"),
+        ({"image": IMAGE.replace("acme", "..")}, "image is not"),
+        ({"image": IMAGE.replace("acme", "a/b")}, "image is not"),
+        ({"image": IMAGE.replace("registry.coledex.com", "localhost")}, "image is not"),
+        ({"image": IMAGE.replace("coledex.", "coledex..")}, "image is not"),
+        ({"image": IMAGE[:-1]}, "image is not"),
+        ({"image": IMAGE + "\n"}, "image is not"),
+        ({"image": IMAGE.replace("web", "web?x=1")}, "image is not"),
+        ({"image": IMAGE.replace("web", "w" * 250)}, "image is not"),
+        ({"command": ["a\0"]}, "command has a NUL"),
+        ({"command": ["a" * 65_536]}, "command and env are over 65536 bytes"),
+        ({"command": [""] * 65_537}, "command and env are over 65536 bytes"),
+        ({"command": ["é" * 32_768]}, "command and env are over 65536 bytes"),
+        ({"env": {"A": "a" * 65_536}}, "command and env are over 65536 bytes"),
+        ({"env": {"A": "\0"}}, "env has a NUL in A"),
+        ({"env": {"1A": ""}}, "env has a key that is no name: 1A"),
+        ({"env": {"A=B": ""}}, "env has a key that is no name: A=B"),
+        ({"env": {"": ""}}, "env has a key that is no name"),
+        ({"cpu_milli": 0}, "cpu_milli is under 10"),
+        ({"cpu_milli": 9}, "cpu_milli is under 10"),
+        ({"cpu_milli": 4001}, "cpu_milli is over the 4000"),
+        ({"memory_bytes": 0}, "memory_bytes is under"),
+        ({"memory_bytes": (6 << 20) - 1}, "memory_bytes is under"),
+        ({"memory_bytes": (8 << 30) + 1}, "memory_bytes is over"),
+        ({"memory_bytes": 2**64 - 1}, "memory_bytes is over"),
+        ({"ports": [port(0, 20_000)]}, "ports has container_port 0"),
+        ({"ports": [port(65_536, 20_000)]}, "ports has container_port 65536"),
+        ({"ports": [port(80, 19_999)]}, "ports has host_port 19999"),
+        ({"ports": [port(80, 28_192)]}, "ports has host_port 28192"),
+        ({"ports": [port(80, 22)]}, "ports has host_port 22"),
+        ({"ports": [port(80, 20_000), port(81, 20_000)]}, "ports has one twice"),
+        ({"ports": [port(80, 20_000), port(80, 20_001)]}, "ports has one twice"),
+        ({"ports": [port(80 + n, 20_000 + n) for n in range(9)]}, "ports are more than 8"),
+        ({"egress": pb.EGRESS_UNSPECIFIED}, "egress is none that is known"),
+        ({"egress": 3}, "egress is none that is known"),
+        ({"restart": pb.RESTART_UNSPECIFIED}, "restart is none that is known"),
+        ({"restart": 4}, "restart is none that is known"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_field(change: dict[str, Any], said: str) -> None:
+    wishes, refused = agent.decide_wishes([make(**change)], OFFERED, ADDRESS)
+    assert wishes == ()
+    assert [reason for reason in refused.values() if said in reason], refused
+
+
+# Field 100, a varint; in the assignment, and in its port.
+UNKNOWN = b"\xa0\x06\x01"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        make().SerializeToString() + UNKNOWN,
+        make(ports=[]).SerializeToString()
+        + bytes([9 << 3 | 2, len(port(80, 20_000).SerializeToString() + UNKNOWN)])
+        + port(80, 20_000).SerializeToString()
+        + UNKNOWN,
+    ],
+    ids=["assignment", "port"],
+)
+def test_what_a_newer_control_plane_asks_for_is_refused(raw: bytes) -> None:
+    wishes, refused = agent.decide_wishes([pb.Assignment.FromString(raw)], OFFERED, ADDRESS)
+    assert (wishes, refused) == ((), {ID: "assignment has fields unknown here"})
+
+
+def many(count: int, **changes: Any) -> list[pb.Assignment]:
+    return [make(assignment_id=f"{n:08x}{ID[8:]}", ports=[], **changes) for n in range(count)]
+
+
+def test_the_list_is_taken_as_far_as_it_fits() -> None:
+    wishes, refused = agent.decide_wishes(many(4, cpu_milli=1500), OFFERED, ADDRESS)
+    assert [wish.assignment_id[:8] for wish in wishes] == ["00000000", "00000001"]
+    assert set(refused.values()) == {"cpu_milli is over the 1000 that this host has left to lend"}
+    wishes, refused = agent.decide_wishes(many(2, memory_bytes=5 << 30), OFFERED, ADDRESS)
+    assert (len(wishes), len(refused)) == (1, 1)
+    wishes, refused = agent.decide_wishes(
+        many(150, cpu_milli=10, memory_bytes=6 << 20), OFFERED, ADDRESS
+    )
+    assert (len(wishes), len(refused)) == (100, 50)
+    twice = [make(), make(assignment_id=OTHER), make()]
+    wishes, refused = agent.decide_wishes(twice, OFFERED, ADDRESS)
+    assert [wish.assignment_id for wish in wishes] == [ID]
+    assert refused == {OTHER: "ports has a host_port of another assignment"}
+
+
+def test_the_container_is_this_one() -> None:
+    wish = take()
+    assert agent.render_container(wish, ADDRESS) == {
+        "Image": IMAGE,
+        "User": "65534:65534",
+        "Cmd": ["serve", "--quick"],
+        "Env": ["A=1", "B=2"],
+        "ExposedPorts": {"80/tcp": {}},
+        "Healthcheck": {"Test": ["NONE"]},
+        "Labels": {
+            "openinfra.assignment": ID,
+            "openinfra.workload": WORKLOAD,
+            "openinfra.fence": "7",
+            "openinfra.wish": wish.sha256,
+        },
+        "HostConfig": {
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": True,
+            "Tmpfs": {"/tmp": "rw,noexec,nosuid,nodev,size=33554432,uid=65534,gid=65534,mode=0700"},
+            "IpcMode": "private",
+            "CgroupnsMode": "private",
+            "Init": True,
+            "PidsLimit": 128,
+            "Memory": 67_108_864,
+            "MemorySwap": 67_108_864,
+            "NanoCpus": 250_000_000,
+            "OomScoreAdj": 500,
+            "Ulimits": [
+                {"Name": "nofile", "Soft": 1024, "Hard": 4096},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+            ],
+            "RestartPolicy": {"Name": "no"},
+            "LogConfig": {"Type": "local", "Config": {"max-size": "5m", "max-file": "2"}},
+            "NetworkMode": "oi-3f0c6c1e8d4",
+            "Dns": ["9.9.9.9", "1.1.1.1"],
+            "PortBindings": {"80/tcp": [{"HostIp": ADDRESS, "HostPort": "20000"}]},
+        },
+        "NetworkingConfig": {"EndpointsConfig": {"oi-3f0c6c1e8d4": {}}},
+    }
+    assert len(wish.sha256) == 64
+
+
+def test_the_network_is_this_one() -> None:
+    assert agent.render_network(take(egress=pb.EGRESS_NONE)) == {
+        "Name": "ox-3f0c6c1e8d4",
+        "CheckDuplicate": True,
+        "Driver": "bridge",
+        "EnableIPv6": False,
+        "Options": {"com.docker.network.bridge.name": "ox-3f0c6c1e8d4"},
+        "Labels": {"openinfra.assignment": ID},
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fence": 8},
+        {"workload_id": OTHER},
+        {"image": IMAGE.replace("ab", "cd")},
+        {"command": ["serve"]},
+        {"env": {"A": "2"}},
+        {"cpu_milli": 251},
+        {"memory_bytes": 65 << 20},
+        {"ports": []},
+        {"egress": pb.EGRESS_NONE},
+    ],
+)
+def test_every_change_makes_another_container(change: dict[str, Any]) -> None:
+    assert take(**change).sha256 != take().sha256
+    assert take().sha256 == take().sha256
+
+
+def test_another_policy_or_address() -> None:
+    """What follows an end is no property of the container; the host's address is one."""
+    assert take(restart=pb.RESTART_NEVER).sha256 == take().sha256
+    (moved,), _ = agent.decide_wishes([make()], OFFERED, "10.77.16.6")
+    assert moved.sha256 != take().sha256
+
+
+TEXTS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        ["Privileged", "/var/run/docker.sock:/s", "host", "--privileged", "ALL", IMAGE]
+    ),
+)
+PORTS = st.builds(
+    pb.Port,
+    container_port=st.sampled_from([0, 22, 80, 65_535]),
+    host_port=st.sampled_from([0, 22, 20_000, 20_001]),
+)
+HOSTILE = st.builds(
+    pb.Assignment,
+    assignment_id=st.one_of(st.just(ID), st.just(ID), TEXTS),
+    fence=st.integers(0, 2**64 - 1),
+    workload_id=st.just(WORKLOAD),
+    image=st.one_of(st.just(IMAGE), st.just(IMAGE), TEXTS),
+    command=st.lists(TEXTS, max_size=3),
+    env=st.dictionaries(st.one_of(TEXTS, st.just("LD_PRELOAD")), TEXTS, max_size=2),
+    cpu_milli=st.sampled_from([0, 10, 4000, 2**32 - 1]),
+    memory_bytes=st.sampled_from([0, 6 << 20, 8 << 30, 2**64 - 1]),
+    ports=st.lists(PORTS, max_size=3),
+    egress=st.integers(0, 3),
+    restart=st.integers(0, 4),
+)
+GOLDEN = agent.render_container(take(), ADDRESS)
+
+
+@given(st.lists(HOSTILE, max_size=4))
+def test_no_assignment_gets_anything_of_the_host(assignments: list[pb.Assignment]) -> None:
+    wishes, refused = agent.decide_wishes(assignments, OFFERED, ADDRESS)
+    assert all(reason.isprintable() for reason in refused.values())
+    for wish in wishes:
+        body = json.loads(json.dumps(agent.render_container(wish, ADDRESS)))
+        host = body["HostConfig"]
+        # No other option than those of the golden body, and these with its values.
+        assert body.keys() | {"Cmd"} == GOLDEN.keys()
+        assert host.keys() == GOLDEN["HostConfig"].keys()
+        free = {"Memory", "MemorySwap", "NanoCpus", "NetworkMode", "PortBindings", "Tmpfs"}
+        assert {k: v for k, v in host.items() if k not in free} == {
+            k: v for k, v in GOLDEN["HostConfig"].items() if k not in free
+        }
+        assert body["User"] == "65534:65534"
+        assert host["NetworkMode"][:3] in ("oi-", "ox-")
+        assert 0 < host["Memory"] == host["MemorySwap"] <= OFFERED.memory_bytes
+        assert 0 < host["NanoCpus"] <= OFFERED.cpu_milli * 1_000_000
+        for binding in host["PortBindings"].values():
+            assert [one["HostIp"] for one in binding] == [ADDRESS]
+            assert int(binding[0]["HostPort"]) in range(20_000, 28_192)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, ()),
+        ({}, ()),
+        ({"Volumes": None}, ()),
+        ({"Volumes": {"/data": {}, "/var/lib/x": {}}}, ("/data", "/var/lib/x")),
+    ],
+)
+def test_volumes(config: object, expected: tuple[str, ...]) -> None:
+    assert agent.parse_volumes(config) == expected
+
+
+@pytest.mark.parametrize("path", ["/", "data", "/a/../b", "/a:b", "/a,size=9g", "/a b", "/\n"])
+def test_bad_volumes(path: str) -> None:
+    with pytest.raises(agent.Refuse, match="no place here"):
+        agent.parse_volumes({"Volumes": {path: {}}})
+
+
+# ------------------------------------------------------------------------------------------------
+# The engine's words
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_pull_says_how_far_it_is() -> None:
+    layers: dict[str, tuple[int, int]] = {}
+    for status, layer, current, total in (
+        ("Pulling fs layer", "a", 0, 0),
+        ("Downloading", "a", 3_000_000, 20_000_000),
+        ("Downloading", "b", 20_000_000, 99_500_000),
+        ("Download complete", "a", 0, 0),
+        ("Extracting", "a", 1, 20_000_000),
+    ):
+        detail = {"current": current, "total": total} if total else {}
+        event = {"status": status, "id": layer, "progressDetail": detail}
+        assert agent.parse_pull(json.dumps(event).encode(), layers) == ""
+    assert agent.render_progress(layers) == "40 of 120 MB"
+    assert agent.parse_pull(b'{"error":"no\\nspace"}', layers) == "no?space"
+    for junk in (b"{", b"[]", b"7", b"[" * 9999, b'{"progressDetail":7,"status":"Downloading"}'):
+        assert agent.parse_pull(junk, layers) == "the engine's words could not be read"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("manifest for x not found: manifest unknown: manifest unknown", True),
+        ("pull access denied for x, repository does not exist or may require 'docker login'", True),
+        ("unauthorized: authentication required", True),
+        ("no matching manifest for linux/arm64/v8 in the manifest list entries", True),
+        ('Get "http://127.0.0.1:5001/v2/": dial tcp: connect: connection refused', False),
+        ("dial tcp: lookup nowhere.example: no such host", False),
+        ("net/http: TLS handshake timeout", False),
+        ("no answer for 60 s", False),
+    ],
+)
+def test_a_registry_that_says_no(words: str, expected: bool) -> None:
+    assert agent.decide_pull_error(words) is expected
+
+
+def test_a_failure_is_tried_again_three_times() -> None:
+    step = agent.Step(Verb.PULL, ID, "", take())
+    past, waits = Past(), []
+    for _ in range(4):
+        past = agent.decide_failure(past, step, agent.EngineError(500, "refused"), 100.0)
+        waits.append(past.retry_at_s - 100)
+    assert waits == [1, 3, 8, 8]
+    assert past.rejected == "image cannot be fetched: refused"
+
+
+@pytest.mark.parametrize(
+    ("end", "memory_bytes", "said"),
+    [
+        ({"exit_code": 3}, 0, "ended with exit code 3"),
+        ({"exit_code": 137, "is_oom": True}, 64_000_000, "more than its 64 MB of memory"),
+        ({"exit_code": 137}, 0, "ended by SIGKILL (exit code 137)"),
+        ({"exit_code": 143}, 0, "ended by SIGTERM (exit code 143)"),
+        ({"exit_code": 255}, 0, "ended with exit code 255"),
+        ({"exit_code": 128, "error": "no such file"}, 0, "cannot start: no such file"),
+    ],
+)
+def test_an_end_is_told(end: dict[str, Any], memory_bytes: int, said: str) -> None:
+    found = dataclasses.replace(ENDED, **{"exit_code": 0, **end})
+    assert said in agent.render_end(found, memory_bytes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Plan
+# ------------------------------------------------------------------------------------------------
+
+WISH = take()
+NAME = f"oi-{ID}"
+RUNNING = Container("c1", NAME, ID, WISH.sha256, True)
+CREATED = dataclasses.replace(RUNNING, is_running=False)
+ENDED = dataclasses.replace(CREATED, has_ended=True, exit_code=1)
+GOOD = dataclasses.replace(ENDED, exit_code=0)
+ALIEN = dataclasses.replace(RUNNING, id="c2", name="oi-x")
+NETWORK = {ID: "oi-3f0c6c1e8d4"}
+
+
+def plan(
+    wishes: list[Wish] | None, found: list[Container], past: Past | None = None, **more: Any
+) -> list[tuple[str, str]]:
+    memory = Memory(stops=more.pop("stops", {}), kept=frozenset(more.pop("kept", ())))
+    if past:
+        memory.pasts[ID] = past
+    given = {"now_s": 1000.0, "right_until_s": 2000.0, "networks": NETWORK if found else {}}
+    steps = agent.plan_containers(wishes, found, memory=memory, **{**given, **more})
+    return [(step.verb.value, step.container_id or step.network) for step in steps]
+
+
+def policy(restart: Restart) -> Wish:
+    return dataclasses.replace(WISH, restart=restart)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "found", "past", "expected"),
+    [
+        ([WISH], [], None, [("pull", "")]),
+        ([WISH], [], Past(has_image=True), [("create", "")]),
+        ([WISH], [], Past(retry_at_s=1001), []),
+        ([WISH], [], Past(retry_at_s=1000), [("pull", "")]),
+        ([WISH], [], Past(rejected="no"), []),
+        ([WISH], [CREATED], None, [("start", "c1")]),
+        ([WISH], [RUNNING], None, []),
+        ([WISH], [RUNNING], Past(rejected="no"), [("term", "c1")]),
+        ([WISH], [CREATED], Past(rejected="no"), [("remove", "c1")]),
+        # A crash: 1, 2, 4, ... 300 s.
+        ([WISH], [ENDED], Past(ended_s=999.5, streak=1), []),
+        ([WISH], [ENDED], Past(ended_s=999, streak=1), [("start", "c1")]),
+        ([WISH], [ENDED], Past(ended_s=996.5, streak=3), []),
+        ([WISH], [ENDED], Past(ended_s=996, streak=3), [("start", "c1")]),
+        ([WISH], [ENDED], Past(ended_s=701, streak=40), []),
+        ([WISH], [ENDED], Past(ended_s=700, streak=40), [("start", "c1")]),
+        ([WISH], [GOOD], Past(ended_s=900, streak=1), [("start", "c1")]),
+        ([policy(Restart.ON_FAILURE)], [ENDED], Past(ended_s=900, streak=1), [("start", "c1")]),
+        ([policy(Restart.ON_FAILURE)], [GOOD], Past(ended_s=900, streak=1), []),
+        ([policy(Restart.NEVER)], [ENDED], Past(ended_s=900, streak=1), []),
+        ([policy(Restart.NEVER)], [GOOD], Past(ended_s=900, streak=1), []),
+        # We stopped it, since the right was over: it goes on, whatever its policy says.
+        ([policy(Restart.NEVER)], [ENDED], Past(ended_s=1000, is_stopped=True), [("start", "c1")]),
+        # Not wanted, or another one.
+        ([], [RUNNING], None, [("term", "c1")]),
+        ([], [ENDED], None, [("remove", "c1")]),
+        ([], [CREATED], None, [("remove", "c1")]),
+        ([dataclasses.replace(WISH, sha256="x")], [RUNNING], None, [("term", "c1")]),
+        ([dataclasses.replace(WISH, sha256="x")], [ENDED], None, [("remove", "c1")]),
+        ([WISH], [RUNNING, ALIEN], None, [("term", "c2")]),
+    ],
+)
+def test_next_step(
+    wishes: list[Wish], found: list[Container], past: Past | None, expected: list[tuple[str, str]]
+) -> None:
+    assert plan(wishes, found, past) == expected
+    # Without the right all that runs is stopped, nothing begins, and what is not wanted still goes.
+    ends = [("term", one.id) for one in found if one.is_running]
+    gone = [step for step in expected if step[0] == "remove"]
+    for now_s in (2000.0, 2000.1, 9e9):
+        assert plan(wishes, found, past, now_s=now_s) == ends + gone
+    without = [step for step in expected if step[0] in ("term", "remove")]
+    assert plan(wishes, found, past, unready="no firewall") == without
+
+
+@pytest.mark.parametrize(("told_s", "expected"), [(1000, []), (990.5, []), (990, [("kill", "c1")])])
+def test_a_stop_becomes_a_kill(told_s: float, expected: list[tuple[str, str]]) -> None:
+    assert plan([], [RUNNING], stops={"c1": told_s}) == expected
+
+
+def test_before_the_list_is_known_the_lease_decides() -> None:
+    assert plan(None, [RUNNING], kept=[ID]) == []
+    assert plan(None, [RUNNING], kept=[ID], now_s=2000.0) == [("term", "c1")]
+    assert plan(None, [RUNNING]) == [("term", "c1")]
+    assert plan(None, [ENDED]) == plan(None, [CREATED], kept=[ID]) == []
+
+
+def test_a_network_without_a_container_is_removed_when_nobody_wants_it() -> None:
+    assert plan([], [], networks=NETWORK) == [("remove", NETWORK[ID])]
+    assert plan(None, [], networks=NETWORK) == []
+    assert plan([WISH], [], Past(rejected="no"), networks=NETWORK) == [("remove", NETWORK[ID])]
+    assert plan([WISH], [], Past(has_image=True), networks=NETWORK) == [("create", NETWORK[ID])]
+
+
+def test_the_streak_of_crashes_ends_after_ten_minutes() -> None:
+    def end(ran_s: float, told: bool = False) -> Past:
+        past = Past(started_s=1000.0, streak=4, restarts=4)
+        return agent.decide_end(past, ENDED, told, 1000.0 + ran_s)
+
+    assert (end(1).streak, end(599).streak, end(600).streak) == (5, 5, 1)
+    assert (end(1, told=True).streak, end(1, told=True).is_stopped) == (4, True)
+    assert (end(1).exit_code, end(1).ended_s) == (1, 1001)
+    assert [agent.decide_back_off_s(n) for n in (1, 2, 9, 10, 5000)] == [1, 2, 256, 300, 300]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reports and the lease
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wish", "found", "past", "state", "reason"),
+    [
+        (WISH, None, Past(), "PULLING", "1 of 2 MB"),
+        (WISH, None, Past(has_image=True), "STARTING", ""),
+        (WISH, CREATED, Past(), "STARTING", ""),
+        (WISH, RUNNING, Past(), "RUNNING", ""),
+        (WISH, ENDED, Past(streak=4), "WAITING", "exit code 1, started again after 8 s"),
+        (policy(Restart.NEVER), ENDED, Past(), "FAILED", "ended with exit code 1"),
+        (policy(Restart.NEVER), GOOD, Past(), "FINISHED", "ended with exit code 0"),
+        (policy(Restart.ON_FAILURE), GOOD, Past(), "FINISHED", "ended with exit code 0"),
+        (policy(Restart.NEVER), ENDED, Past(is_stopped=True), "WAITING", "right to run was over"),
+        (WISH, None, Past(rejected="no"), "REJECTED", "no"),
+        (WISH, CREATED, Past(rejected="no"), "STOPPING", "no"),
+        (dataclasses.replace(WISH, sha256="x"), RUNNING, Past(), "STARTING", "stopped first"),
+        (None, RUNNING, Past(), "RUNNING", ""),
+    ],
+)
+def test_report(
+    wish: Wish | None, found: Container | None, past: Past, state: str, reason: str
+) -> None:
+    number, said = agent.decide_report(wish, found, past, "1 of 2 MB", "")
+    assert pb.AssignmentState.Name(number)[17:] == state  # type: ignore[arg-type]
+    assert reason in said
+    assert bool(said) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("lease_s", "expected"), [(600, 1585), (15, 1000), (20, 1005), (0, 0), (2**32 - 1, 4585)]
+)
+def test_the_right_ends_before_the_lease(lease_s: int, expected: float) -> None:
+    assert agent.decide_right_s(1000.0, lease_s) == expected
+
+
+def test_a_lease_is_of_one_boot() -> None:
+    raw = agent.render_lease("boot", 1234.5, frozenset({OTHER, ID}))
+    assert agent.parse_lease(raw, "boot", 1000) == (1234.5, frozenset({ID, OTHER}))
+    assert agent.parse_lease(agent.render_lease("boot", 9e9, frozenset()), "boot", 1000)[0] == 4600
+    nothing: tuple[float, frozenset[str]] = (0.0, frozenset())
+    for other in (raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999):
+        assert agent.parse_lease(other, "boot", 1000) == nothing
+    assert agent.parse_lease(raw, "another", 1000) == nothing
+    assert agent.parse_lease(agent.render_lease("", 9.0, frozenset()), "", 1000) == nothing
+
+
+@pytest.mark.parametrize(
+    ("engine", "firewall", "lease", "offered", "said", "todo"),
+    [
+        ("", "", "", OFFERED, "", ""),
+        ("none answers", "x", "y", OFFERED, "none answers", "openinfra-engine"),
+        ("", "guard has not run", "y", OFFERED, "guard has not run", "openinfra-guard.timer"),
+        ("", "", "cannot write", OFFERED, "cannot write", "restart openinfra-agent"),
+        ("", "", "", Limits(5, 8 << 30), "lends too little", "limits.conf"),
+    ],
+)
+def test_unready(
+    engine: str, firewall: str, lease: str, offered: Limits, said: str, todo: str
+) -> None:
+    found = agent.decide_unready(engine, firewall, lease, offered)
+    assert (said in found[0], bool(found[0])) == (True, bool(said))
+    assert todo in found[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "raw", "result"),
+    [
+        (200, b'{"a": 1}', {"a": 1}),
+        (204, b"", None),
+        (404, b'{"message": "No such image"}', (404, "No such image")),
+        (500, b"[]", (500, "HTTP status 500")),
+        (200, b"{", (502, "could not be read")),
+        (200, b" " * ((4 << 20) + 1), (502, "too long")),
+    ],
+)
+def test_answers(status: int, raw: bytes, result: Any) -> None:
+    read: Callable[[], Any] = lambda: agent.parse_answer(status, raw)  # noqa: E731
+    if isinstance(result, tuple):
+        with pytest.raises(agent.EngineError, match=result[1]) as error:
+            read()
+        assert error.value.status == result[0]
+    else:
+        assert read() == result
