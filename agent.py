@@ -569,6 +569,8 @@ class Wish:
     ports: tuple[tuple[int, int], ...]
     has_internet: bool
     restart: Restart
+    # It ended for good, as this host said once.
+    is_done: bool = False
     sha256: str = ""
 
 
@@ -1172,6 +1174,7 @@ def parse_assignment(assignment: pb.Assignment, offered: Limits) -> Wish:
         ports=parse_ports(assignment.ports),
         has_internet=assignment.egress == pb.EGRESS_INTERNET,
         restart=Restart(assignment.restart),
+        is_done=assignment.done,
     )
 
 
@@ -1207,7 +1210,7 @@ def decide_wishes(
         if name in wishes or name in refused:
             continue
         try:
-            wish = parse_assignment(assignment, left)
+            wish = parse_assignment(assignment, offered if assignment.done else left)
             check_fits("ports has a host_port of another assignment", not ports & {*outer(wish)})
             check_fits(
                 f"assignment is beyond the first {ASSIGNMENTS_MAX}", len(wishes) < ASSIGNMENTS_MAX
@@ -1215,7 +1218,8 @@ def decide_wishes(
         except Refuse as why:
             refused[name] = str(why)
             continue
-        left = Limits(left.cpu_milli - wish.cpu_milli, left.memory_bytes - wish.memory_bytes)
+        if not wish.is_done:
+            left = Limits(left.cpu_milli - wish.cpu_milli, left.memory_bytes - wish.memory_bytes)
         ports |= {*outer(wish)}
         sha256 = render_container(wish, address)["Labels"]["openinfra.wish"]
         wishes[name] = replace(wish, sha256=sha256)
@@ -1492,7 +1496,7 @@ def plan_start(
     wish: Wish, found: Container | None, past: Past, network: str, now_s: float
 ) -> Iterator[Step]:
     """Decide what brings a wished container nearer to running."""
-    if past.rejected or now_s < past.retry_at_s:
+    if wish.is_done or past.rejected or now_s < past.retry_at_s:
         return
     if found is None:
         verb = Verb.CREATE if past.has_image else Verb.PULL
@@ -1578,7 +1582,8 @@ def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
             found[each.assignment_id] = each
     wished = {wish.assignment_id: wish for wish in workloads.wishes or ()}
     kept = memory.kept if workloads.wishes is None else frozenset[str]()
-    for name in [*wished, *sorted(kept & found.keys())]:
+    there = [name for name, wish in wished.items() if name in found or not wish.is_done]
+    for name in [*there, *sorted(kept & found.keys())]:
         past = memory.pasts.get(name, Past())
         progress = workloads.progress.get(name, "")
         state, reason = decide_report(wished.get(name), found.get(name), past, progress, unready)
@@ -2204,7 +2209,11 @@ def read_unready(agent: Agent) -> tuple[str, str]:
         firewall = decide_firewall(guard, now_s)
         if guard and now_s - guard.at_s > GUARD_OLD_S:
             firewall = "guard does not run"  # a sentence that stays the same
-    return decide_unready(workloads.engine_error, firewall, workloads.lease_error, workloads.limits)
+    # The installer lays no engine yet: a host without one is well, and the control plane sees that
+    # it has none.
+    has_engine = workloads.engine.path.parent.is_dir()
+    engine_error = workloads.engine_error if has_engine else ""
+    return decide_unready(engine_error, firewall, workloads.lease_error, workloads.limits)
 
 
 def read_facts(agent: Agent) -> pb.Facts:

@@ -1852,6 +1852,7 @@ def render_assignment(row: Row, registry: str) -> pb.Assignment:
         ],
         egress=pb.Egress.Value(f"EGRESS_{spec['egress'].upper()}"),
         restart=pb.Restart.Value(f"RESTART_{spec['restart'].upper().replace('-', '_')}"),
+        done=row["state"] in DONE_STATES,
     )
 
 
@@ -3268,7 +3269,7 @@ WHERE h.host_no IN (SELECT host_no FROM made) AND NOT h.ever_assigned
 
 SQL_DESIRED = """
 -- all that these hosts are to run
-SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot
+SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot, a.state
 FROM assignments a JOIN workloads w USING (workload_no)
 WHERE a.host_no = ANY(%(host_nos)s) AND a.ended_at IS NULL AND a.stop_at IS NULL
   AND NOT a.restored
@@ -6552,7 +6553,11 @@ class PilotPlan:
     def agent_run_argv(self) -> list[str]:
         flags = [
             f"--env-file={self.agent_dir / 'agent.env'}",
-            f"--wg-pubkey-file={self.agent_dir / 'openinfra.pub'}",  # the machine's own is not ours
+            # The machine's own key, engine and limits are not ours.
+            f"--wg-pubkey-file={self.agent_dir / 'openinfra.pub'}",
+            f"--lease-file={self.agent_dir / 'lease.json'}",
+            f"--engine-socket={self.agent_dir / 'engine' / 'engine.sock'}",
+            f"--limits={self.agent_dir / 'limits.conf'}",
             "--allow-unencrypted",
         ]
         return self.bound([*self.agent_argv("run"), *flags])

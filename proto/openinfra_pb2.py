@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15proto/openinfra.proto\x12\x0copeninfra.v1\"\x85\x02\n\x05\x46\x61\x63ts\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x11\n\tcpu_count\x18\x05 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\x12\x16\n\x0e\x64isk_encrypted\x18\x08 \x01(\x08\x12\x16\n\x0e\x65ngine_version\x18\t \x01(\t\x12\x0f\n\x07unready\x18\n \x01(\t\x12\x19\n\x11offered_cpu_milli\x18\x0b \x01(\r\x12\x1c\n\x14offered_memory_bytes\x18\x0c \x01(\x04\"Y\n\x08Standing\x12(\n\x06status\x18\x01 \x01(\x0e\x32\x18.openinfra.v1.HostStatus\x12\x12\n\nassignable\x18\x02 \x01(\x08\x12\x0f\n\x07reasons\x18\x03 \x03(\t\"1\n\x04Port\x12\x16\n\x0e\x63ontainer_port\x18\x01 \x01(\r\x12\x11\n\thost_port\x18\x02 \x01(\r\"\xdd\x02\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x13\n\x0bworkload_id\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x05 \x03(\t\x12.\n\x03\x65nv\x18\x06 \x03(\x0b\x32!.openinfra.v1.Assignment.EnvEntry\x12\x11\n\tcpu_milli\x18\x07 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12!\n\x05ports\x18\t \x03(\x0b\x32\x12.openinfra.v1.Port\x12$\n\x06\x65gress\x18\n \x01(\x0e\x32\x14.openinfra.v1.Egress\x12&\n\x07restart\x18\x0b \x01(\x0e\x32\x15.openinfra.v1.Restart\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x07\x44\x65sired\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12-\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x18.openinfra.v1.Assignment\"\xa1\x01\n\x12ObservedAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.openinfra.v1.AssignmentState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_exit_code\"S\n\x08Observed\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x35\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32 .openinfra.v1.ObservedAssignment\"\x9b\x01\n\x0fRegisterRequest\x12\x14\n\x0cinvite_token\x18\x01 \x01(\t\x12\x13\n\x0bhost_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x12\x15\n\rpayout_pubkey\x18\x04 \x01(\t\x12\x11\n\twg_pubkey\x18\x05 \x01(\t\x12\"\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0b\x32\x13.openinfra.v1.Facts\"\x93\x01\n\rRegisterReply\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\r\x12\x16\n\x0eonchain_payout\x18\x03 \x01(\x08\x12(\n\x08standing\x18\x04 \x01(\x0b\x32\x16.openinfra.v1.Standing\x12\x11\n\tinvite_id\x18\x05 \x01(\t\"y\n\rResumeRequest\x12\x13\n\x0bhost_secret\x18\x01 \x01(\x0c\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x18\n\x10previous_session\x18\x03 \x01(\x0c\x12\x15\n\rpayout_pubkey\x18\x04 \x01(\t\x12\x11\n\twg_pubkey\x18\x05 \x01(\t\"~\n\x0bResumeReply\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\r\x12\x16\n\x0eonchain_payout\x18\x03 \x01(\x08\x12(\n\x08standing\x18\x04 \x01(\x0b\x32\x16.openinfra.v1.Standing\"\xd3\x01\n\x10HeartbeatRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\"\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32\x13.openinfra.v1.Facts\x12\x0e\n\x06paused\x18\x05 \x01(\x08\x12\x18\n\x10\x64\x65sired_revision\x18\x06 \x01(\x04\x12(\n\x08observed\x18\x07 \x01(\x0b\x32\x16.openinfra.v1.Observed\x12\x12\n\nnudge_port\x18\x08 \x01(\rJ\x04\x08\t\x10\x10\"\x94\x01\n\x0eHeartbeatReply\x12\x19\n\x11next_heartbeat_ms\x18\x01 \x01(\r\x12(\n\x08standing\x18\x02 \x01(\x0b\x32\x16.openinfra.v1.Standing\x12&\n\x07\x64\x65sired\x18\x03 \x01(\x0b\x32\x15.openinfra.v1.Desired\x12\x0f\n\x07lease_s\x18\x04 \x01(\rJ\x04\x08\x05\x10\x10*\xc3\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42\x41\x44_REQUEST\x10\x01\x12\x12\n\x0eUNKNOWN_INVITE\x10\x02\x12\x0f\n\x0bINVITE_USED\x10\x03\x12\x12\n\x0eINVITE_REVOKED\x10\x04\x12\x12\n\x0eINVITE_EXPIRED\x10\x05\x12\x18\n\x14INVITE_FOR_OTHER_KEY\x10\x06\x12\x11\n\rADDRESS_TAKEN\x10\x07\x12\r\n\tKEY_TAKEN\x10\x08\x12\x11\n\rWRONG_ADDRESS\x10\t\x12\x10\n\x0cUNKNOWN_HOST\x10\n\x12\x10\n\x0cHOST_REVOKED\x10\x0b\x12\x14\n\x10HOST_QUARANTINED\x10\x0c\x12\x16\n\x12SESSION_SUPERSEDED\x10\r\x12\x13\n\x0fUNKNOWN_SESSION\x10\x0e\x12\r\n\tTRY_LATER\x10\x0f*\xc1\x01\n\nHostStatus\x12\x1b\n\x17HOST_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13HOST_STATUS_PENDING\x10\x01\x12\x16\n\x12HOST_STATUS_ONLINE\x10\x02\x12\x17\n\x13HOST_STATUS_OFFLINE\x10\x03\x12\x16\n\x12HOST_STATUS_PAUSED\x10\x04\x12\x1b\n\x17HOST_STATUS_QUARANTINED\x10\x05\x12\x17\n\x13HOST_STATUS_REVOKED\x10\x06*F\n\x06\x45gress\x12\x16\n\x12\x45GRESS_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45GRESS_NONE\x10\x01\x12\x13\n\x0f\x45GRESS_INTERNET\x10\x02*a\n\x07Restart\x12\x17\n\x13RESTART_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESTART_ALWAYS\x10\x01\x12\x16\n\x12RESTART_ON_FAILURE\x10\x02\x12\x11\n\rRESTART_NEVER\x10\x03*\xa6\x02\n\x0f\x41ssignmentState\x12 \n\x1c\x41SSIGNMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41SSIGNMENT_STATE_PULLING\x10\x01\x12\x1d\n\x19\x41SSIGNMENT_STATE_STARTING\x10\x02\x12\x1c\n\x18\x41SSIGNMENT_STATE_RUNNING\x10\x03\x12\x1c\n\x18\x41SSIGNMENT_STATE_WAITING\x10\x04\x12\x1d\n\x19\x41SSIGNMENT_STATE_FINISHED\x10\x05\x12\x1b\n\x17\x41SSIGNMENT_STATE_FAILED\x10\x06\x12\x1d\n\x19\x41SSIGNMENT_STATE_REJECTED\x10\x07\x12\x1d\n\x19\x41SSIGNMENT_STATE_STOPPING\x10\x08\x32\xdf\x01\n\x08\x41gentApi\x12\x46\n\x08Register\x12\x1d.openinfra.v1.RegisterRequest\x1a\x1b.openinfra.v1.RegisterReply\x12@\n\x06Resume\x12\x1b.openinfra.v1.ResumeRequest\x1a\x19.openinfra.v1.ResumeReply\x12I\n\tHeartbeat\x12\x1e.openinfra.v1.HeartbeatRequest\x1a\x1c.openinfra.v1.HeartbeatReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15proto/openinfra.proto\x12\x0copeninfra.v1\"\x85\x02\n\x05\x46\x61\x63ts\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x11\n\tcpu_count\x18\x05 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\x12\x16\n\x0e\x64isk_encrypted\x18\x08 \x01(\x08\x12\x16\n\x0e\x65ngine_version\x18\t \x01(\t\x12\x0f\n\x07unready\x18\n \x01(\t\x12\x19\n\x11offered_cpu_milli\x18\x0b \x01(\r\x12\x1c\n\x14offered_memory_bytes\x18\x0c \x01(\x04\"Y\n\x08Standing\x12(\n\x06status\x18\x01 \x01(\x0e\x32\x18.openinfra.v1.HostStatus\x12\x12\n\nassignable\x18\x02 \x01(\x08\x12\x0f\n\x07reasons\x18\x03 \x03(\t\"1\n\x04Port\x12\x16\n\x0e\x63ontainer_port\x18\x01 \x01(\r\x12\x11\n\thost_port\x18\x02 \x01(\r\"\xeb\x02\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x02 \x01(\x04\x12\x13\n\x0bworkload_id\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x05 \x03(\t\x12.\n\x03\x65nv\x18\x06 \x03(\x0b\x32!.openinfra.v1.Assignment.EnvEntry\x12\x11\n\tcpu_milli\x18\x07 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12!\n\x05ports\x18\t \x03(\x0b\x32\x12.openinfra.v1.Port\x12$\n\x06\x65gress\x18\n \x01(\x0e\x32\x14.openinfra.v1.Egress\x12&\n\x07restart\x18\x0b \x01(\x0e\x32\x15.openinfra.v1.Restart\x12\x0c\n\x04\x64one\x18\x0c \x01(\x08\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x07\x44\x65sired\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12-\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x18.openinfra.v1.Assignment\"\xa1\x01\n\x12ObservedAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.openinfra.v1.AssignmentState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08restarts\x18\x04 \x01(\r\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_exit_code\"S\n\x08Observed\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x35\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32 .openinfra.v1.ObservedAssignment\"\x9b\x01\n\x0fRegisterRequest\x12\x14\n\x0cinvite_token\x18\x01 \x01(\t\x12\x13\n\x0bhost_secret\x18\x02 \x01(\x0c\x12\x0f\n\x07session\x18\x03 \x01(\x0c\x12\x15\n\rpayout_pubkey\x18\x04 \x01(\t\x12\x11\n\twg_pubkey\x18\x05 \x01(\t\x12\"\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0b\x32\x13.openinfra.v1.Facts\"\x93\x01\n\rRegisterReply\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\r\x12\x16\n\x0eonchain_payout\x18\x03 \x01(\x08\x12(\n\x08standing\x18\x04 \x01(\x0b\x32\x16.openinfra.v1.Standing\x12\x11\n\tinvite_id\x18\x05 \x01(\t\"y\n\rResumeRequest\x12\x13\n\x0bhost_secret\x18\x01 \x01(\x0c\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x18\n\x10previous_session\x18\x03 \x01(\x0c\x12\x15\n\rpayout_pubkey\x18\x04 \x01(\t\x12\x11\n\twg_pubkey\x18\x05 \x01(\t\"~\n\x0bResumeReply\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\r\x12\x16\n\x0eonchain_payout\x18\x03 \x01(\x08\x12(\n\x08standing\x18\x04 \x01(\x0b\x32\x16.openinfra.v1.Standing\"\xd3\x01\n\x10HeartbeatRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\x12\"\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32\x13.openinfra.v1.Facts\x12\x0e\n\x06paused\x18\x05 \x01(\x08\x12\x18\n\x10\x64\x65sired_revision\x18\x06 \x01(\x04\x12(\n\x08observed\x18\x07 \x01(\x0b\x32\x16.openinfra.v1.Observed\x12\x12\n\nnudge_port\x18\x08 \x01(\rJ\x04\x08\t\x10\x10\"\x94\x01\n\x0eHeartbeatReply\x12\x19\n\x11next_heartbeat_ms\x18\x01 \x01(\r\x12(\n\x08standing\x18\x02 \x01(\x0b\x32\x16.openinfra.v1.Standing\x12&\n\x07\x64\x65sired\x18\x03 \x01(\x0b\x32\x15.openinfra.v1.Desired\x12\x0f\n\x07lease_s\x18\x04 \x01(\rJ\x04\x08\x05\x10\x10*\xc3\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42\x41\x44_REQUEST\x10\x01\x12\x12\n\x0eUNKNOWN_INVITE\x10\x02\x12\x0f\n\x0bINVITE_USED\x10\x03\x12\x12\n\x0eINVITE_REVOKED\x10\x04\x12\x12\n\x0eINVITE_EXPIRED\x10\x05\x12\x18\n\x14INVITE_FOR_OTHER_KEY\x10\x06\x12\x11\n\rADDRESS_TAKEN\x10\x07\x12\r\n\tKEY_TAKEN\x10\x08\x12\x11\n\rWRONG_ADDRESS\x10\t\x12\x10\n\x0cUNKNOWN_HOST\x10\n\x12\x10\n\x0cHOST_REVOKED\x10\x0b\x12\x14\n\x10HOST_QUARANTINED\x10\x0c\x12\x16\n\x12SESSION_SUPERSEDED\x10\r\x12\x13\n\x0fUNKNOWN_SESSION\x10\x0e\x12\r\n\tTRY_LATER\x10\x0f*\xc1\x01\n\nHostStatus\x12\x1b\n\x17HOST_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13HOST_STATUS_PENDING\x10\x01\x12\x16\n\x12HOST_STATUS_ONLINE\x10\x02\x12\x17\n\x13HOST_STATUS_OFFLINE\x10\x03\x12\x16\n\x12HOST_STATUS_PAUSED\x10\x04\x12\x1b\n\x17HOST_STATUS_QUARANTINED\x10\x05\x12\x17\n\x13HOST_STATUS_REVOKED\x10\x06*F\n\x06\x45gress\x12\x16\n\x12\x45GRESS_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45GRESS_NONE\x10\x01\x12\x13\n\x0f\x45GRESS_INTERNET\x10\x02*a\n\x07Restart\x12\x17\n\x13RESTART_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESTART_ALWAYS\x10\x01\x12\x16\n\x12RESTART_ON_FAILURE\x10\x02\x12\x11\n\rRESTART_NEVER\x10\x03*\xa6\x02\n\x0f\x41ssignmentState\x12 \n\x1c\x41SSIGNMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41SSIGNMENT_STATE_PULLING\x10\x01\x12\x1d\n\x19\x41SSIGNMENT_STATE_STARTING\x10\x02\x12\x1c\n\x18\x41SSIGNMENT_STATE_RUNNING\x10\x03\x12\x1c\n\x18\x41SSIGNMENT_STATE_WAITING\x10\x04\x12\x1d\n\x19\x41SSIGNMENT_STATE_FINISHED\x10\x05\x12\x1b\n\x17\x41SSIGNMENT_STATE_FAILED\x10\x06\x12\x1d\n\x19\x41SSIGNMENT_STATE_REJECTED\x10\x07\x12\x1d\n\x19\x41SSIGNMENT_STATE_STOPPING\x10\x08\x32\xdf\x01\n\x08\x41gentApi\x12\x46\n\x08Register\x12\x1d.openinfra.v1.RegisterRequest\x1a\x1b.openinfra.v1.RegisterReply\x12@\n\x06Resume\x12\x1b.openinfra.v1.ResumeRequest\x1a\x19.openinfra.v1.ResumeReply\x12I\n\tHeartbeat\x12\x1e.openinfra.v1.HeartbeatRequest\x1a\x1c.openinfra.v1.HeartbeatReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,16 +23,16 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_ASSIGNMENT_ENVENTRY']._options = None
   _globals['_ASSIGNMENT_ENVENTRY']._serialized_options = b'8\001'
-  _globals['_REASON']._serialized_start=2047
-  _globals['_REASON']._serialized_end=2370
-  _globals['_HOSTSTATUS']._serialized_start=2373
-  _globals['_HOSTSTATUS']._serialized_end=2566
-  _globals['_EGRESS']._serialized_start=2568
-  _globals['_EGRESS']._serialized_end=2638
-  _globals['_RESTART']._serialized_start=2640
-  _globals['_RESTART']._serialized_end=2737
-  _globals['_ASSIGNMENTSTATE']._serialized_start=2740
-  _globals['_ASSIGNMENTSTATE']._serialized_end=3034
+  _globals['_REASON']._serialized_start=2061
+  _globals['_REASON']._serialized_end=2384
+  _globals['_HOSTSTATUS']._serialized_start=2387
+  _globals['_HOSTSTATUS']._serialized_end=2580
+  _globals['_EGRESS']._serialized_start=2582
+  _globals['_EGRESS']._serialized_end=2652
+  _globals['_RESTART']._serialized_start=2654
+  _globals['_RESTART']._serialized_end=2751
+  _globals['_ASSIGNMENTSTATE']._serialized_start=2754
+  _globals['_ASSIGNMENTSTATE']._serialized_end=3048
   _globals['_FACTS']._serialized_start=40
   _globals['_FACTS']._serialized_end=301
   _globals['_STANDING']._serialized_start=303
@@ -40,27 +40,27 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PORT']._serialized_start=394
   _globals['_PORT']._serialized_end=443
   _globals['_ASSIGNMENT']._serialized_start=446
-  _globals['_ASSIGNMENT']._serialized_end=795
-  _globals['_ASSIGNMENT_ENVENTRY']._serialized_start=753
-  _globals['_ASSIGNMENT_ENVENTRY']._serialized_end=795
-  _globals['_DESIRED']._serialized_start=797
-  _globals['_DESIRED']._serialized_end=871
-  _globals['_OBSERVEDASSIGNMENT']._serialized_start=874
-  _globals['_OBSERVEDASSIGNMENT']._serialized_end=1035
-  _globals['_OBSERVED']._serialized_start=1037
-  _globals['_OBSERVED']._serialized_end=1120
-  _globals['_REGISTERREQUEST']._serialized_start=1123
-  _globals['_REGISTERREQUEST']._serialized_end=1278
-  _globals['_REGISTERREPLY']._serialized_start=1281
-  _globals['_REGISTERREPLY']._serialized_end=1428
-  _globals['_RESUMEREQUEST']._serialized_start=1430
-  _globals['_RESUMEREQUEST']._serialized_end=1551
-  _globals['_RESUMEREPLY']._serialized_start=1553
-  _globals['_RESUMEREPLY']._serialized_end=1679
-  _globals['_HEARTBEATREQUEST']._serialized_start=1682
-  _globals['_HEARTBEATREQUEST']._serialized_end=1893
-  _globals['_HEARTBEATREPLY']._serialized_start=1896
-  _globals['_HEARTBEATREPLY']._serialized_end=2044
-  _globals['_AGENTAPI']._serialized_start=3037
-  _globals['_AGENTAPI']._serialized_end=3260
+  _globals['_ASSIGNMENT']._serialized_end=809
+  _globals['_ASSIGNMENT_ENVENTRY']._serialized_start=767
+  _globals['_ASSIGNMENT_ENVENTRY']._serialized_end=809
+  _globals['_DESIRED']._serialized_start=811
+  _globals['_DESIRED']._serialized_end=885
+  _globals['_OBSERVEDASSIGNMENT']._serialized_start=888
+  _globals['_OBSERVEDASSIGNMENT']._serialized_end=1049
+  _globals['_OBSERVED']._serialized_start=1051
+  _globals['_OBSERVED']._serialized_end=1134
+  _globals['_REGISTERREQUEST']._serialized_start=1137
+  _globals['_REGISTERREQUEST']._serialized_end=1292
+  _globals['_REGISTERREPLY']._serialized_start=1295
+  _globals['_REGISTERREPLY']._serialized_end=1442
+  _globals['_RESUMEREQUEST']._serialized_start=1444
+  _globals['_RESUMEREQUEST']._serialized_end=1565
+  _globals['_RESUMEREPLY']._serialized_start=1567
+  _globals['_RESUMEREPLY']._serialized_end=1693
+  _globals['_HEARTBEATREQUEST']._serialized_start=1696
+  _globals['_HEARTBEATREQUEST']._serialized_end=1907
+  _globals['_HEARTBEATREPLY']._serialized_start=1910
+  _globals['_HEARTBEATREPLY']._serialized_end=2058
+  _globals['_AGENTAPI']._serialized_start=3051
+  _globals['_AGENTAPI']._serialized_end=3274
 # @@protoc_insertion_point(module_scope)

@@ -391,6 +391,7 @@ class Assignment(google.protobuf.message.Message):
     PORTS_FIELD_NUMBER: builtins.int
     EGRESS_FIELD_NUMBER: builtins.int
     RESTART_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
     assignment_id: builtins.str
     """UUID (RFC 9562, version 4)."""
     fence: builtins.int
@@ -405,6 +406,8 @@ class Assignment(google.protobuf.message.Message):
     """Bytes of memory, files in /tmp included."""
     egress: global___Egress.ValueType
     restart: global___Restart.ValueType
+    done: builtins.bool
+    """The host said that it ended for good: it holds nothing, and is never started again."""
     @property
     def command(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The arguments in place of the image's command; none: the image's."""
@@ -429,8 +432,9 @@ class Assignment(google.protobuf.message.Message):
         ports: collections.abc.Iterable[global___Port] | None = ...,
         egress: global___Egress.ValueType = ...,
         restart: global___Restart.ValueType = ...,
+        done: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "command", b"command", "cpu_milli", b"cpu_milli", "egress", b"egress", "env", b"env", "fence", b"fence", "image", b"image", "memory_bytes", b"memory_bytes", "ports", b"ports", "restart", b"restart", "workload_id", b"workload_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "command", b"command", "cpu_milli", b"cpu_milli", "done", b"done", "egress", b"egress", "env", b"env", "fence", b"fence", "image", b"image", "memory_bytes", b"memory_bytes", "ports", b"ports", "restart", b"restart", "workload_id", b"workload_id"]) -> None: ...
 
 global___Assignment = Assignment
 

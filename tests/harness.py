@@ -666,7 +666,7 @@ class Agent:
         self.socket = directory / "agent.sock"
         self.key_file = directory / "openinfra.pub"
         self.lease_file = directory / "lease.json"
-        self.engine_socket = directory / "engine.sock"
+        self.engine_socket = directory / "engine" / "engine.sock"  # no engine, unless a test says
         self.limits_file = directory / "limits.conf"
         if wg_key:
             self.key_file.write_text(wg_key + "\n")

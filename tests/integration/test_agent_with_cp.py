@@ -105,11 +105,25 @@ def test_status_and_doctor_of_a_host_that_is_well(
     assert status["host_id"] == host["host_id"]
     assert status["status"] == "online"
     assert status["assignable"] is True
-    done = agent.run_command("doctor", "--allow-unencrypted", "--json")
+    done = agent.run_command("doctor", "--allow-unencrypted")
     assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(done.stdout)["findings"][-1]  # and it is no fault of a try
-    assert said["command"] == "sudo systemctl restart openinfra-engine"
-    assert f"no container engine answers at {agent.engine_socket}: " in said["sentence"]
+
+
+def test_an_engine_that_does_not_answer_is_said_everywhere(
+    cp: ControlPlane, make_agent: MakeAgent
+) -> None:
+    agent = make_agent(address(cp), cp.mint(payout_pubkey=WALLET))
+    agent.engine_socket.parent.mkdir()
+    agent.start()
+    wait_status(cp, "online")
+    why = f"no container engine answers at {agent.engine_socket}: No such file or directory"
+    host = wait_for("why", lambda: next((h for h in cp.hosts() if h["reasons"]), None))
+    assert (host["assignable"], host["engine_version"]) == (False, "")
+    assert host["reasons"] == [f"{why}; look on the host: sudo openinfra-agent doctor"]
+    assert agent.status()["unready"] == why
+    done = agent.run_command("doctor", "--allow-unencrypted", "--json")
+    found = {each["command"]: each for each in json.loads(done.stdout)["findings"]}
+    assert why in found["sudo systemctl restart openinfra-engine"]["sentence"]
 
 
 @pytest.mark.parametrize("python", RUNTIMES)

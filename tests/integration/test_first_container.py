@@ -142,6 +142,22 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
     assert past[0]["reason"]
 
 
+def test_a_job_that_ended_is_not_run_again(fleet: Fleet) -> None:
+    """Not by a restarted agent, and not when its container is gone; and it holds nothing."""
+    job = fleet.post(name="job", command=["/bin/true"], restart="never", cpu_milli=1500)
+    fleet.tenant.wait(job, "finished")
+    other = fleet.post(name="other", cpu_milli=1500)
+    fleet.tenant.wait(other, "running")
+    fleet.engine.clear()
+    fleet.agent.process.stop(signal.SIGKILL)
+    fleet.start_agent()
+    fleet.running(1)  # the other one's, made anew
+    time.sleep(3)
+    (found,) = fleet.running(1)
+    assert found["Config"]["Labels"]["openinfra.workload"] == other["workload_id"]
+    assert fleet.tenant.get(job)["state"] == "finished"
+
+
 def test_kill_9_of_each_part_keeps_the_process(fleet: Fleet) -> None:
     workload = fleet.post()
     fleet.tenant.wait(workload, "running")

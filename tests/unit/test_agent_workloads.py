@@ -208,9 +208,15 @@ def test_the_list_is_taken_as_far_as_it_fits() -> None:
     wishes, refused = agent.decide_wishes(many(2, memory_bytes=5 << 30), OFFERED, ADDRESS)
     assert (len(wishes), len(refused)) == (1, 1)
     wishes, refused = agent.decide_wishes(
-        many(150, cpu_milli=10, memory_bytes=6 << 20), OFFERED, ADDRESS
+        many(250, cpu_milli=10, memory_bytes=6 << 20), OFFERED, ADDRESS
     )
-    assert (len(wishes), len(refused)) == (100, 50)
+    assert (len(wishes), len(refused)) == (200, 50)
+    # What has ended for good holds nothing of what is lent.
+    ended = many(4, cpu_milli=1500)
+    for each in ended[:3]:
+        each.done = True
+    wishes, refused = agent.decide_wishes(ended, OFFERED, ADDRESS)
+    assert (len(wishes), refused) == (4, {})
     twice = [make(), make(assignment_id=OTHER), make()]
     wishes, refused = agent.decide_wishes(twice, OFFERED, ADDRESS)
     assert [wish.assignment_id for wish in wishes] == [ID]

@@ -180,6 +180,7 @@ def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(body: dict[s
         "assignment_id": uuid.UUID(int=1),
         "assignment_no": 1,
         "workload_id": uuid.UUID(int=2),
+        "state": "running",
     }
     made = cp_server.render_assignment(row, "cp.example.com")
     assert pb.Assignment.FromString(made.SerializeToString()) == made
@@ -199,6 +200,7 @@ def test_an_assignment_as_its_host_gets_it() -> None:
         "assignment_id": uuid.UUID(int=1),
         "assignment_no": 77,
         "workload_id": uuid.UUID(int=2),
+        "state": "failed",
     }
     assert cp_server.render_assignment(row, "cp.example.com") == pb.Assignment(
         assignment_id=str(uuid.UUID(int=1)),
@@ -215,6 +217,7 @@ def test_an_assignment_as_its_host_gets_it() -> None:
         ],
         egress=pb.EGRESS_NONE,
         restart=pb.RESTART_ON_FAILURE,
+        done=True,
     )
 
 
