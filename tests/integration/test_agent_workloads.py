@@ -6,11 +6,13 @@ falls silent. It heartbeats each 30 s, so that all that is quick comes by nudges
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,7 +30,7 @@ import agent as agent_script
 from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
 from tests.engine import REGISTRY, Engine, inside
-from tests.harness import Agent, Netns, make_netns, wait_for
+from tests.harness import ROOT, Agent, Netns, make_netns, wait_for
 
 BODY = "oi1_abcdefghij234567_" + "A" * 43
 TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
@@ -353,6 +355,94 @@ def test_a_workload_outlives_its_engine(world: World) -> None:
         before["State"]["StartedAt"],
     )
     assert world.plane.wait_state(made, "RUNNING").restarts == 0
+
+
+def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    """A start may be under way, or the list may be newer than what was seen of the engine.
+
+    The engine is a socket that has nothing: what it is asked for takes a moment.
+    """
+    path = tmp_path / "engine.sock"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
+    asked = threading.Event()
+
+    def serve() -> None:
+        for _ in range(8):
+            with server.accept()[0] as client:
+                client.recv(65_536)
+                asked.set()
+                time.sleep(0.1)
+                client.sendall(answer)
+
+    async def look() -> list[int]:
+        loop = asyncio.get_running_loop()
+        workloads = agent_script.Workloads(
+            engine=agent_script.Engine(path),
+            limits=agent_script.Limits(1000, 1 << 30),
+            threads=ThreadPoolExecutor(2),
+            pulls=asyncio.Semaphore(1),
+            quick=asyncio.Semaphore(1),
+            stops=asyncio.Semaphore(1),
+            stirred=asyncio.Event(),
+        )
+        said = []
+
+        async def see() -> None:
+            await agent_script.look(workloads)
+            said.append(agent_script.render_observed(workloads, "").revision)
+
+        workloads.revision = 1
+        await see()
+        workloads.revision = 2
+        workloads.tasks[str(uuid.uuid4())] = loop.create_task(asyncio.sleep(9))
+        await see()  # something that is not in the list is being made
+        for task in workloads.tasks.values():
+            task.cancel()
+        workloads.tasks = {}
+        asked.clear()
+        seeing = loop.create_task(see())
+        await loop.run_in_executor(None, asked.wait, 5)
+        workloads.revision = 3  # a list that came while the engine was looked at
+        await seeing
+        await see()
+        workloads.threads.shutdown()
+        return said
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert asyncio.run(look()) == [1, 1, 1, 3]
+        thread.join()
+
+
+def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:
+    """Only when the right is over: until then an agent may be restarted."""
+    guard = world.agent
+    flags = [f"--engine-socket={world.engine.socket}", f"--lease-file={guard.lease_file}"]
+    flags += [f"--guard-file={guard.directory / 'guard.json'}"]
+    argv = [sys.executable, str(ROOT / "agent.py"), "guard", *flags]
+    argv = world.engine.netns.argv(argv)
+    world.plane.lease_s = 30
+    made = world.run(SLEEP, ports=[pb.Port(container_port=80, host_port=20_007)])
+    until_s = json.loads(guard.lease_file.read_text())["until_s"]
+    guard.process.stop(signal.SIGKILL)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert world.container(made)["State"]["Running"]
+    table = ["nft", "list", "table", "inet", "openinfra"]
+    listed = subprocess.check_output(world.engine.netns.argv(table), text=True)
+    assert "tcp dport 20007 accept" in listed
+    time.sleep(max(0.0, until_s + agent_script.GUARD_LATE_S - agent_script.read_boot_s()))
+    body = {"Image": world.image, "Cmd": SLEEP}
+    _, stranger = world.engine.call("POST", "/containers/create", body)
+    world.engine.call("POST", f"/containers/{stranger['Id']}/start")
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    name = f"oi-{made.assignment_id}"
+    assert done.stderr == f"WARN workload ended: its right to run was over name={name}\n"
+    assert not world.container(made)["State"]["Running"]
+    subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
 
 
 def test_workloads_end_before_their_lease_does(world: World) -> None:
