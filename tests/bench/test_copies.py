@@ -1,0 +1,267 @@
+"""Two home machines under load, each part killed at random: never two copies of one replica.
+
+The right of a host to run a copy is 600 s long. Here it is 30 s, by a constant in a copy of
+cp_server.py, so that it ends many times in one run; the guard, which a timer starts each 10 s, is
+called each 2 s. OPENINFRA_CHAOS_S and OPENINFRA_CHAOS_WORKLOADS make it shorter.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import agent as agent_script
+from tests.bench.conftest import Record
+from tests.engine import REGISTRY, Engine
+from tests.harness import (
+    OTHER_WALLET,
+    ROOT,
+    WALLET,
+    Agent,
+    ControlPlane,
+    Postgres,
+    make_netns,
+    read_seed,
+    wait_for,
+)
+from tests.integration.test_workloads import Tenant
+
+CHAOS_S = float(os.environ.get("OPENINFRA_CHAOS_S", "600"))
+WORKLOADS = int(os.environ.get("OPENINFRA_CHAOS_WORKLOADS", "100"))
+LEASE_S, GRACE_S = 30, 6  # in place of 600 and 30
+LOOP = ["/bin/sh", "-c", "trap exit TERM; while :; do sleep 1; done"]
+
+
+def shorten_lease(directory: Path) -> Path:
+    """The scripts with a short lease."""
+    directory.mkdir()
+    for name in ("agent.py", "proto", "systemd"):
+        (directory / name).symlink_to(ROOT / name)
+    text = (ROOT / "cp_server.py").read_text()
+    for name, value in (("LEASE_S = 600", LEASE_S), ("LEASE_GRACE_S = 30", GRACE_S)):
+        assert f"\n{name}  #" in text
+        text = text.replace(f"\n{name}  #", f"\n{name.partition(' ')[0]} = {value}  #")
+    (directory / "cp_server.py").write_text(text)
+    return directory
+
+
+class Home:
+    """A home machine: an engine, an agent and its guard."""
+
+    def __init__(self, cp: ControlPlane, directory: Path, wallet: str, engine: Engine) -> None:
+        self.engine = engine
+        target = f"127.0.0.1:{cp.grpc_port}"
+        self.agent = Agent(directory, target, cp.mint(payout_pubkey=wallet), wallet=wallet)
+        self.agent.engine_socket = engine.socket
+        self.agent.limits_file.write_text("CPUS=2\nMEMORY=8G\n")
+        self.seen: dict[str, bool] = {}  # assignment: it runs
+        self.ending = threading.Event()
+        self.guard = threading.Thread(target=self._guard_forever)
+        self.agent.start()
+        self.guard.start()
+
+    def _guard_forever(self) -> None:
+        """What `agent.py guard` does for workloads; its firewall is not for this namespace."""
+        engine = agent_script.Engine(self.engine.socket)
+        while not self.ending.wait(2):
+            agent_script.ensure_ended(engine, self.agent.lease_file)
+
+    def look(self) -> dict[str, bool]:
+        """Which assignments run; while the engine is down what was seen last, since they go on."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self.seen = {
+                each["Config"]["Labels"]["openinfra.assignment"]: each["State"]["Running"]
+                for each in self.engine.containers().values()
+            }
+        return self.seen
+
+    def kill_agent(self, away_s: float) -> None:
+        self.agent.process.stop(signal.SIGKILL)
+        time.sleep(away_s)
+        self.agent.start()
+
+    def freeze_agent(self, away_s: float) -> None:
+        """As a machine that hangs, or a partition: it goes on where it was."""
+        self.agent.process.child.send_signal(signal.SIGSTOP)
+        time.sleep(away_s)
+        self.agent.process.child.send_signal(signal.SIGCONT)
+
+    def kill_engine(self) -> None:
+        self.engine.kill()
+        self.engine.start()
+
+    def close(self) -> None:
+        self.ending.set()
+        self.guard.join()
+        self.agent.process.stop(signal.SIGKILL)
+
+
+class Watch:
+    """Looks each second which copies run, and keeps what must never be."""
+
+    def __init__(self, cp: ControlPlane, homes: list[Home]) -> None:
+        self.cp, self.homes = cp, homes
+        self.replicas: dict[str, str] = {}
+        self.doubles: list[str] = []
+        self.looks = self.most = 0
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _replica(self, assignment: str) -> str:
+        if assignment not in self.replicas:
+            with contextlib.suppress(Exception):  # the database may be down: then the next time
+                for row in self.cp.query(
+                    "SELECT assignment_id::text, workload_no || '/' || replica AS replica"
+                    " FROM assignments"
+                ):
+                    self.replicas[row["assignment_id"]] = row["replica"]
+        return self.replicas.get(assignment, assignment)
+
+    def _watch(self) -> None:
+        while not self.ending.wait(1):
+            running = [
+                (self._replica(name), name)
+                for home in self.homes
+                for name, is_running in home.look().items()
+                if is_running
+            ]
+            counts = collections.Counter(replica for replica, _ in running)
+            self.looks += 1
+            self.most = max(self.most, len(running))
+            for replica, count in counts.items():
+                if count > 1:
+                    names = [name for each, name in running if each == replica]
+                    self.doubles.append(f"{time.strftime('%T')} {replica}: {names}")
+
+    def close(self) -> None:
+        self.ending.set()
+        self.thread.join()
+
+
+def change_orders(tenant: Tenant, image: str, chance: random.Random, until: float) -> None:
+    """A customer that changes its mind each second."""
+    number = 0
+    while time.monotonic() < until:
+        number += 1
+        order = tenant.order(image=image, command=LOOP, cpu_milli=10, memory_bytes=16 << 20)
+        name, env = f"w{chance.randrange(WORKLOADS)}", {"N": str(number)}
+        tenant.call("POST", "", {**order, "name": name, "env": env})
+        time.sleep(1)
+
+
+def test_copies(spare_postgres: Postgres, tmp_path: Path, record: Record) -> None:
+    chance = random.Random(read_seed())
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for _ in range(2):
+            engine = Engine(stack.enter_context(make_netns()))
+            stack.callback(engine.close)
+            engines.append(engine)
+        scripts = shorten_lease(tmp_path / "scripts")
+        flags = ("--heartbeat-s=2", f"--registry={REGISTRY}")
+        cp = ControlPlane(spare_postgres, tmp_path / "cp", *flags, scripts=scripts)
+        cp.start()
+        stack.callback(lambda: cp.stop(signal.SIGKILL))
+        tenant = Tenant(cp)
+        image = {engine.push(f"{tenant.namespace}/web") for engine in engines}.pop()
+        image = image.removeprefix(f"{REGISTRY}/")
+        homes = []
+        for number, (engine, wallet) in enumerate(
+            zip(engines, (WALLET, OTHER_WALLET), strict=True)
+        ):
+            home = Home(cp, tmp_path / f"home{number}", wallet, engine)
+            stack.callback(home.close)
+            homes.append(home)
+        wait_for("both are ready", lambda: sum(bool(h["engine_version"]) for h in cp.hosts()) == 2)
+        for number in range(WORKLOADS):
+            tenant.post(
+                name=f"w{number}", image=image, command=LOOP, cpu_milli=10, memory_bytes=16 << 20
+            )
+        watch = Watch(cp, homes)
+        stack.callback(watch.close)
+        wait_all(cp, homes, 300)
+        until = time.monotonic() + CHAOS_S
+        customer = threading.Thread(target=change_orders, args=(tenant, image, chance, until))
+        customer.start()
+        kills = harm(cp, spare_postgres, homes, chance, until)
+        customer.join()
+        wait_all(cp, homes, 300)
+        cp.check_invariants()
+    print(
+        f"\n{sum(kills.values())} harms: {dict(kills)}; {watch.looks} looks, at most {watch.most}"
+    )
+    assert watch.looks > CHAOS_S / 3
+    lost = cp.query("SELECT count(*) AS n FROM assignments WHERE state = 'lost'")[0]["n"]
+    print(f"{lost} rights ended in silence")
+    what = f"replicas with two copies in {CHAOS_S:.0f} s of kill -9, {WORKLOADS} workloads"
+    record(what, len(watch.doubles), "", 0)
+    assert watch.doubles == []
+
+
+def harm(
+    cp: ControlPlane,
+    postgres: Postgres,
+    homes: list[Home],
+    chance: random.Random,
+    until: float,
+) -> collections.Counter[str]:
+    """Kill one part after the other until the time is over; gives back how often which."""
+    kills: collections.Counter[str] = collections.Counter()
+
+    def kill_cp() -> None:
+        cp.stop(signal.SIGKILL)
+        time.sleep(chance.choice([0, 3]))
+        cp.start()
+
+    def kill_postgres() -> None:
+        postgres.stop(signal.SIGQUIT)
+        time.sleep(chance.choice([0, 3]))
+        postgres.start()
+
+    while time.monotonic() < until:
+        home = chance.choice(homes)
+        away_s = chance.choice([0, 5, LEASE_S + GRACE_S + 10])
+        ways: dict[str, Callable[[], None]] = {
+            "agent": partial(home.kill_agent, away_s),
+            "freeze": partial(home.freeze_agent, away_s),
+            "engine": home.kill_engine,
+            "control plane": kill_cp,
+            "PostgreSQL": kill_postgres,
+        }
+        name = chance.choice([*ways])
+        ways[name]()
+        kills[name] += 1
+        time.sleep(chance.uniform(1, 6))
+    return kills
+
+
+def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
+    """Wait until each workload runs once, of its present revision."""
+    sql = (
+        "SELECT count(*) AS n FROM workloads w JOIN assignments a USING (workload_no)"
+        " WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND a.state = 'running'"
+        " AND a.revision = w.revision"
+    )
+
+    def is_whole() -> bool:
+        if cp.query(sql)[0]["n"] != WORKLOADS:
+            return False
+        time.sleep(0.5)
+        return sum(sum(home.look().values()) for home in homes) == WORKLOADS
+
+    try:
+        wait_for("all run", is_whole, timeout_s)
+    except AssertionError as error:
+        rows = cp.query(
+            "SELECT state, reason, count(*) FROM assignments WHERE ended_at IS NULL GROUP BY 1, 2"
+        )
+        raise AssertionError(f"{error}: {rows}") from None
