@@ -1508,7 +1508,10 @@ def plan_start(
     if found.has_ended and not past.is_stopped:
         ended_s = now_s if past.ended_s is None else past.ended_s
         due_s = ended_s + decide_back_off_s(past.streak)
-    if now_s >= due_s:
+    if now_s >= due_s and "already exists" in found.error:
+        # The engine was killed in the middle of a start, and can never start this one again.
+        yield Step(Verb.REMOVE, wish.assignment_id, found.id, network=network)
+    elif now_s >= due_s:
         yield Step(Verb.START, wish.assignment_id, found.id, wish)
 
 

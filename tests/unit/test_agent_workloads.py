@@ -516,6 +516,16 @@ def test_next_step(
     assert plan(wishes, found, past, unready="no firewall") == without
 
 
+def test_a_container_that_can_never_start_again_is_made_anew() -> None:
+    """As an engine leaves it that was killed in the middle of its start."""
+    leaked = dataclasses.replace(ENDED, error="task c1: already exists: unknown")
+    past = Past(ended_s=900, streak=1)
+    assert plan([WISH], [leaked], past) == [("remove", "c1")]
+    assert plan([WISH], [leaked], past, now_s=900.5) == []
+    assert plan([WISH], [leaked], past, now_s=2000.0) == []
+    assert plan([WISH], [], past) == [("pull", "")]
+
+
 @pytest.mark.parametrize(("told_s", "expected"), [(1000, []), (990.5, []), (990, [("kill", "c1")])])
 def test_a_stop_becomes_a_kill(told_s: float, expected: list[tuple[str, str]]) -> None:
     assert plan([], [RUNNING], stops={"c1": told_s}) == expected
