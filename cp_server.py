@@ -366,6 +366,7 @@ PEERS_RETRY_S = 5.0
 PEERS_RENEW_S = 180  # a session is dead by then (REJECT_AFTER_TIME of the WireGuard paper)
 PEERS_DEADLINE_S = 240.0  # for a whole comparison: 65,000 peers set anew take one or two minutes
 HUB_S = 30.0  # for one answer of the WireGuard helper
+HOLDERS_REST_MAX_S = 5.0  # between two readings of the hub for registrations; an agent waits 10 s
 HUB_ANSWER_BYTES = 32 << 20  # 10 MB at 65,000 peers
 HUB_CHANGES_MAX = 1_000  # in one question; the helper takes no more
 LOG_AGAIN_S = 600.0  # a trouble that lasts is logged again this often
@@ -4662,9 +4663,10 @@ class Peers:
         self._db = db
         self._metrics = metrics
         self._look_now, self._compare_now = asyncio.Event(), asyncio.Event()
-        self._asking, self._reading = asyncio.Lock(), asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
         self._holders: dict[str, str] = {}  # network -> the peer that has it, as last read
-        self._read_s, self._reading_took_s = 0.0, 0.0
+        self._read_s, self._next_read_s = 0.0, 0.0
         self._revoked: set[str] = set()  # of late: a comparison begun before must not set them
         self._removed: set[str] = set()  # of those, the ones that the hub has forgotten
         self._trouble, self._told_s = "", 0.0
@@ -4682,24 +4684,33 @@ class Peers:
         """Raises Refusal unless what comes from this address is encrypted with this key.
 
         A host could claim the key of another, and the hub would move that to the host's address.
-        Callers that wait share an answer, and the hub is asked for a tenth of the time at most.
+        Callers share what is read; one that goes away ends no reading, and begins none the sooner.
         """
         came_s = time.monotonic()
-        async with self._reading:
-            if self._read_s < came_s:
-                await asyncio.sleep(self._read_s + 10 * self._reading_took_s - came_s)
-                began_s = time.monotonic()
-                try:
-                    peers = (await ask_hub(self._path, {"verb": "dump"}))["peers"]
-                except Error as error:
-                    what = "the control plane cannot read the peers of its tunnel now"
-                    raise Refusal("TRY_LATER", what, error.todo) from None
-                self._holders = {net: peer["key"] for peer in peers for net in peer["allowed_ips"]}
-                self._read_s, self._reading_took_s = began_s, time.monotonic() - began_s
-            if self._holders.get(f"{ip}/32") != key:
-                what = f"the tunnel's peer at {ip} has another key than the agent says"
-                todo = "does /etc/wireguard/openinfra.pub belong to openinfra.conf? see: wg show"
-                raise Refusal("WRONG_ADDRESS", what, todo)
+        while self._read_s < came_s:
+            if self._reader is None or self._reader.done():
+                self._reader = asyncio.create_task(self._read_holders())
+                self._reader.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(self._reader)
+        if self._holders.get(f"{ip}/32") != key:
+            what = f"the tunnel's peer at {ip} has another key than the agent says"
+            todo = "does /etc/wireguard/openinfra.pub belong to openinfra.conf? see: wg show"
+            raise Refusal("WRONG_ADDRESS", what, todo)
+
+    async def _read_holders(self) -> None:
+        """Read who has which address; raises Refusal. After it the hub has a rest from this."""
+        await asyncio.sleep(max(0.0, self._next_read_s - time.monotonic()))
+        began_s = time.monotonic()
+        try:
+            peers = (await ask_hub(self._path, {"verb": "dump"}))["peers"]
+        except Error as error:
+            what = "the control plane cannot read the peers of its tunnel now"
+            raise Refusal("TRY_LATER", what, error.todo) from None
+        finally:
+            now_s = time.monotonic()
+            self._next_read_s = now_s + min(9 * (now_s - began_s), HOLDERS_REST_MAX_S)
+        self._holders = {net: peer["key"] for peer in peers for net in peer["allowed_ips"]}
+        self._read_s = began_s
 
     def loops(self) -> list[asyncio.Task[None]]:
         """Start the loops; none without a helper."""

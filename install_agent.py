@@ -359,6 +359,7 @@ class DataDir:
     is_encrypted: bool
     is_expected: bool  # setup_luks2.py made a disk for it
     is_registered: bool  # it holds the identity of a host
+    invite_id: str = ""  # by which that became a host
 
 
 @dataclass(frozen=True)
@@ -882,7 +883,10 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
     steps: list[Step] = [*plan_directories(facts, [MANIFEST, *(file.path for file in changed)])]
     if (changed or commands) and begun != manifest:
         steps.append(plan_manifest(begun, "what will be there"))
-    if answers.is_new_host and facts.data.is_registered:
+    token = parse_token(answers.token) if answers.is_new_host else None
+    # The same command again: this invite made the identity that is there.
+    is_done = token is not None and token.id == facts.data.invite_id
+    if answers.is_new_host and facts.data.is_registered and not is_done:
         steps += plan_new_identity(facts.data.path)
     steps += [*changed, *commands]
     if steps or final != manifest:
@@ -894,7 +898,8 @@ def plan_new_identity(data_dir: str) -> Iterator[Run]:
     """Put the identity aside, while no agent has it: the next one redeems the invite."""
     yield Run(("systemctl", "stop", AGENT), "it holds the identity")
     there = f"{data_dir}/identity.json"
-    yield Run(("mv", "--backup=numbered", "--", there, f"{there}.replaced"), "of before")
+    move = ("mv", "--no-target-directory", "--backup=numbered", "--", there, f"{there}.replaced")
+    yield Run(move, "of before")
 
 
 def plan_directories(facts: Facts, paths: Sequence[Path]) -> Iterator[Run]:
@@ -1118,9 +1123,11 @@ def read_data_dir(path: str) -> DataDir:
         return DataDir(path, -1, 0, False, False, is_expected, False)
     identity = read_file(Path(path, "identity.json"), SMALL_MAX_BYTES)
     is_registered = bool(identity and re.search(rb'"host_id": *"', identity.content))
+    invite = re.search(rb'"invite_id": *"([a-z2-7]{16})"', identity.content) if identity else None
     mode = stat.S_IMODE(seen.st_mode) if stat.S_ISDIR(seen.st_mode) else 0
     crypt, mount = is_encrypted(Path(path)), os.path.ismount(path)
-    return DataDir(path, mode, seen.st_uid, mount, crypt, is_expected, is_registered)
+    invite_id = invite[1].decode() if invite else ""
+    return DataDir(path, mode, seen.st_uid, mount, crypt, is_expected, is_registered, invite_id)
 
 
 def read_units_state() -> dict[str, Unit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import secrets
@@ -582,3 +583,79 @@ def test_without_a_socket_nothing_is_kept(make_cp: Callable[..., ControlPlane]) 
     found = json.loads(done.stdout)
     assert "cannot reach the WireGuard helper: No such file" in found["findings"][0]["what"]
     assert done.returncode == 1
+
+
+# Keys that are new for a host ---------------------------------------------------------------------
+
+
+class SlowHub:
+    """The helper's socket, where a dump takes its time, one after the other, as the real one's."""
+
+    def __init__(self, path: Path, takes_s: float) -> None:
+        self.path, self.takes_s = path, takes_s
+        self.dumps = 0
+        self.turn = asyncio.Lock()
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._answer, str(self.path))
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        async with self.turn:  # also for who has gone meanwhile
+            self.dumps += 1
+            await asyncio.sleep(self.takes_s)
+        peers = [{"key": "k" * 43 + "=", "allowed_ips": ["10.77.0.42/32"]}]
+        writer.write(json.dumps({"ok": True, "peers": peers}).encode() + b"\n")
+        writer.close()
+
+
+def make_peers(path: Path) -> cp_server.Peers:
+    metrics = cp_server.Metrics()
+    for name, kind, text in cp_server.METRICS:
+        metrics.define(name, kind, text)
+    nowhere: Any = None  # it is not asked for here
+    return cp_server.Peers(str(path), nowhere, metrics)
+
+
+def test_callers_that_go_away_keep_nobody_from_the_proof(tmp_path: Path) -> None:
+    """A host that asks again and again with a deadline of 50 ms; and each of them costs nothing."""
+
+    async def ask() -> tuple[float, int]:
+        hub = SlowHub(tmp_path / "hub", 0.4)
+        server = await hub.serve()
+        peers = make_peers(hub.path)
+        loop = asyncio.get_running_loop()
+        ending = asyncio.Event()
+
+        async def flood() -> None:
+            while not ending.is_set():
+                with contextlib.suppress(asyncio.TimeoutError, cp_server.Refusal):
+                    await asyncio.wait_for(peers.check_key("10.77.0.9", "x"), 0.05)
+
+        crowd = [loop.create_task(flood()) for _ in range(20)]
+        await asyncio.sleep(0.2)
+        took = []
+        for _ in range(2):
+            began = loop.time()
+            await asyncio.wait_for(peers.check_key("10.77.0.42", "k" * 43 + "="), 10)
+            took.append(loop.time() - began)
+        ending.set()
+        await asyncio.gather(*crowd)
+        server.close()
+        return max(took), hub.dumps
+
+    longest_s, dumps = asyncio.run(ask())
+    assert longest_s < 10
+    assert dumps <= 4
+
+
+def test_a_hub_that_cannot_be_read_refuses_all_who_wait(tmp_path: Path) -> None:
+    async def ask() -> list[object]:
+        peers = make_peers(tmp_path / "nobody")
+        calls = [peers.check_key("10.77.0.42", "k" * 43 + "=") for _ in range(3)]
+        return list(await asyncio.gather(*calls, return_exceptions=True))
+
+    refused = asyncio.run(ask())
+    assert [isinstance(each, cp_server.Refusal) and each.code for each in refused] == [
+        "TRY_LATER"
+    ] * 3

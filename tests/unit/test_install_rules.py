@@ -661,13 +661,19 @@ def test_a_fresh_invite_puts_the_identity_aside() -> None:
     assert steps == [
         NOTED,
         f"stop {AGENT}",
-        f"mv --backup=numbered -- {identity} {identity}.replaced",
+        f"mv --no-target-directory --backup=numbered -- {identity} {identity}.replaced",
         "agent.env",
         f"restart {AGENT}",
         NOTED,
     ]
     lost = replace(there, data=DISK)
     again = words(plan(lost, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
+    # The same command again, as after a cut: this very invite made the identity that is there.
+    token = install_agent.parse_token(ANSWERS.token)
+    assert token
+    done = replace(there, data=replace(there.data, invite_id=token.id))
+    repeated = words(plan(done, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
+    assert not [step for step in repeated if "identity.json" in step or "stop" in step.split()]
     assert again == [NOTED, "agent.env", f"restart {AGENT}", NOTED]
 
 
