@@ -863,6 +863,11 @@ _IMAGE = re.compile(
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
+# What a customer needs to know of it: its own namespace first, no registry, no tag.
+IMAGE = {
+    "pattern": rf"^(?!localhost/)[a-z0-9][a-z0-9-]{{0,38}}[a-z0-9](/{_IMAGE_PART})+"
+    r"@sha256:[0-9a-f]{64}$"
+}
 ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
 _UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -1270,10 +1275,10 @@ WORKLOAD_FIELDS = (
         "string",
         "by its digest: namespace/name@sha256:…",
         1,
-        512,
+        272,  # 72 of them the digest; Docker takes 255 with the registry's name before it
         None,
         check_image,
-        form={"pattern": f"^{_IMAGE_PART}(/{_IMAGE_PART})+@sha256:[0-9a-f]{{64}}$"},
+        form=IMAGE,
         required=True,
     ),
     Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,8 @@ def test_the_smallest_order() -> None:
     ],
 )
 def test_an_image_of_the_own_registry(image: str) -> None:
+    is_documented = re.fullmatch(cp_server.IMAGE["pattern"], image) is not None
+    assert is_documented is not (image.startswith("cp.") or ":v1" in image)
     kept = parse(image=image).spec["image"]
     assert kept == image.removeprefix("cp.example.com/").replace(":v1", "")
 
@@ -88,6 +91,7 @@ def test_an_image_of_the_own_registry(image: str) -> None:
         ("image", f"kuma/../web@{DIGEST}", "no image"),
         ("image", f"--privileged/kuma/web@{DIGEST}", "no image"),
         ("image", f" kuma/web@{DIGEST}", "no image"),
+        ("image", f"kuma/{'a' * 200}@{DIGEST}", "out of range"),
         ("image", 7, "wrong type"),
         ("command", "sh", "wrong type"),
         ("command", [1], "wrong type"),
