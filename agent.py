@@ -33,7 +33,7 @@ Files (mode)
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
   /run/openinfra/lease.json          0600  which workloads may run, and until when
-  /run/openinfra-engine/engine.sock        the container engine; who can open it is root
+  /run/openinfra/engine.sock               the container engine; who can open it is root
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
@@ -52,6 +52,7 @@ Examples
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import enum
 import errno
@@ -204,6 +205,7 @@ TEND_SOON_S = 0.5
 TEND_S = 2.0
 TEND_IDLE_S = 30.0
 ENGINE_API = "/v1.41"
+NO_ENGINE = Path("none")
 ENGINE_TIMEOUT_S = 30.0
 ENGINE_VERSION_TIMEOUT_S = 2.0
 ENGINE_VERSION_AGE_S = 10.0
@@ -397,8 +399,8 @@ OPTIONS = (
         "engine_socket",
         "--engine-socket",
         "",
-        "/run/openinfra-engine/engine.sock",
-        "the container engine",
+        "/run/openinfra/engine.sock",
+        "the container engine; `none`: this host takes no workload",
     ),
     Option("limits", "--limits", "", "/etc/openinfra/limits.conf", "what this machine lends"),
 )
@@ -664,6 +666,8 @@ class Workloads:
     # Set when there is something to look at.
     stirred: asyncio.Event
 
+    # What a pull shows to the registry; the session itself goes to CONTROL_PLANE alone.
+    registry_password: str = field(default="", repr=False)
     engine_version: str = ""
     engine_error: str = "it was not asked yet"
     engine_asked_s: float = -ENGINE_VERSION_AGE_S
@@ -689,6 +693,8 @@ class Workloads:
     looks: int = 0
     memory: Memory = field(default_factory=Memory)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    # Those that were at work when the engine was last looked at.
+    busy: frozenset[str] = frozenset()
     progress: dict[str, str] = field(default_factory=dict)
     # What ends a pull that nobody wants any more.
     sockets: dict[Wish, socket.socket] = field(default_factory=dict)
@@ -1356,6 +1362,17 @@ def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Co
     )
 
 
+def decide_registry_password(session: str) -> str:
+    """The hash of the session, which the control plane stores: good for pulls and nothing else."""
+    return hashlib.sha256(bytes.fromhex(session)).hexdigest()
+
+
+def render_registry_auth(image: str, password: str) -> str:
+    """The header X-Registry-Auth of the Docker Engine API: base64url of a JSON object."""
+    who = {"username": "host", "password": password, "serveraddress": image.partition("/")[0]}
+    return base64.urlsafe_b64encode(json.dumps(who).encode()).decode()
+
+
 def parse_pull(line: bytes, layers: dict[str, tuple[int, int]]) -> str:
     """Read one line of a pull's progress into `layers`; the engine's error, if it is one."""
     try:
@@ -1380,8 +1397,9 @@ def render_progress(layers: Mapping[str, tuple[int, int]]) -> str:
 
 def decide_pull_error(words: str) -> bool:
     """Tell whether the registry itself said no, so that another try gets the same answer."""
-    finals = ("manifest unknown", "not found", "denied", "unauthorized", "no matching manifest")
-    return any(final in words.lower() for final in (*finals, "invalid reference", "unsupported"))
+    # Not "unauthorized": what this host shows changes with its session.
+    finals = ("manifest unknown", "not found", "denied", "no matching manifest", "unsupported")
+    return any(final in words.lower() for final in (*finals, "invalid reference"))
 
 
 def decide_back_off_s(streak: int) -> float:
@@ -2212,11 +2230,8 @@ def read_unready(agent: Agent) -> tuple[str, str]:
         firewall = decide_firewall(guard, now_s)
         if guard and now_s - guard.at_s > GUARD_OLD_S:
             firewall = "guard does not run"  # a sentence that stays the same
-    # The installer lays no engine yet: a host without one is well, and the control plane sees that
-    # it has none.
-    has_engine = workloads.engine.path.parent.is_dir()
-    engine_error = workloads.engine_error if has_engine else ""
-    return decide_unready(engine_error, firewall, workloads.lease_error, workloads.limits)
+    error = workloads.engine_error if workloads.engine.path != NO_ENGINE else ""
+    return decide_unready(error, firewall, workloads.lease_error, workloads.limits)
 
 
 def read_facts(agent: Agent) -> pb.Facts:
@@ -2445,7 +2460,13 @@ class Engine:
 
     @contextlib.contextmanager
     def open(
-        self, method: str, path: str, query: Mapping[str, str], body: object, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: object,
+        timeout_s: float,
+        **headers: str,
     ) -> Iterator[tuple[Any, socket.socket]]:
         """Send one request; whatever goes wrong becomes an EngineError."""
         import http.client  # `guard` seldom needs these
@@ -2459,7 +2480,8 @@ class Engine:
             sock.connect(str(self.path))
             target = path + ("?" + urllib.parse.urlencode(query) if query else "")
             raw = None if body is None else json.dumps(body).encode()
-            headers = {"Content-Type": "application/json"} if raw else {}
+            if raw:
+                headers["Content-Type"] = "application/json"
             connection.request(method, ENGINE_API + target, raw, headers)
             yield connection, sock
         except TimeoutError:
@@ -2519,13 +2541,19 @@ class Engine:
         return self.read_object(f"/images/{image}/json").get("Config")
 
     def pull(
-        self, image: str, opened: Callable[[socket.socket], None], note: Callable[[str], None]
+        self,
+        image: str,
+        password: str,
+        opened: Callable[[socket.socket], None],
+        note: Callable[[str], None],
     ) -> None:
         """Fetch an image by its digest; `opened` gets the socket, whose shutdown ends this."""
         name, _, digest = image.partition("@")
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
-        with self.open("POST", "/images/create", query, None, PULL_SILENCE_S) as (connection, sock):
+        auth = {"X-Registry-Auth": render_registry_auth(name, password)}
+        create = self.open("POST", "/images/create", query, None, PULL_SILENCE_S, **auth)
+        with create as (connection, sock):
             opened(sock)
             answer = connection.getresponse()
             if answer.status != 200:
@@ -2713,6 +2741,7 @@ async def open_session(agent: Agent) -> None:
     agent.acknowledged_facts = None
     agent.workloads.revision = agent.workloads.seen_revision = 0
     agent.workloads.acknowledged = None
+    agent.workloads.registry_password = decide_registry_password(agent.identity.session or "")
     agent.onchain_payout = reply.onchain_payout
     nominal_s = reply.heartbeat_interval_s or INTERVAL_NOMINAL_S
     agent.nominal_s = agent.interval_s = decide_interval_s(0, nominal_s)
@@ -2867,11 +2896,11 @@ async def ask_version(workloads: Workloads) -> None:
 async def look(workloads: Workloads) -> None:
     """See what the engine has of ours, and note what ended."""
     engine, memory = workloads.engine, workloads.memory
-    busy, revision = frozenset(workloads.tasks), workloads.revision
+    workloads.busy, revision = frozenset(workloads.tasks), workloads.revision
     wished = {wish.assignment_id for wish in workloads.wishes or ()}
-    is_calm = all(key in wished or key.startswith("stop ") for key in busy)
+    is_calm = all(key in wished or key.startswith("stop ") for key in workloads.busy)
     workloads.containers, workloads.networks, workloads.ends = await in_thread(
-        workloads, engine.read_workloads, workloads.ends, busy
+        workloads, engine.read_workloads, workloads.ends, workloads.busy
     )
     workloads.looks += 1
     if is_calm and revision == workloads.revision:
@@ -2896,13 +2925,13 @@ async def look(workloads: Workloads) -> None:
     memory.pasts = {name: past for name, past in memory.pasts.items() if name in known}
 
 
-def begin_steps(agent: Agent, unready: str) -> None:
+def begin_steps(workloads: Workloads, unready: str) -> None:
     """Begin what is to be done, each step beside the others; no two at once for one assignment."""
-    workloads, memory, now_s = agent.workloads, agent.workloads.memory, read_boot_s()
+    memory, now_s = workloads.memory, read_boot_s()
     seen, right_until_s = (workloads.containers, workloads.networks), workloads.right_until_s
     for step in plan_containers(workloads.wishes, *seen, now_s, right_until_s, memory, unready):
-        if step.key in workloads.tasks:
-            continue
+        if step.key in workloads.tasks or step.key in workloads.busy:
+            continue  # at work, or done by now, and what was seen is of before
         if step.verb is Verb.TERM:
             memory.stops[step.container_id] = now_s
         workloads.tasks[step.key] = asyncio.create_task(do_step(workloads, step))
@@ -2955,7 +2984,7 @@ def run_step(workloads: Workloads, step: Step) -> None:
                 raise
             opened = functools.partial(workloads.sockets.__setitem__, wish)
             noted = functools.partial(workloads.progress.__setitem__, name)
-            engine.pull(wish.image, opened, noted)
+            engine.pull(wish.image, workloads.registry_password, opened, noted)
 
 
 def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> None:
@@ -3384,7 +3413,7 @@ async def tend(agent: Agent) -> NoReturn:
             workloads.engine_error = str(error)
         else:
             workloads.engine_error = ""
-            begin_steps(agent, read_unready(agent)[0])
+            begin_steps(workloads, read_unready(agent)[0])
         note_engine(workloads)
         note_observed(agent, read_unready(agent)[0])
         with contextlib.suppress(asyncio.TimeoutError):

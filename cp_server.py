@@ -371,6 +371,7 @@ HUB_ANSWER_BYTES = 32 << 20  # 10 MB at 65,000 peers
 HUB_CHANGES_MAX = 1_000  # in one question; the helper takes no more
 LOG_AGAIN_S = 600.0  # a trouble that lasts is logged again this often
 HTTP_BODY_BYTES = 65_536
+REGISTRY_AUTH = "/api/v1/registry/auth"  # Caddy's question, no route of the API
 HTTP_WORKERS = 8
 HTTP_QUEUE = 64
 HTTP_DEADLINE_S = 10.0
@@ -862,6 +863,20 @@ _IMAGE = re.compile(
     rf"(?P<namespace>{_IMAGE_PART})/(?P<name>{_IMAGE_PART}(?:/{_IMAGE_PART})*)"
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+_REPOSITORY = re.compile(rf"{_IMAGE_PART}(?:/{_IMAGE_PART})+")
+# Of the OCI distribution specification what push and pull need; nothing lists other repositories.
+_REGISTRY_PATH = re.compile(
+    rf"/v2/(?:(?P<repository>{_REPOSITORY.pattern})/(?:"
+    r"(?P<manifests>manifests/(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}|sha256:[0-9a-f]{64}))"
+    r"|(?P<uploads>blobs/uploads/)|(?P<upload>blobs/uploads/[A-Za-z0-9_=-]{1,200})"
+    r"|(?P<blobs>blobs/sha256:[0-9a-f]{64})|(?P<tags>tags/list)))?"
+)
+_REGISTRY_METHODS = {
+    "manifests": ("GET", "HEAD", "PUT"),
+    "uploads": ("POST",),
+    "upload": ("GET", "HEAD", "PATCH", "PUT", "DELETE"),
+}
+_REGISTRY_QUERY = {"_state", "digest", "from", "last", "mount", "n"}
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
 # What a customer needs to know of it: its own namespace first, no registry, no tag.
 IMAGE = {
@@ -1013,6 +1028,64 @@ def parse_image(text: str, registry: str) -> tuple[str, str]:
         todo = f"push it here first: {registry or 'the operator has to set one up'}"
         raise Refusal("BAD_REQUEST", what, todo, "image")
     return match["namespace"], f"{match['namespace']}/{match['name']}@{match['digest']}"
+
+
+@dataclasses.dataclass(frozen=True)
+class RegistryCall:
+    """What a request to the registry touches; `repository` is empty for the registry itself."""
+
+    namespace: str
+    repository: str
+    is_write: bool
+    source: str = ""  # the namespace that a blob is to be mounted from
+
+
+def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCall:
+    """Read what Caddy tells of a request (OCI distribution specification); raises Refusal.
+
+    Whatever could mean another thing to the registry than here is refused.
+    """
+    path, _, query = uri.partition("?")
+    match = _REGISTRY_PATH.fullmatch(path)
+    if match is None:
+        raise Refusal("NOT_FOUND", "no such path in the registry", "there is no list of all images")
+    if method not in _REGISTRY_METHODS.get(match.lastgroup or "", ("GET", "HEAD")):
+        what = f"the registry does not take {parse_said(method, 16)} here"
+        raise Refusal("METHOD_NOT_ALLOWED", what, "push and pull; nothing is deleted")
+    # It would read fields of a form as if they stood in the query, and the body is not seen here.
+    if "form" in content_type.lower() or "multipart" in content_type.lower():
+        raise Refusal("NOT_JSON", "the registry takes no forms", "use docker push")
+    words = query.split("&") if query else []
+    keys = [word.partition("=")[0] for word in words]
+    if len(set(keys)) < len(keys) or not set(keys) <= _REGISTRY_QUERY or ";" in query:
+        raise Refusal("BAD_REQUEST", "the registry does not know this query", "use docker push")
+    values = dict(urllib.parse.parse_qsl(query))
+    source = values.get("from", "")
+    if source and not _REPOSITORY.fullmatch(source):
+        raise Refusal("BAD_REQUEST", "from names no repository", "use docker push")
+    repository = match["repository"] or ""
+    is_write = method not in ("GET", "HEAD")
+    of, origin = repository.partition("/")[0], source.partition("/")[0]
+    return RegistryCall(of, repository, is_write, origin)
+
+
+def decide_registry(call: RegistryCall, namespaces: Sequence[str]) -> None:
+    """Let a customer push and pull in its own namespaces; raises Refusal FORBIDDEN."""
+    for namespace in filter(None, (call.namespace, call.source)):
+        if namespace not in namespaces:
+            own = " or ".join(sorted(namespaces)) or "none yet: ask the operator"
+            what = f"the namespace {namespace} is not yours"
+            raise Refusal("FORBIDDEN", what, f"yours: {own}")
+
+
+def parse_basic(header: str) -> str:
+    """The password of an Authorization header (RFC 7617); empty when there is none."""
+    scheme, _, text = header.partition(" ")
+    try:
+        decoded = base64.b64decode(text.strip(), validate=True).decode("ascii")
+    except (ValueError, UnicodeDecodeError):
+        return ""
+    return decoded.partition(":")[2] if scheme.lower() == "basic" else ""
 
 
 def check_words(value: Sequence[str] | Mapping[str, str], field: str) -> Any:
@@ -3282,6 +3355,18 @@ WHERE a.host_no = ANY(%(host_nos)s) AND a.ended_at IS NULL AND a.stop_at IS NULL
 ORDER BY a.assignment_no
 """
 
+SQL_PULL_RIGHT = """
+-- whether a host, by the hash of its session, has something to run out of this repository
+SELECT EXISTS (
+  SELECT 1 FROM sessions s JOIN hosts h USING (host_no) JOIN assignments a USING (host_no)
+  WHERE s.session_sha256 = %(session_sha256)s AND s.ended_at IS NULL AND h.status <> 'revoked'
+    AND a.ended_at IS NULL AND a.stop_at IS NULL
+    AND split_part(a.spec->>'image', '@', 1) = %(repository)s
+) AS may, EXISTS (
+  SELECT 1 FROM sessions WHERE session_sha256 = %(session_sha256)s AND ended_at IS NULL
+) AS known
+"""
+
 SQL_OBSERVED = """
 -- what hosts say of their assignments; one that is rejected is over: the host has nothing of it
 WITH seen AS (
@@ -4313,6 +4398,22 @@ async def find_customer(db: Database, token: Token) -> Customer | None:
     if not hmac.compare_digest(known, sha256(token.secret)) or row is None:
         return None
     return Customer(**row)
+
+
+async def check_pull(db: Database, session_sha256: bytes, call: RegistryCall) -> None:
+    """Let a host pull what it is to run; raises Refusal.
+
+    It shows the hash of its session: that is nothing to send a heartbeat with.
+    """
+    async with db.transaction() as tx:
+        row = await tx.one(
+            SQL_PULL_RIGHT, session_sha256=session_sha256, repository=call.repository
+        )
+    if row is None or not row["known"]:
+        raise Refusal("UNAUTHORIZED", "no such host", "the agent sends what it has")
+    if call.is_write or (call.repository and not row["may"]):
+        what = f"this host has nothing to run out of {call.repository}"
+        raise Refusal("FORBIDDEN", what, "a host pulls what its assignments need")
 
 
 async def put_workload(
@@ -6038,6 +6139,10 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             body = render_problem(refusal)
             if refusal.code == "UNAUTHORIZED":
                 headers["WWW-Authenticate"] = 'Bearer realm="openinfra"'
+            if self.path.partition("?")[0] == REGISTRY_AUTH:
+                headers = {"WWW-Authenticate": 'Basic realm="openinfra"'} if headers else {}
+                headers["Docker-Distribution-Api-Version"] = "registry/2.0"
+                body = render_registry_problem(refusal)
             if refusal.code == "METHOD_NOT_ALLOWED":
                 headers["Allow"] = refusal.todo.removeprefix("use ").replace(" or ", ", ")
         except Error as error:  # a database without its schema or rights
@@ -6062,10 +6167,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if self.command == "GET" and path == "/metrics":
             return 200, self.server.call(cp.render_metrics())
+        if self.command == "GET" and path == REGISTRY_AUTH:
+            return self._check_registry()
         route, in_path = match_route(self.command, path)
         actor, customer = Actor("anonymous"), None
         if route.scope == "customer":
-            actor, customer = self._check_key()
+            actor, customer = self._check_key(self._read_bearer())
         elif route.scope:
             actor = self._check_token(route.scope)
         values = parse_query(route.query, query)
@@ -6084,18 +6191,39 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else ""
 
-    def _check_key(self) -> tuple[Actor, Customer]:
+    def _check_key(self, text: str) -> tuple[Actor, Customer]:
         refusal = Refusal(
             "UNAUTHORIZED", "no valid key", "send yours: Authorization: Bearer oik1_…"
         )
         try:
-            key = parse_token("oik1", self._read_bearer())
+            key = parse_token("oik1", text)
         except Refusal:
             raise refusal from None
         customer = self.server.call(find_customer(self.server.cp.customer_db, key))
         if customer is None:
             raise refusal
         return Actor(f"customer:{customer.customer_id}:{key.public_id}"), customer
+
+    def _check_registry(self) -> tuple[int, dict[str, Any]]:
+        """Answer Caddy's `forward_auth`: whether this caller may do that with the registry.
+
+        Caddy keeps the query of the original request, which X-Forwarded-Uri holds as well.
+        """
+        told = {name: self.headers.get(f"X-Forwarded-{name}", "") for name in ("Method", "Uri")}
+        password = parse_basic(self.headers.get("Authorization", ""))
+        if not password:
+            todo = "docker login, any user name, and your key oik1_… as the password"
+            raise Refusal("UNAUTHORIZED", "the registry wants a customer's key", todo)
+        call = parse_registry_call(
+            told["Method"], told["Uri"], self.headers.get("Content-Type", "")
+        )
+        if re.fullmatch("[0-9a-f]{64}", password):
+            of_hosts = check_pull(self.server.cp.customer_db, bytes.fromhex(password), call)
+            self.server.call(of_hosts)
+            return 200, {}
+        _, customer = self._check_key(password)
+        decide_registry(call, customer.namespaces)
+        return 200, {}
 
     def _check_token(self, scope: str) -> Actor:
         keys = self.server.cp.jwt_keys()
@@ -6174,6 +6302,13 @@ def render_problem(refusal: Refusal) -> dict[str, Any]:
     """A refusal as the API shows it."""
     problem = {"code": refusal.code.lower(), "message": str(refusal)}
     return {"error": {**problem, "field": refusal.field or None}}
+
+
+def render_registry_problem(refusal: Refusal) -> dict[str, Any]:
+    """A refusal as `docker` shows it (OCI distribution specification, error codes)."""
+    codes = {"UNAUTHORIZED": "UNAUTHORIZED", "FORBIDDEN": "DENIED", "NOT_FOUND": "NAME_UNKNOWN"}
+    code = codes.get(refusal.code, "UNSUPPORTED")
+    return {"errors": [{"code": code, "message": str(refusal)}]}
 
 
 def render_refused(status: int, refusal: Refusal) -> bytes:
@@ -6572,7 +6707,7 @@ class PilotPlan:
             # The machine's own key, engine and limits are not ours.
             f"--wg-pubkey-file={self.agent_dir / 'openinfra.pub'}",
             f"--lease-file={self.agent_dir / 'lease.json'}",
-            f"--engine-socket={self.agent_dir / 'engine' / 'engine.sock'}",
+            "--engine-socket=none",
             f"--limits={self.agent_dir / 'limits.conf'}",
             "--allow-unencrypted",
         ]
@@ -6892,8 +7027,15 @@ ARTIFACT_SOURCES = (
     "proto/openinfra_pb2.py",
     "proto/openinfra_pb2_grpc.py",
     "systemd/openinfra-agent.service",
+    "systemd/openinfra-containerd.service",
+    "systemd/openinfra-containerd.toml",
+    "systemd/openinfra-engine.json",
+    "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-workloads.service",
+    "systemd/openinfra.slice",
+    "systemd/var-cache-openinfra.mount",
 )
 ARTIFACT_MAIN = b'''"""Starts agent.py, which lies beside this file in a zip that Python runs."""
 

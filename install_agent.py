@@ -13,6 +13,9 @@ What it does to this machine
   downloads the agent over https, and writes nothing of it before signature, size and sha256 are
   right; an older release, or one signed by another key than the first, is refused. It makes a
   WireGuard key, which never leaves this machine. What others made is refused, not overwritten.
+  It makes the container engine of the workloads: a system user whose subordinate ids they get, and
+  a disk image of fixed size for what they bring. Your own Docker stays as it is; where there is
+  none, the one that comes with docker.io is kept from starting.
   A second run asks nothing, changes nothing and restarts nothing, or mends what is missing.
 Files (mode)
   /etc/openinfra/agent.env               0600  invite, wallet, CONTROL_PLANE and DATA_DIR
@@ -20,17 +23,22 @@ Files (mode)
   /etc/openinfra/installer/install.json  0644  all that is installed, written before it is there
   /etc/openinfra/installer/release.pub   0644  the key that signs releases, kept from the first one
   /etc/openinfra/installer/ca.pem        0644  with --ca-file: who vouches for the control plane
+  /etc/openinfra/installer/engine.json   0644  and containerd.toml: settings of the engine
   /etc/wireguard/openinfra.key           0600  and openinfra.conf 0600, openinfra.pub 0644
   /usr/local/bin/openinfra-agent         0755  the agent: a zip that Python runs
-  /etc/systemd/system/openinfra-*              the units that lie in that zip
+  /etc/systemd/system/openinfra*               the units that lie in that zip, and var-cache-…mount
+  /etc/subuid                                  65,536 ids that nobody has, and /etc/subgid
+  /var/lib/openinfra/engine.img          0600  the disk of the workloads, at /var/cache/openinfra
   /run/openinfra-install.lock            0600  held while this changes anything
-Runs: apt-get dpkg dpkg-query install ip modprobe mv nft openssl python3 rm rmdir systemctl wg
+Runs: apt-get dpkg dpkg-query fallocate install ip iptables mkfs.ext4 modprobe mv nft openssl
+  python3 rm rmdir systemctl useradd userdel usermod wg
 
 The invite is typed at the prompt or comes from --token-file, never from the command line.
 --new-invite moves the identity of before to identity.json.replaced. A host that the control plane
   still knows stays the same host, by its key and address; a revoked one needs --new-key as well.
---uninstall keeps /var/lib/openinfra (the identity, on the encrypted disk), the packages (but for
-  --purge-packages) and each file that was changed by hand since; it names what it keeps.
+--uninstall ends the workloads. It keeps /var/lib/openinfra (the identity, on the encrypted disk),
+  the packages (but for --purge-packages) and each file that was changed by hand since; it names
+  what it keeps.
 Needs: Debian 12 or newer with systemd, root, an encrypted disk (setup_luks2.py).
 Environment: OPENINFRA_AGENT_URL, where the agent is instead of https://HOSTNAME/dist/ .
 Exit codes: 0 ended well; 1 error; 2 usage or a wrong answer; 3 refused; 130 interrupted.
@@ -83,12 +91,27 @@ UNIT_DIR = Path("/etc/systemd/system")
 LINK, TABLE = "openinfra", "openinfra"  # the interface; the nft table of family inet
 WG, AGENT = f"wg-quick@{LINK}.service", "openinfra-agent.service"
 GUARD, TIMER = "openinfra-guard.service", "openinfra-guard.timer"
-UNITS = (AGENT, GUARD, TIMER)  # the files of these lie in the agent's zip, under systemd/
-ENABLED = (GUARD, WG, TIMER, AGENT)
+ENGINE, CONTAINERD = "openinfra-engine.service", "openinfra-containerd.service"
+WORKLOADS, SLICE, DISK = (
+    "openinfra-workloads.service",
+    "openinfra.slice",
+    "var-cache-openinfra.mount",
+)
+# The files of these lie in the agent's zip, under systemd/.
+UNITS = (AGENT, GUARD, TIMER, ENGINE, CONTAINERD, WORKLOADS, SLICE, DISK)
+ENGINE_FILES = {  # settings that lie beside them, by their name there
+    "openinfra-containerd.toml": KEPT / "containerd.toml",
+    "openinfra-engine.json": KEPT / "engine.json",
+}
+ENABLED = (GUARD, WG, TIMER, DISK, ENGINE, AGENT)
+# What workloads bring goes into a file system of its own: it cannot fill the identity's.
+ENGINE_IMAGE, ENGINE_ROOT = Path("/var/lib/openinfra/engine.img"), Path("/var/cache/openinfra")
+ENGINE_USER, ENGINE_IDS = "openinfra-engine", 65_536  # subordinate ids, subuid(5)
 DROP_IN = UNIT_DIR / f"{AGENT}.d" / "allow-unencrypted.conf"
-SETTINGS = (RELEASE_PUB, CA, BINARY, WG_KEY, WG_PUB, WG_CONF, ENV)
-OURS = (*SETTINGS, *(UNIT_DIR / name for name in UNITS), DROP_IN)
-RUN_DIR, LOCK = Path("/run/openinfra"), Path("/run/openinfra-install.lock")
+SETTINGS = (RELEASE_PUB, CA, BINARY, WG_KEY, WG_PUB, WG_CONF, ENV, *ENGINE_FILES.values())
+OURS = (*SETTINGS, *(UNIT_DIR / name for name in UNITS), DROP_IN, ENGINE_IMAGE)
+RUN_DIRS = (Path("/run/openinfra"), Path("/run/openinfra-engine"))
+LOCK = Path("/run/openinfra-install.lock")
 DATA_DIR = "/var/lib/openinfra"
 MOUNT_UNIT = "var-lib-openinfra.mount"
 MANIFEST_FORMAT = 1
@@ -99,6 +122,9 @@ KEEPALIVE_S = 25  # home routers forget a UDP connection after 30 s and more
 ARCHITECTURES = ("x86_64", "aarch64")
 # Debian packages, and what shows that each is there: a command, or a module of /usr/bin/python3.
 PACKAGES = {
+    "apparmor": "apparmor_parser",  # where the kernel has it, dockerd runs no container without
+    "dbus": "dbus-daemon",  # by which the engine asks systemd for its containers' limits
+    "docker.io": "dockerd",
     "iproute2": "ip",
     "nftables": "nft",
     "openssl": "openssl",
@@ -106,8 +132,16 @@ PACKAGES = {
     "python3-protobuf": "google.protobuf",
     "wireguard-tools": "wg",
 }
+ANY_MAKE = ("docker.io",)  # another's package of the same is as good, and apt would remove it
+# Services that Debian's packages would start, and this machine did without so far.
+UNWANTED = {
+    "containerd": ("containerd.service",),
+    "docker.io": ("docker.service", "docker.socket"),
+}
 FREE_MIN_BYTES = 64 << 20
-FREE_PACKAGES_BYTES = 256 << 20  # what PACKAGES and all below them take, and their download
+FREE_PACKAGES_BYTES = 768 << 20  # what PACKAGES and all below them take, and their download
+# Of the encrypted disk: the identity's share, and the least that is of any use to workloads.
+DISK_KEPT_BYTES, ENGINE_MIN_BYTES = 256 << 20, 512 << 20
 
 SMALL_MAX_BYTES = 64 << 10  # release.json, its signature and key, a unit, a file of settings
 ARTIFACT_MAX_BYTES = 64 << 20
@@ -328,7 +362,7 @@ class Manifest:
     # SHA-256 of what we wrote; two between the beginning and the end of a run; none: not compared.
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
-    pending: tuple[str, ...] = ()  # units that have to be restarted
+    pending: tuple[str, ...] = ()  # units that have to be restarted, or UNWANTED kept from it
 
 
 @dataclass(frozen=True)
@@ -360,6 +394,17 @@ class DataDir:
     is_expected: bool  # setup_luks2.py made a disk for it
     is_registered: bool  # it holds the identity of a host
     invite_id: str = ""  # by which that became a host
+    size_bytes: int = 0
+    free_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EngineUser:
+    """The system user whose subordinate ids the workloads run as."""
+
+    is_there: bool
+    has_ids: bool
+    first_free_id: int  # of as many that nobody has
 
 
 @dataclass(frozen=True)
@@ -382,6 +427,8 @@ class Facts:
     dangling: tuple[Path, ...]  # links that enabled a unit of ours whose file is gone
     has_link: bool
     has_table: bool
+    engine_user: EngineUser
+    leftovers: tuple[tuple[str, ...], ...]  # commands that remove what workloads left
     manifest: Manifest
 
 
@@ -734,6 +781,11 @@ def list_problems(facts: Facts, allow_unencrypted: bool) -> Iterator[str]:
     if facts.missing and not facts.has_apt:
         yield f"not installed: {' '.join(facts.missing)} (Debian's names, and here is no apt-get)"
     yield from list_data_problems(facts.data, allow_unencrypted)
+    image_bytes = decide_image_bytes(facts.data)
+    if facts.data.is_mount and ENGINE_IMAGE not in facts.files and image_bytes < ENGINE_MIN_BYTES:
+        free = f"{facts.data.free_bytes >> 20} MiB are free"
+        needed = (facts.data.free_bytes - image_bytes + ENGINE_MIN_BYTES) >> 20
+        yield f"{facts.data.path} has no room for workloads: {free}, {needed} are needed"
     for use in facts.uses:
         yield f"{TUNNEL} is the tunnel's, and here it is in use: {use}; give that another range"
     needed = FREE_PACKAGES_BYTES if facts.missing else FREE_MIN_BYTES
@@ -757,6 +809,12 @@ def list_data_problems(data: DataDir, allow_unencrypted: bool) -> Iterator[str]:
         )
     elif data.uid != 0 or data.mode != 0o700:
         yield f"{path} is not root's alone: chown root {path}; chmod 0700 {path}"
+
+
+def decide_image_bytes(data: DataDir) -> int:
+    """How large the engine's disk image is made: what is free, but for the identity's share."""
+    kept_bytes = max(DISK_KEPT_BYTES, data.size_bytes // 10)
+    return max(0, data.free_bytes - kept_bytes) >> 20 << 20
 
 
 def list_foreign(facts: Facts, new_key: bool = False) -> Iterator[str]:
@@ -789,10 +847,10 @@ def read_wg_keys(facts: Facts) -> tuple[str, str]:
 
 
 def read_units(artifact: bytes) -> dict[str, bytes]:
-    """The unit files that lie in the agent's zip. Pure."""
+    """The files for systemd and the engine that lie in the agent's zip. Pure."""
     try:
         with zipfile.ZipFile(io.BytesIO(artifact)) as archive:
-            return {name: archive.read(f"systemd/{name}") for name in UNITS}
+            return {name: archive.read(f"systemd/{name}") for name in (*UNITS, *ENGINE_FILES)}
     except (zipfile.BadZipFile, KeyError, ValueError, zlib.error) as error:
         what = f"the agent's file is no zip with its units ({parse_line(str(error))})"
         raise Error(what, "tell the operator: cp_server.py dist makes it") from None
@@ -850,7 +908,8 @@ def render_files(
     yield WriteFile(ENV, env, 0o600, "the agent's settings", old.content if old else None)
     units = read_units(release.artifact)
     for name, content in units.items():
-        yield WriteFile(UNIT_DIR / name, content, 0o644, "out of the agent's zip")
+        path = ENGINE_FILES.get(name, UNIT_DIR / name)
+        yield WriteFile(path, content, 0o644, "out of the agent's zip")
     if answers.allow_unencrypted:
         yield WriteFile(DROP_IN, render_drop_in(units[AGENT]), 0o644, "--allow-unencrypted")
 
@@ -867,6 +926,7 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
     install.json is written first with all that will be there, and last as it is then.
     """
     manifest, files, changed = facts.manifest, dict(facts.manifest.files), []
+    files[str(ENGINE_IMAGE)] = ()
     for file in render_files(facts, answers, release, keys):
         is_fixed = file.path not in (WG_KEY, WG_CONF, ENV)  # these change, and hold secrets
         files[str(file.path)] = (hashlib.sha256(file.content).hexdigest(),) if is_fixed else ()
@@ -874,7 +934,7 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
         if found != Found(file.content, file.mode, 0):
             edited = found and not is_as_written(manifest, file.path, found)
             changed.append(replace(file, why=f"{file.why}; CHANGED BY HAND") if edited else file)
-    commands = plan_commands(facts, {file.path for file in changed})
+    commands = [*plan_engine(facts), *plan_commands(facts, {file.path for file in changed})]
     final = replace(manifest, url=answers.url, version=release.version, files=files, pending=())
     known = manifest.files
     both = {name: tuple(sorted({*known.get(name, ()), *new})) for name, new in files.items()}
@@ -918,13 +978,44 @@ def plan_manifest(manifest: Manifest, why: str) -> WriteFile:
 def plan_packages(facts: Facts, new: Sequence[str]) -> list[Step]:
     """Install what is missing, once it is noted that this was us."""
     manifest = facts.manifest
-    noted = replace(manifest, packages=tuple(dict.fromkeys([*manifest.packages, *new])))
+    unwanted = [name for package in new for name in UNWANTED.get(package, ())]
+    packages = tuple(dict.fromkeys([*manifest.packages, *new]))
+    pending = tuple(dict.fromkeys([*manifest.pending, *unwanted]))
+    noted = replace(manifest, packages=packages, pending=pending)
     steps: list[Step] = [*plan_directories(facts, [MANIFEST])]
     if noted != manifest:
         steps.append(plan_manifest(noted, f"packages that come from here: {' '.join(new)}"))
+    if unwanted:
+        mask = ("systemctl", "mask", "--runtime", *unwanted)
+        steps.append(Run(mask, "or Debian's package would start it"))
     argv = ("apt-get", "install", "--yes", "--no-install-recommends", *APT_OPTIONS, *facts.missing)
     steps.append(Run(argv, "Debian's own packages; this takes a minute", APT_MAX_S))
     return steps
+
+
+def plan_engine(facts: Facts) -> Iterator[Run]:
+    """Make what the container engine needs, and keep from starting what came with its package."""
+    unwanted = [name for names in UNWANTED.values() for name in names]
+    if owed := [name for name in facts.manifest.pending if name in unwanted]:
+        yield Run(("systemctl", "unmask", "--runtime", *owed), "yours to start, whenever you like")
+        yield Run(("systemctl", "disable", "--now", *owed), "this machine did without it so far")
+    user = facts.engine_user
+    if not user.is_there:
+        add = ("useradd", "--system", "--user-group", "--no-create-home", "--shell=/bin/false")
+        yield Run((*add, "--home-dir=/nonexistent", ENGINE_USER), "nobody logs in as it")
+    if not user.has_ids:
+        ids = f"{user.first_free_id}-{user.first_free_id + ENGINE_IDS - 1}"
+        argv = ("usermod", f"--add-subuids={ids}", f"--add-subgids={ids}", ENGINE_USER)
+        yield Run(argv, "root in a workload is one of these")
+    if ENGINE_IMAGE not in facts.files:
+        new, size_bytes = f"{ENGINE_IMAGE}.new", decide_image_bytes(facts.data)
+        why = f"{size_bytes >> 20} MiB for what workloads bring"
+        yield Run(("install", "--mode=0600", "/dev/null", new), "also when a cut left a part of it")
+        yield Run(("fallocate", f"--length={size_bytes}", new), why)
+        options = ("-E", "nodiscard", "-L", "openinfra-engine")  # to discard would give it back
+        yield Run(("mkfs.ext4", "-q", "-F", "-m0", *options, new), "its file system")
+        yield Run(("mv", "--no-target-directory", "--", new, str(ENGINE_IMAGE)), "now it is whole")
+        yield Run(("sync", "--file-system", str(ENGINE_IMAGE)), "also after a power cut")
 
 
 def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
@@ -950,6 +1041,15 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         steps.append(Run(("systemctl", "restart", WG), "the firewall, which it needs; the tunnel"))
     if is_due(TIMER) or units[TIMER].active != "active":
         steps.append(Run(("systemctl", "restart", TIMER), "the firewall, from now on"))
+    if is_due(DISK) and units[DISK].active == "active":
+        steps.append(Run(("systemctl", "restart", DISK), "the disk of the workloads"))
+    is_up = units[CONTAINERD].active == "active"
+    if is_up and is_due(CONTAINERD, ENGINE_FILES["openinfra-containerd.toml"]):
+        steps.append(Run(("systemctl", "restart", CONTAINERD), "the engine's part that keeps them"))
+    is_up = units[ENGINE].active == "active"
+    if not is_up or is_due(ENGINE, ENGINE_FILES["openinfra-engine.json"], CA):
+        verb = "restart" if is_up else "start"
+        steps.append(Run(("systemctl", verb, ENGINE), "the container engine, with all it needs"))
     if is_due(AGENT, BINARY, ENV, WG_PUB, DROP_IN) or units[AGENT].active != "active":
         steps.append(Run(("systemctl", "restart", AGENT), "the agent"))
     return steps
@@ -984,13 +1084,19 @@ def plan_removal(facts: Facts) -> list[Step]:
         steps.append(Run(("ip", "link", "delete", "dev", LINK), "the tunnel"))
     if str(WG_CONF) in ours and facts.has_table:
         steps.append(Run(("nft", "delete", "table", "inet", TABLE), "the firewall of the tunnel"))
+    if str(ENGINE_IMAGE) in ours:
+        mounts = r"run-openinfra\x2dengine-*.mount"
+        steps.append(Run(("systemctl", "stop", mounts), "networks of workloads"))
+        steps += [Run(argv, "it was for workloads") for argv in facts.leftovers]
+        if facts.engine_user.is_there:
+            steps.append(Run(("userdel", ENGINE_USER), "with its subordinate ids"))
     steps += [Remove(link, "its unit is gone") for link in facts.dangling]
     steps += [Remove(Path(name), "ours") for name in ours if Path(name) not in kept]
     steps.append(Run(("systemctl", "daemon-reload"), "the units are gone"))
     if mine:  # a guard that was just at work counts as failed, and would stay listed
-        patterns = ("openinfra-agent.*", "openinfra-guard.*")
+        patterns = [f"{name.rpartition('.')[0]}.*" for name in UNITS]
         steps.append(Run(("systemctl", "reset-failed", *patterns), "nor are they listed"))
-    steps.append(Run(("rm", "-rf", "--", str(RUN_DIR)), "the agent's socket"))
+    steps.append(Run(("rm", "-rf", "--", *map(str, RUN_DIRS)), "sockets of agent and engine"))
     return steps
 
 
@@ -1000,7 +1106,7 @@ def plan_forgetting(facts: Facts) -> list[Step]:
     steps: list[Step] = [Remove(MANIFEST, "nothing is left")]
     if kept:
         steps = [plan_manifest(replace(facts.manifest, files=kept, pending=()), "what is left")]
-    for path in (DROP_IN.parent, KEPT, ETC):
+    for path in (DROP_IN.parent, KEPT, ETC, ENGINE_ROOT):
         if path not in facts.absent:
             argv = ("rmdir", "--ignore-fail-on-non-empty", str(path))
             steps.append(Run(argv, "if it is empty"))
@@ -1015,6 +1121,8 @@ def list_left(before: Facts, after: Facts) -> Iterator[str]:
             yield f"{path}: somebody changed it; to remove it: rm {path}"
     if str(WG_CONF) in ours and after.has_link:
         yield f"the interface {LINK}; to remove it: ip link delete dev {LINK}"
+    for argv in after.leftovers if str(ENGINE_IMAGE) in ours else ():
+        yield f"something of workloads; to remove it: {shlex.join(argv)}"
     if str(WG_CONF) in ours and after.has_table:
         yield f"the firewall; to remove it: nft delete table inet {TABLE}"
 
@@ -1071,15 +1179,22 @@ def read_file(path: Path, limit_bytes: int) -> Found | None:
 
 def read_missing(has_apt: bool) -> tuple[str, ...]:
     """Packages that are not there; without apt: whose command or module is not there."""
+    has_apparmor = read_file(Path("/sys/module/apparmor/parameters/enabled"), 4096)
+    needed = dict(PACKAGES)
+    if not has_apparmor or has_apparmor.content.strip() != b"Y":
+        del needed["apparmor"]
+    for name in ANY_MAKE:
+        if shutil.which(needed[name]):
+            del needed[name]
     if has_apt:
         form = "--showformat=${Package} ${db:Status-Status}\n"
-        argv = ["dpkg-query", "--show", form, *PACKAGES]
+        argv = ["dpkg-query", "--show", form, *needed]
         shown = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-        return tuple(name for name in PACKAGES if f"{name} installed" not in shown.splitlines())
+        return tuple(name for name in needed if f"{name} installed" not in shown.splitlines())
     python = ("/usr/bin/python3", "-I", "-c")
     return tuple(
         name
-        for name, probe in PACKAGES.items()
+        for name, probe in needed.items()
         if not shutil.which(probe) and read_command(*python, f"import {probe}") is None
     )
 
@@ -1126,8 +1241,51 @@ def read_data_dir(path: str) -> DataDir:
     invite = re.search(rb'"invite_id": *"([a-z2-7]{16})"', identity.content) if identity else None
     mode = stat.S_IMODE(seen.st_mode) if stat.S_ISDIR(seen.st_mode) else 0
     crypt, mount = is_encrypted(Path(path)), os.path.ismount(path)
-    invite_id = invite[1].decode() if invite else ""
-    return DataDir(path, mode, seen.st_uid, mount, crypt, is_expected, is_registered, invite_id)
+    disk = os.statvfs(path)
+    return DataDir(
+        path,
+        mode,
+        seen.st_uid,
+        mount,
+        crypt,
+        is_expected,
+        is_registered,
+        invite[1].decode() if invite else "",
+        size_bytes=disk.f_blocks * disk.f_frsize,
+        free_bytes=disk.f_bavail * disk.f_frsize,
+    )
+
+
+def decide_engine_user(is_there: bool, subuid: str, subgid: str) -> EngineUser:
+    """Find its subordinate ids in subuid(5) and subgid(5), and the first that are free. Pure."""
+    taken, own = [], []
+    for text in (subuid, subgid):
+        found = re.findall(r"^([^:\n]+):([0-9]{1,10}):([0-9]{1,10})$", text, re.MULTILINE)
+        taken += [(int(first), int(first) + int(count)) for _, first, count in found]
+        own.append(any(name == ENGINE_USER and int(n) >= ENGINE_IDS for name, _, n in found))
+    first = 100_000  # where useradd(8) begins
+    while any(first < end and start < first + ENGINE_IDS for start, end in taken):
+        first += ENGINE_IDS
+    return EngineUser(is_there, is_there and all(own), first)
+
+
+def read_engine_user() -> EngineUser:
+    """Look for the user whose subordinate ids the workloads run as."""
+    is_there = read_command("getent", "passwd", ENGINE_USER) is not None
+    texts = [read_file(Path(name), ARTIFACT_MAX_BYTES) for name in ("/etc/subuid", "/etc/subgid")]
+    return decide_engine_user(
+        is_there, *(t.content.decode(errors="replace") if t else "" for t in texts)
+    )
+
+
+def read_leftovers() -> tuple[tuple[str, ...], ...]:
+    """The commands that remove what workloads had: their bridges, and the guard's two rules."""
+    links = sorted(name for name in os.listdir("/sys/class/net") if name[:3] in ("oi-", "ox-"))
+    rules = (read_command("iptables", "-w", "5", "-S", "DOCKER-USER") or "").splitlines()
+    return (
+        *(("ip", "link", "delete", "dev", name) for name in links),
+        *(("iptables", "-w", "5", "-D", *rule.split()[1:]) for rule in rules if " oi-+ " in rule),
+    )
 
 
 def read_units_state() -> dict[str, Unit]:
@@ -1176,7 +1334,7 @@ def read_facts() -> Facts:
         data=read_data_dir(env.get(("", "data_dir")) or DATA_DIR),
         uses=read_uses(),
         files=files,
-        absent=tuple(path for path in {each.parent for each in OURS} if not path.is_dir()),
+        absent=tuple(p for p in {each.parent for each in OURS} | {ENGINE_ROOT} if not p.is_dir()),
         dangling=tuple(
             link
             for kind in ("wants", "requires")
@@ -1186,6 +1344,8 @@ def read_facts() -> Facts:
         units=units,
         has_link=Path("/sys/class/net", LINK).exists(),
         has_table=read_command("nft", "list", "table", "inet", TABLE) is not None,
+        engine_user=read_engine_user(),
+        leftovers=read_leftovers(),
         manifest=parse_manifest(manifest.content) if manifest else Manifest(),
     )
 

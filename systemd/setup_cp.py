@@ -612,13 +612,14 @@ def render_nft(template: bytes, old: bytes, found: Sequence[int]) -> bytes:
     return SSH_PORTS.sub(line.encode(), template)
 
 
-def render_cp_env(old: bytes | None) -> bytes:
+def render_cp_env(old: bytes | None, hostname: str) -> bytes:
     """cp.env: what is there stays; a key that is needed and not there is added."""
     text = b"# Settings of the control plane, KEY=value; all keys: openinfra-cp serve --help\n"
     text = text if old is None else old
-    if not re.search(rb"^\s*WG_SOCKET\s*=", text, re.MULTILINE):
-        text += b"\n" if text and not text.endswith(b"\n") else b""
-        text += b"WG_SOCKET=/run/openinfra-wg/wg.sock\n"
+    for key, value in (("WG_SOCKET", "/run/openinfra-wg/wg.sock"), ("REGISTRY", hostname)):
+        if not re.search(rf"^\s*{key}\s*=".encode(), text, re.MULTILINE):
+            text += b"\n" if text and not text.endswith(b"\n") else b""
+            text += f"{key}={value}\n".encode()
     return text
 
 
@@ -694,7 +695,7 @@ def plan_files(config: Config, facts: Facts) -> Iterator[Step]:
         if not same:
             yield WriteFile(path, content, wanted.mode, "it is another" if found else "new")
     env = facts.files.get(CP_ENV)
-    settings = render_cp_env(env.content if env else None)
+    settings = render_cp_env(env.content if env else None, config.hostname)
     if not env or settings != env.content:
         yield WriteFile(CP_ENV, settings, 0o644, "settings of the control plane")
     for path in (DSN, OWNER_DSN, JWT_KEYS, RELEASE_KEY):

@@ -7,7 +7,6 @@ one directory and is ended by process ids; `close` fails when anything is left.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -23,16 +22,14 @@ import tarfile
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.harness import Netns, Process, wait_for
+from tests.harness import Netns, Process, inside, wait_for
 
 USER = "openinfra-engine"
 REGISTRY = "127.0.0.1:5000"
-# sched.h
-CLONE_NEWNET = 0x40000000
 APPLETS = ("sh", "cat", "dd", "echo", "grep", "httpd", "id", "nc", "sleep", "tail", "touch", "true")
 
 
@@ -49,23 +46,6 @@ def ensure_user() -> None:
             text = path.read_text() if path.exists() else ""
             if f"{USER}:" not in text:
                 path.write_text(f"{text}{USER}:100000:65536\n")
-
-
-@contextlib.contextmanager
-def inside(netns: Netns) -> Iterator[None]:
-    """This thread's new sockets belong to the namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def enter(file: int) -> None:
-        if libc.setns(file, CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns")
-
-    with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{netns.name}") as there:
-        enter(there.fileno())
-        try:
-            yield
-        finally:
-            enter(home.fileno())
 
 
 def make_layer() -> bytes:

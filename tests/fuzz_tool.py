@@ -173,7 +173,7 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         wg_pubkey_file=DIRECTORY / "key",
         guard_file=DIRECTORY / "guard.json",
         lease_file=DIRECTORY / "lease.json",
-        engine_socket=DIRECTORY / "engine.sock",
+        engine_socket=Path("none"),
         limits=DIRECTORY / "limits.conf",
         wallet=WALLET,
         token=token,

@@ -46,7 +46,9 @@ ALL = (*ANSWERS, f"--token-file={TOKEN_FILE}")
 TOKEN_ID = "abcdefghijklmn23"
 TOKEN = cp_server.render_token("oi1", TOKEN_ID, b"canary of an invite, 32 bytes...")
 
-UNITS = ("openinfra-agent.service", "openinfra-guard.service", "openinfra-guard.timer")
+UNITS = tuple(
+    path.removeprefix("systemd/") for path in cp_server.ARTIFACT_SOURCES if path[:8] == "systemd/"
+)
 UNIT_TEXTS = {name: (ROOT / "systemd" / name).read_text() for name in UNITS}
 # A web server with TLS, in the machine itself: /dist/ on 443.
 SERVER = """

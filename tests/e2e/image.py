@@ -28,6 +28,7 @@ UNUSED_MAX_AGE_S = 7 * 86400
 
 # Debian packages in the machines, and what each is for.
 PACKAGES = {
+    "apparmor": "dockerd loads its profile where the kernel has AppArmor",
     "bcache-tools": "a kind of disk that is in use",
     "btrfs-progs": "a kind of disk that is in use",
     "busybox-static": "a shell that needs no library",
@@ -36,6 +37,7 @@ PACKAGES = {
     "curl": "the lines of the onboarding document",
     "dbus": "systemctl and hostnamectl",
     "dmsetup": "disks that fail or lose writes",
+    "docker.io": "the container engine, and the provider's own Docker",
     "dosfstools": "a kind of disk that is in use",
     "e2fsprogs": "file systems",
     "fdisk": "partitions",
@@ -128,12 +130,13 @@ ENABLED = "openinfra-guest-agent.service systemd-networkd.service"
 # What costs seconds at boot without KVM and serves no test. Commands of lvm2 and mdadm still work.
 MASKED = """
 apt-daily-upgrade.timer apt-daily.timer blk-availability.service console-setup.service
-dev-hugepages.mount dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer
-getty@tty1.service keyboard-setup.service ldconfig.service lvm2-lvmpolld.socket lvm2-monitor.service
-mdcheck_continue.timer mdcheck_start.timer mdmonitor-oneshot.timer modprobe@configfs.service
-modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service
-proc-sys-fs-binfmt_misc.automount sys-fs-fuse-connections.mount sys-kernel-config.mount
-sys-kernel-debug.mount sys-kernel-tracing.mount systemd-binfmt.service systemd-hwdb-update.service
+containerd.service dev-hugepages.mount docker.service docker.socket dpkg-db-backup.timer
+e2scrub_all.timer e2scrub_reap.service fstrim.timer getty@tty1.service keyboard-setup.service
+ldconfig.service lvm2-lvmpolld.socket lvm2-monitor.service mdcheck_continue.timer
+mdcheck_start.timer mdmonitor-oneshot.timer modprobe@configfs.service modprobe@drm.service
+modprobe@efi_pstore.service modprobe@fuse.service proc-sys-fs-binfmt_misc.automount
+sys-fs-fuse-connections.mount sys-kernel-config.mount sys-kernel-debug.mount
+sys-kernel-tracing.mount systemd-binfmt.service systemd-hwdb-update.service
 systemd-journal-flush.service systemd-network-generator.service systemd-networkd-wait-online.service
 systemd-pstore.service systemd-timesyncd.service systemd-update-done.service
 systemd-update-utmp-runlevel.service systemd-update-utmp.service

@@ -45,19 +45,28 @@ from tests.harness import OTHER_WALLET, WALLET, WG_KEY
 MakeVm = Callable[..., Vm]
 SECOND_RUN_S = 10.0
 AGENT, WG = "openinfra-agent.service", "wg-quick@openinfra.service"
+ENGINE, DISK = "openinfra-engine.service", "var-cache-openinfra.mount"
 TIMER, AGENT_FILE = "openinfra-guard.timer", "/usr/local/bin/openinfra-agent"
 MODES = {
     "/etc/openinfra/agent.env": "600 root",
     "/etc/openinfra/installer/ca.pem": "644 root",
+    "/etc/openinfra/installer/containerd.toml": "644 root",
+    "/etc/openinfra/installer/engine.json": "644 root",
     "/etc/openinfra/installer/install.json": "644 root",
     "/etc/openinfra/installer/release.pub": "644 root",
     "/etc/systemd/system/openinfra-agent.service": "644 root",
+    "/etc/systemd/system/openinfra-containerd.service": "644 root",
+    "/etc/systemd/system/openinfra-engine.service": "644 root",
     "/etc/systemd/system/openinfra-guard.service": "644 root",
     "/etc/systemd/system/openinfra-guard.timer": "644 root",
+    "/etc/systemd/system/openinfra-workloads.service": "644 root",
+    "/etc/systemd/system/openinfra.slice": "644 root",
+    "/etc/systemd/system/var-cache-openinfra.mount": "644 root",
     "/etc/wireguard/openinfra.conf": "600 root",
     "/etc/wireguard/openinfra.key": "600 root",
     "/etc/wireguard/openinfra.pub": "644 root",
     "/usr/local/bin/openinfra-agent": "755 root",
+    "/var/lib/openinfra/engine.img": "600 root",
 }
 
 
@@ -97,11 +106,11 @@ def check_installed(vm: Vm) -> str:
     assert dict(line.split(" ", 1) for line in found) == MODES
     left = vm.sh("find /etc/openinfra /etc/wireguard /etc/systemd/system -name '.*.new'")
     assert left == ""
-    units = [WG, "openinfra-guard.timer", AGENT]
+    units = [WG, "openinfra-guard.timer", DISK, ENGINE, AGENT]
     assert vm.sh(f"systemctl is-enabled {' '.join(units)} openinfra-guard").split() == (
-        ["enabled"] * 4
+        ["enabled"] * 6
     )
-    assert vm.sh(f"systemctl is-active {' '.join(units)}").split() == ["active"] * 3
+    assert vm.sh(f"systemctl is-active {' '.join(units)}").split() == ["active"] * 5
     env = vm.sh("cat /etc/openinfra/agent.env").splitlines()
     assert [line.partition("=")[0] for line in env] == (
         ["INVITE_TOKEN", "SOLANA_PAYOUT_PUBKEY", "CONTROL_PLANE", "DATA_DIR"]

@@ -70,8 +70,9 @@ class Host:
     def argv(self, command: str, *more: str) -> list[str]:
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
         flags.append(f"--wg-pubkey-file={self.env_file.parent / 'wg.pub'}")
-        for name in ("lease-file", "engine-socket", "limits"):
+        for name in ("lease-file", "limits"):
             flags.append(f"--{name}={self.env_file.parent / name}")
+        flags.append("--engine-socket=none")
         return [*self.runtime, str(ROOT / "agent.py"), command, *flags, *more]
 
     def call(

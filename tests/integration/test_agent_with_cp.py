@@ -113,7 +113,7 @@ def test_an_engine_that_does_not_answer_is_said_everywhere(
     cp: ControlPlane, make_agent: MakeAgent
 ) -> None:
     agent = make_agent(address(cp), cp.mint(payout_pubkey=WALLET))
-    agent.engine_socket.parent.mkdir()
+    agent.engine_socket = agent.directory / "engine.sock"
     agent.start()
     wait_status(cp, "online")
     why = f"no container engine answers at {agent.engine_socket}: No such file or directory"

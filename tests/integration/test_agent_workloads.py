@@ -29,8 +29,8 @@ import pytest
 import agent as agent_script
 from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
-from tests.engine import REGISTRY, Engine, inside
-from tests.harness import ROOT, Agent, Netns, make_netns, wait_for
+from tests.engine import REGISTRY, Engine
+from tests.harness import ROOT, Agent, Netns, inside, make_netns, wait_for
 
 BODY = "oi1_abcdefghij234567_" + "A" * 43
 TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
@@ -414,6 +414,63 @@ def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         assert asyncio.run(look()) == [1, 1, 1, 3]
+        thread.join()
+
+
+def test_what_was_done_while_the_engine_was_looked_at_is_not_done_again(
+    world: World, tmp_path: Path
+) -> None:
+    """A container that is made between question and answer is in neither list.
+
+    The engine is a socket that has nothing: what it is asked for takes a moment.
+    """
+    path = tmp_path / "engine.sock"
+    asked = threading.Event()
+    made = world.assignment(SLEEP)
+    wish = agent_script.parse_assignment(made, agent_script.Limits(1000, 1 << 30))
+
+    def serve() -> None:
+        for _ in range(4):
+            with server.accept()[0] as client:
+                client.recv(65_536)
+                asked.set()
+                time.sleep(0.1)
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+
+    async def see() -> tuple[bool, bool]:
+        loop = asyncio.get_running_loop()
+        workloads = agent_script.Workloads(
+            engine=agent_script.Engine(path),
+            limits=agent_script.Limits(1000, 1 << 30),
+            threads=ThreadPoolExecutor(2),
+            pulls=asyncio.Semaphore(1),
+            quick=asyncio.Semaphore(0),
+            stops=asyncio.Semaphore(1),
+            stirred=asyncio.Event(),
+        )
+        key = made.assignment_id
+        workloads.wishes, workloads.right_until_s = (wish,), agent_script.read_boot_s() + 600
+        workloads.memory.pasts[key] = agent_script.Past(wish.sha256, has_image=True)
+        workloads.tasks[key] = loop.create_task(asyncio.sleep(9))  # it makes the container
+        looking = loop.create_task(agent_script.look(workloads))
+        await loop.run_in_executor(None, asked.wait, 5)
+        workloads.tasks.pop(key).cancel()
+        await looking
+        agent_script.begin_steps(workloads, "")
+        first = key in workloads.tasks
+        await agent_script.look(workloads)
+        agent_script.begin_steps(workloads, "")
+        second = key in workloads.tasks
+        workloads.tasks.pop(key).cancel()
+        workloads.threads.shutdown()
+        return first, second
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert asyncio.run(see()) == (False, True)
         thread.join()
 
 

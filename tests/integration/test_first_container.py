@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine import REGISTRY, Engine, inside
-from tests.harness import WALLET, Agent, ControlPlane, make_netns, wait_for
+from tests.engine import REGISTRY, Engine
+from tests.harness import WALLET, Agent, ControlPlane, inside, make_netns, wait_for
 from tests.integration.test_workloads import Tenant
 
 HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/bin"]

@@ -401,7 +401,7 @@ def test_a_pull_says_how_far_it_is() -> None:
     [
         ("manifest for x not found: manifest unknown: manifest unknown", True),
         ("pull access denied for x, repository does not exist or may require 'docker login'", True),
-        ("unauthorized: authentication required", True),
+        ("unauthorized: authentication required", False),
         ("no matching manifest for linux/arm64/v8 in the manifest list entries", True),
         ('Get "http://127.0.0.1:5001/v2/": dial tcp: connect: connection refused', False),
         ("dial tcp: lookup nowhere.example: no such host", False),

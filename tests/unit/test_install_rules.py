@@ -20,13 +20,19 @@ from install_agent import (
     AGENT,
     BINARY,
     CA,
+    CONTAINERD,
+    DISK,
     DROP_IN,
+    ENGINE,
+    ENGINE_IMAGE,
+    ENGINE_USER,
     ENV,
     GUARD,
     KEPT,
     MANIFEST,
     QUESTIONS,
     RELEASE_PUB,
+    SLICE,
     TIMER,
     UNIT_DIR,
     UNITS,
@@ -35,8 +41,10 @@ from install_agent import (
     WG_DIR,
     WG_KEY,
     WG_PUB,
+    WORKLOADS,
     Answers,
     DataDir,
+    EngineUser,
     Error,
     Facts,
     Found,
@@ -49,6 +57,8 @@ from install_agent import (
     check_clock,
     check_flags,
     check_version,
+    decide_engine_user,
+    decide_image_bytes,
     decide_key,
     list_foreign,
     list_kept,
@@ -93,7 +103,7 @@ ANSWERS = Answers(
 )
 RELEASE = Release("0.1.0", b"{}", b"", b"key\n", render_artifact("0.1.0"))
 NEWER = Release("0.2.0", b"{}", b"", b"key\n", render_artifact("0.2.0"))
-DISK = DataDir("/var/lib/openinfra", 0o700, 0, True, True, True, False)
+DATA = DataDir("/var/lib/openinfra", 0o700, 0, True, True, True, False, "", 20 << 30, 18 << 30)
 FRESH = Facts(
     arch="x86_64",
     now_s=1_800_000_000.0,
@@ -104,13 +114,15 @@ FRESH = Facts(
     absent=(DROP_IN.parent,),
     is_dpkg_interrupted=False,
     free_bytes={"/usr": 1 << 40},
-    data=DISK,
+    data=DATA,
     uses=(),
     files={},
     units={name: Unit("inactive", "") for name in (WG, *UNITS)},
     dangling=(),
     has_link=False,
     has_table=False,
+    engine_user=EngineUser(False, False, 100_000),
+    leftovers=(),
     manifest=Manifest(),
 )
 RUNNING = {
@@ -118,6 +130,11 @@ RUNNING = {
     AGENT: Unit("active", "enabled"),
     GUARD: Unit("inactive", "enabled"),
     TIMER: Unit("active", "enabled"),
+    DISK: Unit("active", "enabled"),
+    CONTAINERD: Unit("active", "static"),
+    ENGINE: Unit("active", "enabled"),
+    WORKLOADS: Unit("active", "static"),
+    SLICE: Unit("inactive", "static"),
 }
 
 
@@ -133,6 +150,12 @@ def play(facts: Facts, steps: list[Any]) -> Facts:
             manifest = Manifest()
         elif isinstance(step, Remove):
             files.pop(step.path, None)
+        elif step.argv[:2] == ("mv", "--no-target-directory") and step.argv[-1] == str(
+            ENGINE_IMAGE
+        ):
+            files[ENGINE_IMAGE] = Found(b"", -1, 0)
+        elif step.argv[0] == "usermod":
+            facts = replace(facts, engine_user=EngineUser(True, True, 165_536))
     return replace(facts, files=files, manifest=manifest)
 
 
@@ -562,8 +585,8 @@ def test_units_come_out_of_the_artifact() -> None:
 
 # Preflight.
 
-GONE = replace(DISK, mode=-1, is_mount=False, is_encrypted=False, is_expected=False)
-PLAIN = replace(DISK, is_encrypted=False, is_expected=False)
+GONE = replace(DATA, mode=-1, is_mount=False, is_encrypted=False, is_expected=False)
+PLAIN = replace(DATA, is_encrypted=False, is_expected=False)
 
 
 @pytest.mark.parametrize(
@@ -573,16 +596,16 @@ PLAIN = replace(DISK, is_encrypted=False, is_expected=False)
         ({"arch": "armv7l"}, "no agent for armv7l, only for x86_64 and aarch64"),
         ({"has_wireguard": False}, "the kernel has no WireGuard"),
         ({"missing": ("openssl", "nftables"), "has_apt": False}, "not installed: openssl nftables"),
-        ({"data": replace(DISK, is_mount=False)}, "is not mounted: unlock its disk"),
+        ({"data": replace(DATA, is_mount=False)}, "is not mounted: unlock its disk"),
         ({"data": GONE}, "nothing is mounted at /var/lib/openinfra: make its encrypted disk"),
         ({"data": PLAIN}, "is not on an encrypted disk"),
-        ({"data": replace(DISK, mode=0o755)}, "chmod 0700 /var/lib/openinfra"),
-        ({"data": replace(DISK, uid=1000)}, "chown root /var/lib/openinfra"),
+        ({"data": replace(DATA, mode=0o755)}, "chmod 0700 /var/lib/openinfra"),
+        ({"data": replace(DATA, uid=1000)}, "chown root /var/lib/openinfra"),
         ({"uses": ("10.77.3.1 on eth0",)}, "10.77.0.0/16 is the tunnel's, and here it is in use"),
         ({"free_bytes": {"/usr": 1 << 20}}, "the disk of /usr is full: 1 MiB are free, 64"),
         (
             {"free_bytes": {"/usr": 1 << 27}, "missing": ("openssl",)},
-            "128 MiB are free, 256 are needed",
+            "128 MiB are free, 768 are needed",
         ),
     ],
 )
@@ -633,15 +656,28 @@ def test_a_tunnel_that_cannot_be_kept_is_refused() -> None:
 # Plan.
 
 FILES = ["release.pub", "openinfra-agent", "openinfra.key", "openinfra.pub", "openinfra.conf"]
-FILES += ["agent.env", AGENT, GUARD, TIMER]
-ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {AGENT}", "daemon-reload"]
-START = [f"restart {WG}", f"restart {TIMER}", f"restart {AGENT}"]
+FILES += ["agent.env", *UNITS, "containerd.toml", "engine.json"]
+IMAGE = "/var/lib/openinfra/engine.img"
+USER = [
+    "useradd --system --user-group --no-create-home --shell=/bin/false --home-dir=/nonexistent "
+    + ENGINE_USER,
+    "usermod --add-subuids=100000-165535 --add-subgids=100000-165535 openinfra-engine",
+]
+MAKE_IMAGE = [
+    f"install --mode=0600 /dev/null {IMAGE}.new",
+    f"fallocate --length={16 << 30} {IMAGE}.new",  # of 18 GiB that are free on a disk of 20
+    f"mkfs.ext4 -q -F -m0 -E nodiscard -L openinfra-engine {IMAGE}.new",
+    f"mv --no-target-directory -- {IMAGE}.new {IMAGE}",
+    f"sync --file-system {IMAGE}",
+]
+ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {DISK} {ENGINE} {AGENT}", "daemon-reload"]
+START = [f"restart {WG}", f"restart {TIMER}", f"start {ENGINE}", f"restart {AGENT}"]
 NOTED = "install.json"
 
 
 def test_a_fresh_machine() -> None:
     steps = plan(FRESH, ANSWERS, RELEASE, KEYS)
-    assert words(steps) == [NOTED, *FILES, *ENABLE, *START, NOTED]
+    assert words(steps) == [NOTED, *FILES, *USER, *MAKE_IMAGE, *ENABLE, *START, NOTED]
     modes = {step.path: step.mode for step in steps if isinstance(step, WriteFile)}
     secret = {path for path, mode in modes.items() if mode == 0o600}
     assert secret == {WG_KEY, WG_CONF, ENV}
@@ -655,7 +691,7 @@ def test_a_fresh_machine() -> None:
 def test_a_fresh_invite_puts_the_identity_aside() -> None:
     """While no agent runs, and before the agent starts with the invite."""
     old = replace(ANSWERS, token=USED)
-    there = replace(installed(old), data=replace(DISK, is_registered=True))
+    there = replace(installed(old), data=replace(DATA, is_registered=True))
     steps = words(plan(there, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
     identity = "/var/lib/openinfra/identity.json"
     assert steps == [
@@ -666,7 +702,7 @@ def test_a_fresh_invite_puts_the_identity_aside() -> None:
         f"restart {AGENT}",
         NOTED,
     ]
-    lost = replace(there, data=DISK)
+    lost = replace(there, data=DATA)
     again = words(plan(lost, replace(ANSWERS, is_new_host=True), RELEASE, KEYS))
     # The same command again, as after a cut: this very invite made the identity that is there.
     token = install_agent.parse_token(ANSWERS.token)
@@ -815,7 +851,7 @@ def test_a_mode_is_mended() -> None:
                 f"restart {AGENT}",
             ],
         ),
-        (replace(ANSWERS, ca=b"PEM"), ["ca.pem"]),
+        (replace(ANSWERS, ca=b"PEM"), ["ca.pem", f"restart {ENGINE}"]),
         (replace(ANSWERS, url="file:///x/openinfra-agent-linux-x86_64"), []),
     ],
 )
@@ -863,6 +899,85 @@ def test_packages_are_noted_before_they_are_installed() -> None:
 GIVEN = (ANSWERS, RELEASE, KEYS)
 
 
+# The container engine.
+
+
+@pytest.mark.parametrize(
+    ("subuid", "subgid", "has_ids", "first"),
+    [
+        ("", "", False, 100_000),
+        ("anna:100000:65536\n", "anna:100000:65536\n", False, 165_536),
+        ("anna:100000:65536\n", "bert:165536:65536\n", False, 231_072),
+        ("anna:165000:1\nbert:99999:2\n", "", False, 165_536),
+        ("anna:100000:4000000000\n", "", False, 4_000_155_296),
+        ("openinfra-engine:100000:65536", "openinfra-engine:100000:65536", True, 165_536),
+        ("openinfra-engine:100000:65536", "", False, 165_536),
+        ("openinfra-engine:100000:65535", "openinfra-engine:100000:65536", False, 165_536),
+        ("words\nanna:x:1\n:100000:1\n", "", False, 100_000),
+    ],
+)
+def test_subordinate_ids_are_nobody_elses(
+    subuid: str, subgid: str, has_ids: bool, first: int
+) -> None:
+    assert decide_engine_user(True, subuid, subgid) == EngineUser(True, has_ids, first)
+    assert not decide_engine_user(False, subuid, subgid).has_ids
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "image"),
+    [
+        (20 << 30, 18 << 30, 16 << 30),
+        (2 << 30, (2 << 30) - 1, (2 << 30) - (256 << 20) - (1 << 20)),
+        (1 << 40, 1 << 40, ((1 << 40) * 9 // 10) >> 20 << 20),
+        (1 << 30, 200 << 20, 0),
+        (0, 0, 0),
+    ],
+)
+def test_the_identity_keeps_its_share_of_the_disk(size: int, free: int, image: int) -> None:
+    assert decide_image_bytes(replace(DATA, size_bytes=size, free_bytes=free)) == image
+
+
+def test_a_disk_without_room_is_refused_until_the_image_is_there() -> None:
+    facts = replace(FRESH, data=replace(DATA, size_bytes=1 << 30, free_bytes=700 << 20))
+    assert list(list_problems(facts, False)) == [
+        "/var/lib/openinfra has no room for workloads: 700 MiB are free, 768 are needed"
+    ]
+    there = {Path(IMAGE): Found(b"", -1, 0)}
+    assert list(list_problems(replace(facts, files=there), False)) == []
+
+
+def test_a_half_made_image_is_made_again_and_a_whole_one_never() -> None:
+    facts = replace(installed(), files={**installed().files})
+    del facts.files[Path(IMAGE)]  # type: ignore[attr-defined]
+    assert words(plan(facts, ANSWERS, RELEASE, KEYS)) == [*MAKE_IMAGE, NOTED]
+    assert plan(installed(), ANSWERS, RELEASE, KEYS) == []
+
+
+def test_the_docker_of_debian_is_kept_from_starting_where_there_was_none() -> None:
+    steps = plan_packages(
+        replace(FRESH, missing=("docker.io",)), ["containerd", "docker.io", "runc"]
+    )
+    names = "containerd.service docker.service docker.socket"
+    assert words(steps)[:2] == [NOTED, f"mask --runtime {names}"]
+    assert "docker.io" in words(steps)[2]
+    noted = play(FRESH, steps)
+    after = words(plan(noted, ANSWERS, RELEASE, KEYS))
+    assert after[after.index(USER[0]) - 2 :][:2] == (
+        [f"unmask --runtime {names}", f"disable --now {names}"]
+    )
+    assert play(noted, plan(noted, ANSWERS, RELEASE, KEYS)).manifest.pending == ()
+
+
+def test_the_docker_that_was_there_is_left_alone() -> None:
+    """Also the containerd that something else needs."""
+    steps = plan_packages(replace(FRESH, missing=("docker.io",)), ["docker.io"])
+    assert "mask --runtime docker.service docker.socket" in words(steps)
+    steps = plan_packages(replace(FRESH, missing=("openssl",)), ["openssl"])
+    assert not any(
+        "docker" in word for word in [*words(steps), *words(plan(FRESH, ANSWERS, RELEASE, KEYS))]
+    )
+
+
 # Uninstall.
 
 
@@ -871,18 +986,20 @@ def test_all_that_is_ours_is_removed() -> None:
     steps = [*plan_removal(facts), *plan_forgetting(facts)]
     assert words(steps)[:4] == [
         f"stop {TIMER}",
-        f"stop {AGENT} {WG} {GUARD}",
-        f"disable {AGENT} {GUARD} {TIMER} {WG}",
+        f"stop {AGENT} {ENGINE} {CONTAINERD} {WORKLOADS} {DISK} {WG} {GUARD}",
+        f"disable {AGENT} {GUARD} {TIMER} {ENGINE} {DISK} {WG}",
         "nft delete table inet openinfra",
     ]
+    assert "userdel openinfra-engine" in words(steps)
     removed = {step.path for step in steps if isinstance(step, Remove)}
     assert removed == {*facts.files, MANIFEST}
     assert CA in removed
-    assert words(steps)[-4:] == [
+    assert words(steps)[-5:] == [
         NOTED,
         "rmdir --ignore-fail-on-non-empty /etc/systemd/system/openinfra-agent.service.d",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra/installer",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra",
+        "rmdir --ignore-fail-on-non-empty /var/cache/openinfra",
     ]
     assert play(facts, steps).files == {}
     assert not any("luks" in word for word in words(steps))
@@ -903,13 +1020,17 @@ def test_a_file_that_was_changed_stays_and_is_still_listed() -> None:
 
 def test_nothing_of_others_is_removed() -> None:
     """What a killed first run had listed and not yet made may be somebody else's by now."""
-    facts = replace(FRESH, has_link=True, has_table=True, manifest=Manifest(packages=("nftables",)))
+    left = (("ip", "link", "delete", "dev", "oi-theirs"),)
+    facts = replace(FRESH, has_link=True, has_table=True, leftovers=left)
+    facts = replace(facts, manifest=Manifest(packages=("nftables",)))
+    assert not any("oi-theirs" in word for word in words(plan_removal(facts)))
     steps = [*plan_removal(facts), *plan_forgetting(facts)]
     assert list(list_left(facts, facts)) == []
     assert [word for word in words(steps) if "openinfra" in word] == [
-        "rm -rf -- /run/openinfra",
+        "rm -rf -- /run/openinfra /run/openinfra-engine",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra/installer",
         "rmdir --ignore-fail-on-non-empty /etc/openinfra",
+        "rmdir --ignore-fail-on-non-empty /var/cache/openinfra",
     ]
 
 
@@ -919,7 +1040,7 @@ def test_nothing_of_others_is_removed() -> None:
         ({"units": {**RUNNING, WG: Unit("inactive", "enabled")}}, "ip link delete dev openinfra"),
         (
             {"units": {**RUNNING, AGENT: Unit("activating", "")}},  # its file is gone
-            f"disable {GUARD} {TIMER} {WG}",
+            f"disable {GUARD} {TIMER} {ENGINE} {DISK} {WG}",
         ),
         ({"dangling": (UNIT_DIR / "multi-user.target.wants" / AGENT,)}, AGENT),
     ],
@@ -928,7 +1049,7 @@ def test_half_an_installation_is_removed(change: dict[str, Any], word: str) -> N
     assert word in words(plan_removal(replace(installed(), **change)))
 
 
-@pytest.mark.parametrize("cut", range(19))
+@pytest.mark.parametrize("cut", range(29))
 def test_an_uninstall_that_is_cut_anywhere_goes_on(cut: int) -> None:
     steps = [*plan_removal(installed()), *plan_forgetting(installed())]
     facts = play(installed(), steps[:cut])

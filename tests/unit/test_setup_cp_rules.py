@@ -228,9 +228,7 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
             [f"write {NFT} (mode 0644)", f"systemctl start {FIREWALL}"],
         ),
         (
-            replace(
-                DONE, files={**DONE.files, CP_ENV: File(b"WG_SOCKET=\nPEER_CHECK=wg\n", 0o644)}
-            ),
+            replace(DONE, files={**DONE.files, CP_ENV: File(b"WG_SOCKET=\nREGISTRY=\n", 0o644)}),
             [],
         ),
         # Killed after the file was written and before the restart.
@@ -511,17 +509,21 @@ def test_ports_of_sshd_are_kept_and_added() -> None:
     ("old", "new"),
     [
         (None, None),
-        (b"HEARTBEAT_S=10", b"HEARTBEAT_S=10\nWG_SOCKET=/run/openinfra-wg/wg.sock\n"),
-        (b" WG_SOCKET = /x\n", b" WG_SOCKET = /x\n"),
-        (b"#WG_SOCKET=\n", b"#WG_SOCKET=\nWG_SOCKET=/run/openinfra-wg/wg.sock\n"),
-        (b"", b"WG_SOCKET=/run/openinfra-wg/wg.sock\n"),
+        (b"HEARTBEAT_S=10", b"HEARTBEAT_S=10\nWG_SOCKET=/run/openinfra-wg/wg.sock\nREGISTRY=x.y\n"),
+        (b" WG_SOCKET = /x\nREGISTRY=\n", b" WG_SOCKET = /x\nREGISTRY=\n"),
+        (
+            b"#WG_SOCKET=\nREGISTRY=a",
+            b"#WG_SOCKET=\nREGISTRY=a\nWG_SOCKET=/run/openinfra-wg/wg.sock\n",
+        ),
+        (b"", b"WG_SOCKET=/run/openinfra-wg/wg.sock\nREGISTRY=x.y\n"),
     ],
 )
 def test_settings_of_the_operator_stay(old: bytes | None, new: bytes | None) -> None:
-    made = render_cp_env(old)
+    made = render_cp_env(old, "x.y")
     assert made.startswith(b"# Settings") if new is None else made == new
-    assert render_cp_env(made) == made
+    assert render_cp_env(made, "x.y") == made
     assert b"WG_SOCKET" in made
+    assert b"REGISTRY" in made
 
 
 def test_the_checkout_is_read() -> None:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
     "agent.py": 3700,
-    "cp_server.py": 8100,
-    "install_agent.py": 1670,
+    "cp_server.py": 8250,
+    "install_agent.py": 1850,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
     "systemd/setup_cp.py": 1250,

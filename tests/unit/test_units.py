@@ -5,6 +5,7 @@ That they run under live systemd is for tests/e2e.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,14 @@ NoExecPaths=/
 
 
 HOST_UNITS = ("openinfra-agent.service", "openinfra-guard.service", "openinfra-guard.timer")
+# Root to the workloads' kernel, as every dockerd is: no score tells anything of them.
+ENGINE_UNITS = (
+    "openinfra-containerd.service",
+    "openinfra-engine.service",
+    "openinfra-workloads.service",
+    "openinfra.slice",
+    "var-cache-openinfra.mount",
+)
 # As the onboarding document has them.
 DOCUMENTED = ("ProtectSystem=strict", "NoNewPrivileges=yes")
 
@@ -103,8 +112,46 @@ def test_the_daemon_has_the_directives_of_the_design() -> None:
 # Units of others that ours name, by our units.
 BESIDE = {
     OWN_UNITS: ("postgresql.service", "wg-quick@wg0.service", "nftables.service"),
-    HOST_UNITS: ("wg-quick@.service", "var-lib-openinfra.mount"),
+    (*HOST_UNITS, *ENGINE_UNITS): ("wg-quick@.service", "var-lib-openinfra.mount"),
 }
+
+
+# design.md, section 8: with a bridge or rules of its own it would break the provider's Docker.
+ENGINE_FLAGS = (
+    "--iptables=false",
+    "--ip6tables=false",
+    "--ip-masq=false",
+    "--bridge=none",
+    "--userns-remap=openinfra-engine",
+    "--host=unix:///run/openinfra/engine.sock",
+)
+
+
+def test_the_engine_is_as_the_design_has_it() -> None:
+    unit = (SYSTEMD / "openinfra-engine.service").read_text()
+    flags = re.findall(r"--[a-z0-9-]+=\S+", unit)
+    assert [flag for flag in ENGINE_FLAGS if flag not in flags] == []
+    settings = json.loads((SYSTEMD / "openinfra-engine.json").read_text())
+    assert settings["live-restore"] is True
+    assert settings["group"] == "root"
+    # Nothing of it lies where the provider's Docker or containerd has something.
+    places = [settings[key] for key in ("data-root", "exec-root", "pidfile")]
+    kept = (SYSTEMD / "openinfra-containerd.toml").read_text()
+    places += re.findall(r'(?m)^(?:root|state|address) = "(.+)"$', kept)
+    assert len(places) == 6
+    assert {place.rpartition("/")[0] for place in places} == (
+        {"/var/cache/openinfra", "/run/openinfra-engine"}
+    )
+    assert '"io.containerd.grpc.v1.cri"' in kept  # it would listen on TCP
+
+
+@pytest.mark.parametrize("name", ENGINE_UNITS[:2])
+def test_the_engine_has_no_mounts_of_its_own(name: str) -> None:
+    """A restarted dockerd would not see those of the workloads that go on (live-restore)."""
+    text = (SYSTEMD / name).read_text()
+    own = r"(?m)^(?:Private|Protect|Read|Inaccessible|Temporary|BindP|BindR|Root)\w*=.*"
+    assert re.findall(own, text) == []
+    assert "KillMode=process\n" in text
 
 
 @pytest.mark.parametrize("names", BESIDE)
@@ -112,7 +159,7 @@ def test_systemd_understands_the_units(names: tuple[str, ...], tmp_path: Path) -
     """With commands and users that are on this machine in place of those on another."""
     for name in names:
         text = (SYSTEMD / name).read_text()
-        text = re.sub(r"(?m)^(ExecStart)=\S+", r"\1=/bin/true", text)
+        text = re.sub(r"(?m)^(ExecStart(?:Pre)?=\+?-?)\S+", r"\1/bin/true", text)
         (tmp_path / name).write_text(re.sub(r"(?m)^((?:Socket)?Group|User)=openinfra$", "", text))
     for name in BESIDE[names]:
         text = "[Mount]\nWhat=/dev/mapper/openinfra_data\nWhere=/var/lib/openinfra\n"

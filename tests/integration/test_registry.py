@@ -1,0 +1,241 @@
+"""The registry behind Caddy's own file: who may push, pull and mount what, with real `docker`.
+
+Control plane, Caddy, docker-registry and dockerd are in one network namespace, on the ports that a
+deployment has.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from systemd.setup_cp import SOURCE, render_caddyfile
+from tests.engine import Engine, make_layer, sha256
+from tests.harness import (
+    WALLET,
+    Agent,
+    ControlPlane,
+    Postgres,
+    Process,
+    inside,
+    make_netns,
+    serving,
+    wait_for,
+)
+from tests.integration.test_customers import add, mint
+from tests.integration.test_workloads import Tenant
+from tests.readme import block
+
+# Docker does not ask who vouches for the certificate of a loopback address.
+HOST = "127.0.0.1"
+
+
+class Registry:
+    """A control plane with its registry, as the world sees it."""
+
+    def __init__(self, cp: ControlPlane, engine: Engine, directory: Path) -> None:
+        self.cp, self.engine, self.directory = cp, engine, directory
+        template = (SOURCE / "systemd/Caddyfile").read_bytes()
+        path = directory / "Caddyfile"
+        path.write_bytes(render_caddyfile(template, HOST, "internal"))
+        home = {name: str(directory) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+        argv = ["caddy", "run", "--adapter=caddyfile", f"--config={path}"]
+        self.caddy = Process(engine.enter(argv), directory / "caddy.log", home)
+        self.caddy.wait_log("certificate obtained successfully", 20)
+
+    def ask(
+        self, method: str, path: str, password: str = "", body: bytes = b"", **headers: str
+    ) -> tuple[int, dict[str, str], Any]:
+        """One request through Caddy: status, headers, and the JSON of the answer."""
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(HOST, 443, timeout=20, context=context)
+        if password:
+            word = base64.b64encode(f"any:{password}".encode()).decode()
+            headers["Authorization"] = f"Basic {word}"
+        with contextlib.closing(connection):
+            with inside(self.engine.netns):
+                connection.connect()
+            connection.request(method, path, body or None, headers)
+            answer = connection.getresponse()
+            raw = answer.read()
+        try:
+            told = json.loads(raw)
+        except ValueError:
+            told = raw
+        return answer.status, dict(answer.headers), told
+
+    def docker(self, *argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """The customer's `docker`, with settings of its own."""
+        line = ["docker", f"--config={self.directory}", f"--host=unix://{self.engine.socket}"]
+        return subprocess.run([*line, *argv], input=stdin, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def registry(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    directory = tmp_path_factory.mktemp("registry")
+    flags = ("--peer-check=off", f"--registry={HOST}")
+    with make_netns() as netns, serving(postgres, directory / "cp", *flags, netns=netns) as cp:
+        engine = Engine(netns)
+        made = Registry(cp, engine, directory)
+        try:
+            yield made
+        finally:
+            made.caddy.stop()
+            engine.close()
+
+
+def code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
+    """Status and the registry's own word for an answer that is no."""
+    return answer[0], answer[2]["errors"][0]["code"]
+
+
+def push(registry: Registry, tenant: Tenant, name: str) -> str:
+    """Push busybox as a customer does; gives back its digest."""
+    tag = f"{HOST}/{name}:1"
+    assert registry.docker("import", "-", tag, stdin=make_layer()).returncode == 0
+    key = tenant.key.encode()
+    done = registry.docker("login", HOST, "--username=me", "--password-stdin", stdin=key)
+    assert done.returncode == 0, done.stderr
+    done = registry.docker("push", tag)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.decode()
+    return said[said.index("sha256:") :].split()[0]
+
+
+def test_from_a_push_to_a_process(registry: Registry, make_agent: Callable[..., Agent]) -> None:
+    """The host pulls with what only it has, and only what it is to run."""
+    tenant, other = Tenant(registry.cp), Tenant(registry.cp)
+    digest = push(registry, tenant, f"{tenant.namespace}/web")
+    agent = make_agent(
+        "127.0.0.1:9092", registry.cp.mint(payout_pubkey=WALLET), netns=registry.engine.netns
+    )
+    agent.engine_socket = registry.engine.socket
+    agent.limits_file.write_text("CPUS=2\nMEMORY=2G\n")
+    agent.start()
+    wait_for("online", lambda: [h for h in registry.cp.hosts() if h["engine_version"]] or None)
+    for row in registry.engine.call("GET", "/images/json")[1]:
+        registry.engine.call("DELETE", f"/images/{row['Id']}?force=1")
+    assert registry.engine.call("GET", "/images/json")[1] == []
+    order = {"image": f"{tenant.namespace}/web@{digest}", "cpu_milli": 50}
+    order |= {"command": ["/bin/sleep", "999"], "memory_bytes": 32 << 20}
+    workload = tenant.post(201, **order)
+    tenant.wait(workload, "running")
+    session = json.loads((agent.data / "identity.json").read_text())["session"]
+    password = hashlib.sha256(bytes.fromhex(session)).hexdigest()
+    ours, web = f"/v2/{tenant.namespace}", f"/v2/{tenant.namespace}/web"
+    assert registry.ask("GET", f"{web}/manifests/{digest}", password)[0] == 200
+    assert registry.ask("GET", "/v2/", password)[0] == 200
+    # Neither the session itself, nor another repository, nor a write.
+    assert code(registry.ask("GET", "/v2/", session))[0] == 401
+    digest = push(registry, tenant, f"{tenant.namespace}/other")
+    assert code(registry.ask("GET", f"{ours}/other/manifests/{digest}", password)) == (
+        (403, "DENIED")
+    )
+    assert code(registry.ask("POST", f"{web}/blobs/uploads/", password)) == (403, "DENIED")
+    # Nor anything once it is not to run it any more; nor another customer.
+    assert code(registry.ask("GET", f"{web}/tags/list", other.key)) == (403, "DENIED")
+    tenant.call("DELETE", f"/{workload['workload_id']}")
+    tenant.wait(workload, "deleted")
+    assert code(registry.ask("GET", f"{web}/tags/list", password)) == (403, "DENIED")
+    assert password not in registry.cp.log + (registry.directory / "caddy.log").read_text()
+
+
+def test_who_is_not_known_gets_nothing(registry: Registry) -> None:
+    tenant = Tenant(registry.cp)
+    status, headers, told = registry.ask("GET", "/v2/")
+    assert (status, told["errors"][0]["code"]) == (401, "UNAUTHORIZED")
+    assert headers["Www-Authenticate"] == 'Basic realm="openinfra"'
+    assert "docker login" in told["errors"][0]["message"]
+    for wrong in ("x", "oik1_x", tenant.key[:-1] + "A", "0" * 64, "f" * 63):
+        assert code(registry.ask("GET", "/v2/", wrong)) == (401, "UNAUTHORIZED")
+    assert registry.ask("GET", "/v2/", tenant.key)[0] == 200
+    key_id = tenant.key.split("_")[1]
+    done = registry.cp.command("revoke-key", key_id)
+    assert done.returncode == 0, done.stderr
+    assert code(registry.ask("GET", "/v2/", tenant.key)) == (401, "UNAUTHORIZED")
+
+
+def test_a_customer_reaches_its_own_images_only(registry: Registry) -> None:
+    mine, theirs = Tenant(registry.cp), Tenant(registry.cp)
+    digest = push(registry, theirs, f"{theirs.namespace}/web")
+    other = f"/v2/{theirs.namespace}/web"
+    manifest = registry.ask(
+        "GET",
+        f"{other}/manifests/{digest}",
+        theirs.key,
+        Accept="application/vnd.docker.distribution.manifest.v2+json",
+    )[2]
+    layer = manifest["layers"][0]["digest"]
+    own = f"/v2/{mine.namespace}/web"
+    for path in (
+        f"{other}/manifests/{digest}",
+        f"{other}/manifests/1",
+        f"{other}/blobs/{layer}",
+        f"{other}/tags/list",
+        f"{own}/../../{theirs.namespace}/web/tags/list",
+        f"/v2//{theirs.namespace}/web/tags/list",
+        f"/v2/{theirs.namespace}%2fweb/tags/list",
+        f"/v2/%2e%2e/{theirs.namespace}/web/tags/list",
+        "/v2/_catalog",
+        "/v2/_catalog?n=1",
+    ):
+        status = registry.ask("GET", path, mine.key)[0]
+        assert status in (403, 404), path
+    # A blob whose digest is known is not to be had by mounting it.
+    upload = f"{own}/blobs/uploads/"
+    mount = f"?mount={layer}&from={theirs.namespace}/web"
+    assert code(registry.ask("POST", upload + mount, mine.key)) == (403, "DENIED")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert registry.ask("POST", upload, mine.key, mount[1:].encode(), **form)[0] == 415
+    form = {"Content-Type": 'Multipart/Form-Data; boundary="x"'}
+    assert registry.ask("POST", upload, mine.key, b"--x--", **form)[0] == 415
+    twice = f"?from={mine.namespace}/web&mount={layer}&from={theirs.namespace}/web"
+    assert registry.ask("POST", upload + twice, mine.key)[0] == 400
+    assert registry.ask("GET", f"{own}/blobs/{layer}", mine.key)[0] == 404
+    # What is pushed cannot be taken away from under those who run it.
+    assert registry.ask("DELETE", f"{own}/manifests/{digest}", mine.key)[0] == 405
+    # Its own: a blob, and the same by a mount from its other repository.
+    status, headers, _ = registry.ask("POST", upload, mine.key)
+    assert status == 202
+    blob = b"mine"
+    where = f"{headers['Location']}&digest={sha256(blob)}"
+    kind = {"Content-Type": "application/octet-stream"}
+    assert registry.ask("PUT", where, mine.key, blob, **kind)[0] == 201
+    mount = f"?mount={sha256(blob)}&from={mine.namespace}/web"
+    path = f"/v2/{mine.namespace}/second/blobs/uploads/{mount}"
+    assert registry.ask("POST", path, mine.key)[0] == 201
+
+
+def test_the_readmes_way_to_push(registry: Registry) -> None:
+    key = mint(registry.cp, add(registry.cp, "kuma"))
+    assert registry.docker("import", "-", "web:latest", stdin=make_layer()).returncode == 0
+    where = {"DOCKER_HOST": f"unix://{registry.engine.socket}", "OPENINFRA_KEY": key}
+    where |= {"DOCKER_CONFIG": str(registry.directory / "readme"), "PATH": os.environ["PATH"]}
+    script = block("customer-push").replace("cp.coledex.com", HOST)
+    argv = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(argv, env=where, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"digest: sha256:" in done.stdout
+    assert registry.ask("GET", "/v2/kuma/web/tags/list", key)[2]["tags"] == ["1"]
+
+
+def test_docker_says_why(registry: Registry) -> None:
+    mine, theirs = Tenant(registry.cp), Tenant(registry.cp)
+    push(registry, mine, f"{mine.namespace}/web")
+    name = f"{HOST}/{theirs.namespace}/web:1"
+    registry.docker("tag", f"{HOST}/{mine.namespace}/web:1", name)
+    done = registry.docker("push", name)
+    assert done.returncode != 0
+    assert f"the namespace {theirs.namespace} is not yours".encode() in done.stderr
