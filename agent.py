@@ -74,7 +74,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -206,6 +206,11 @@ TEND_S = 2.0
 TEND_IDLE_S = 30.0
 ENGINE_API = "/v1.41"
 NO_ENGINE = Path("none")
+# Only an engine that says so with this label has images that are ours to remove: from this share of
+# its disk until that one.
+ENGINE_LABEL = "openinfra.engine=1"
+DISK_HIGH, DISK_LOW = 0.8, 0.7
+TIDY_S, USED_MAX_S = 60.0, 30 * 86_400.0
 ENGINE_TIMEOUT_S = 30.0
 ENGINE_VERSION_TIMEOUT_S = 2.0
 ENGINE_VERSION_AGE_S = 10.0
@@ -693,6 +698,10 @@ class Workloads:
     looks: int = 0
     memory: Memory = field(default_factory=Memory)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    # When each image was last wished for, and when images were last looked through.
+    used_s: dict[str, float] = field(default_factory=dict)
+    tidied_s: float = -TIDY_S
+    is_full: bool = False
     # Those that were at work when the engine was last looked at.
     busy: frozenset[str] = frozenset()
     progress: dict[str, str] = field(default_factory=dict)
@@ -1393,6 +1402,23 @@ def render_progress(layers: Mapping[str, tuple[int, int]]) -> str:
     """Say how far a pull is."""
     done, total = (sum(each) for each in zip(*layers.values(), strict=True))
     return f"{done // 1_000_000} of {-(-total // 1_000_000)} MB"
+
+
+def plan_images(
+    images: Sequence[Mapping[str, Any]],
+    in_use: Collection[str],
+    wished: Collection[str],
+    used_s: Mapping[str, float],
+) -> list[str]:
+    """The ids of images that nothing uses, those first that were not used for longest."""
+    unused = []
+    for image in images:
+        name, digests = str(image.get("Id")), [str(each) for each in image.get("RepoDigests") or ()]
+        is_kept = name in in_use or any(digest in wished for digest in digests)
+        if not is_kept and re.fullmatch(r"sha256:[0-9a-f]{64}", name):
+            last_s = max((used_s.get(digest, 0.0) for digest in digests), default=0.0)
+            unused.append((last_s, -int(image.get("Size") or 0), name))
+    return [name for _, _, name in sorted(unused)]
 
 
 def decide_pull_error(words: str) -> bool:
@@ -2581,6 +2607,26 @@ class Engine:
         if network:
             self.ask_gone("DELETE", f"/networks/{network}")
 
+    def remove_images(
+        self, wished: Collection[str], used_s: Mapping[str, float], high: float
+    ) -> list[str]:
+        """Remove what nothing uses, when more than `high` of the disk is used; gives back what."""
+        about, removed = self.read_object("/info"), []
+        root = str(about.get("DockerRootDir"))
+        if ENGINE_LABEL not in (about.get("Labels") or ()) or read_used(root) <= high:
+            return []
+        images, containers = (
+            self.ask("GET", "/images/json"),
+            self.read_ours("/containers/json", all="1"),
+        )
+        in_use = {str(row.get("ImageID")) for row in containers}
+        for name in plan_images(images, in_use, wished, used_s):
+            if read_used(root) <= DISK_LOW:
+                break
+            self.ask_gone("DELETE", f"/images/{name}", {"force": "1"})
+            removed.append(name)
+        return removed
+
     def read_workloads(
         self, ends: Mapping[str, Mapping[str, Any]], busy: frozenset[str]
     ) -> tuple[tuple[Container, ...], dict[str, str], dict[str, Mapping[str, Any]]]:
@@ -2606,6 +2652,15 @@ class Engine:
             if re.fullmatch(r"o[ix]-[0-9a-f]{11}", str(row.get("Name")))
         }
         return tuple(found), networks, seen
+
+
+def read_used(path: str) -> float:
+    """The share of a file system that is used; 0 for one that cannot be seen."""
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return 0.0
+    return 1 - disk.f_bavail / max(disk.f_blocks, 1)
 
 
 def read_ports(path: Path) -> tuple[int, ...]:
@@ -2925,6 +2980,26 @@ async def look(workloads: Workloads) -> None:
     memory.pasts = {name: past for name, past in memory.pasts.items() if name in known}
 
 
+async def tidy(workloads: Workloads) -> None:
+    """Remove images that nothing uses, when the engine's disk is nearly full or was just full."""
+    now_s = read_boot_s()
+    wished = {wish.image for wish in workloads.wishes or ()}
+    known = {name: at_s for name, at_s in workloads.used_s.items() if at_s > now_s - USED_MAX_S}
+    workloads.used_s = known | dict.fromkeys(wished, now_s)
+    if now_s < workloads.tidied_s + TIDY_S and not workloads.is_full:
+        return
+    high = DISK_LOW if workloads.is_full else DISK_HIGH
+    workloads.tidied_s, workloads.is_full = now_s, False
+    engine, used_s = workloads.engine, dict(workloads.used_s)
+    try:
+        removed = await in_thread(workloads, engine.remove_images, wished, used_s, high)
+    except EngineError as error:
+        log("WARN", "images stay", error=error)
+        return
+    if removed:
+        log("INFO", "images removed: the disk was nearly full", count=len(removed))
+
+
 def begin_steps(workloads: Workloads, unready: str) -> None:
     """Begin what is to be done, each step beside the others; no two at once for one assignment."""
     memory, now_s = workloads.memory, read_boot_s()
@@ -3005,6 +3080,7 @@ def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> 
         past = replace(past, started_s=now_s, ended_s=None, is_stopped=False)
         past = replace(past, restarts=past.restarts + was_ended)
     if error is not None:
+        workloads.is_full |= "no space left" in str(error)
         past = decide_failure(past, step, error, now_s)
     else:
         past = replace(past, tries=0, trouble="", has_image=True)
@@ -3414,6 +3490,7 @@ async def tend(agent: Agent) -> NoReturn:
         else:
             workloads.engine_error = ""
             begin_steps(workloads, read_unready(agent)[0])
+            await tidy(workloads)
         note_engine(workloads)
         note_observed(agent, read_unready(agent)[0])
         with contextlib.suppress(asyncio.TimeoutError):

@@ -48,8 +48,8 @@ def ensure_user() -> None:
                 path.write_text(f"{text}{USER}:100000:65536\n")
 
 
-def make_layer() -> bytes:
-    """A tar of busybox and a few of its names; the same bytes each time."""
+def make_layer(extra: bytes = b"") -> bytes:
+    """A tar of busybox, a few of its names, and something else; the same bytes each time."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as tar:
         for name in ("bin", "data", "proc", "sys", "dev", "etc", "tmp"):
@@ -64,6 +64,10 @@ def make_layer() -> bytes:
             entry = tarfile.TarInfo(f"bin/{name}")
             entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(entry)
+        if extra:
+            entry = tarfile.TarInfo("data/extra")
+            entry.size = len(extra)
+            tar.addfile(entry, io.BytesIO(extra))
     return raw.getvalue()
 
 
@@ -74,13 +78,18 @@ def sha256(raw: bytes) -> str:
 class Engine:
     """dockerd and a registry inside a namespace."""
 
-    def __init__(self, netns: Netns) -> None:
+    def __init__(self, netns: Netns, disk_bytes: int = 0) -> None:
         ensure_user()
         self.netns = netns
         # dockerd's remapped root must reach it, and containerd's socket wants a short path.
         self.directory = Path(tempfile.mkdtemp(prefix="oi-engine-", dir="/tmp"))
         self.directory.chmod(0o711)
         self.socket = self.directory / "engine.sock"
+        if disk_bytes:  # a disk of its own, as a host's engine has one
+            (self.directory / "root").mkdir(mode=0o711)
+            options = f"--options=size={disk_bytes},mode=0711"
+            argv = ["mount", "--types=tmpfs", options, "oi-engine", f"{self.directory}/root"]
+            subprocess.run(argv, check=True)
         self.registry = Process(
             self.enter(["docker-registry", "serve", str(self._write_registry())]),
             self.directory / "registry.log",
@@ -104,7 +113,7 @@ class Engine:
         argv = ["dockerd", f"--host=unix://{self.socket}", f"--data-root={at}/root"]
         argv += [f"--exec-root={at}/exec", f"--pidfile={at}/pid", "--iptables=false"]
         argv += ["--ip6tables=false", "--ip-masq=false", "--bridge=none", f"--userns-remap={USER}"]
-        argv += ["--live-restore", "--log-driver=local"]
+        argv += ["--live-restore", "--log-driver=local", "--label=openinfra.engine=1"]
         argv += ["--default-address-pool=base=198.18.0.0/15,size=29"]
         (at / "pid").unlink(missing_ok=True)
         self.dockerd = Process(self.enter(argv), at / "dockerd.log", {})
@@ -162,9 +171,11 @@ class Engine:
         text = self.call("GET", f"/containers/{container}/logs?stdout=1&stderr=1")[1]
         return str(text)
 
-    def push(self, name: str, config: Mapping[str, object] | None = None) -> str:
+    def push(
+        self, name: str, config: Mapping[str, object] | None = None, extra: bytes = b""
+    ) -> str:
         """Put an image of busybox into the registry; gives back its reference by digest."""
-        layer = make_layer()
+        layer = make_layer(extra)
         packed = gzip.compress(layer, 1, mtime=0)
         rootfs = {"type": "layers", "diff_ids": [sha256(layer)]}
         image = {"architecture": "amd64", "os": "linux", "config": config or {}, "rootfs": rootfs}

@@ -62,8 +62,8 @@ ROUTES = {
     "/metrics": 404,
     "/readyz": 404,
     "/setup_luks2.py": 200,
-    "/v2/": 403,
-    "/v2/_catalog": 403,
+    "/v2/": 401,
+    "/v2/_catalog": 401,
 }
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -197,8 +199,17 @@ def image(engine: Engine) -> str:
 def world(
     engine: Engine, image: str, make_agent: Callable[..., Agent], request: pytest.FixtureRequest
 ) -> Iterator[World]:
-    plane = Plane(engine.netns)
     python = getattr(request, "param", "/usr/bin/python3")
+    with running_world(engine, image, make_agent, python) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def running_world(
+    engine: Engine, image: str, make_agent: Callable[..., Agent], python: str
+) -> Iterator[World]:
+    """A host on this engine; all that is on it goes at the end."""
+    plane = Plane(engine.netns)
     agent = make_agent(f"{ADDRESS}:9092", TOKEN, netns=engine.netns, python=python)
     agent.engine_socket = engine.socket
     (agent.directory / "guard.json").write_text('{"at_s": 1e12}')
@@ -665,3 +676,46 @@ def test_what_is_no_engine_is_no_crash(tmp_path: Path, answer: bytes, readable: 
         found.append(can(engine.read_workloads, {}, frozenset()))
         thread.join()
     assert found.count(True) == readable
+
+
+def read_images(engine: Engine) -> set[str]:
+    """The images that are there, by their digests."""
+    rows = engine.call("GET", "/images/json")[1]
+    return {digest for row in rows for digest in row["RepoDigests"] or ()}
+
+
+def has_image(engine: Engine, name: str) -> bool:
+    return name in read_images(engine)
+
+
+def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Agent]) -> None:
+    """Those first that were wished for longest ago; and one that never fits says why."""
+    with make_netns() as netns:
+        engine = Engine(netns, disk_bytes=100 << 20)
+        try:
+            names = [f"acme/box{n}" for n in range(6)]
+            first, second, *rest = [engine.push(name, extra=os.urandom(12 << 20)) for name in names]
+            huge = engine.push("acme/huge", extra=os.urandom(120 << 20))
+            with running_world(engine, first, make_agent, "/usr/bin/python3") as world:
+                kept = world.run(SLEEP)
+                job = world.assignment(["true"], image=second, restart=pb.RESTART_NEVER)
+                world.plane.post(kept, job)
+                world.plane.wait_state(job, "FINISHED")
+                for image in rest:
+                    # Each is removed with its assignment; its image stays.
+                    world.plane.post(kept, world.assignment(SLEEP, image=image))
+                    wait_for("image", functools.partial(has_image, engine, image), 30)
+                assert read_images(engine) >= {first, rest[-1]}
+                too_large = world.assignment(SLEEP, image=huge)
+                world.plane.post(kept, too_large)
+                seen = world.plane.wait_state(too_large, "REJECTED", 60)
+                assert "no space left" in seen.reason
+                world.plane.wait_state(kept, "RUNNING")
+                wait_for("room", lambda: second not in read_images(engine) or None, 30)
+                assert first in read_images(engine)
+                assert "images removed: the disk was nearly full" in world.agent.log
+                # There is room again for one that fits.
+                world.plane.post(kept, fits := world.assignment(SLEEP, image=second))
+                world.plane.wait_state(fits, "RUNNING", 30)
+        finally:
+            engine.close()

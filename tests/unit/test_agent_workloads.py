@@ -413,6 +413,19 @@ def test_a_registry_that_says_no(words: str, expected: bool) -> None:
     assert agent.decide_pull_error(words) is expected
 
 
+def test_images_go_that_nothing_uses_the_oldest_first() -> None:
+    def image(n: int, size: int = 1, *names: str) -> dict[str, Any]:
+        return {"Id": f"sha256:{n:064x}", "Size": size, "RepoDigests": list(names) or None}
+
+    images = [image(1), image(2, 9), image(3, 5, "a@1", "b@1"), image(4, 5, "c@1"), image(5)]
+    images += [image(6, 1, "d@1"), {"Id": "../containers/x", "Size": 1}]
+    used_s = {"b@1": 50.0, "c@1": 20.0, "d@1": 1.0}
+    in_use, wished = {images[4]["Id"]}, {"d@1"}
+    order = [1, 0, 3, 2]  # never used, the larger first; then by the last use
+    assert agent.plan_images(images, in_use, wished, used_s) == [images[n]["Id"] for n in order]
+    assert agent.plan_images([], set(), set(), {}) == []
+
+
 def test_a_failure_is_tried_again_three_times() -> None:
     step = agent.Step(Verb.PULL, ID, "", take())
     past, waits = Past(), []

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
-    "agent.py": 3700,
+    "agent.py": 3800,
     "cp_server.py": 8250,
     "install_agent.py": 1850,
     "setup_luks2.py": 1200,

@@ -1,0 +1,277 @@
+"""A customer's container on a home machine: a push, a process, what it reaches, and its ends.
+
+Four networks' worth of machines in three: the VPS, the home machine, and one that is the home's
+router, a machine of the internet behind it, and the customer's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.e2e import disk
+from tests.e2e.fleet import AGENT, CP_LAN, HOME_LAN, Operator, find_server, join_fleet
+from tests.e2e.home import ADDRESS, CA_FILE
+from tests.e2e.home import install as run_installer
+from tests.e2e.network import Network
+from tests.e2e.scripts import said, wait_table
+from tests.e2e.vm import Snapshot, Vm
+from tests.e2e.vps import HOSTNAME, Vps, probe
+from tests.harness import wait_for
+
+MakeVm = Callable[..., Vm]
+pytestmark = pytest.mark.alone
+ROUTER_LAN, INTERNET = "192.0.2.9", "45.83.0.1"
+SERVER = """
+import http.server, socketserver, sys, threading
+for port in map(int, sys.argv[1:]):
+    socketserver.ThreadingTCPServer.allow_reuse_address = True
+    server = socketserver.ThreadingTCPServer(("", port), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever).start()
+"""
+# Files of an image: busybox as the names that are needed.
+IMAGE = """
+mkdir -p /srv/image/bin /srv/image/www; cp /bin/busybox /srv/image/bin
+echo hello > /srv/image/www/index.html
+for name in sh sleep httpd cat; do ln -sf busybox /srv/image/bin/$name; done
+tar -C /srv/image -c . | docker import - web:latest
+"""
+HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/www"]
+ENGINE = "docker --host=unix:///run/openinfra/engine.sock"
+# IPv6, and IPv4 as IPv6 writes it, from inside a workload; each that answers is printed.
+PROBE_6 = """
+import socket, sys
+for target in sys.argv[1:]:
+    host, _, port = target.rpartition("]:")
+    sock = socket.socket(socket.AF_INET6)
+    sock.settimeout(2)
+    try:
+        where = socket.getaddrinfo(host[1:], int(port), socket.AF_INET6, socket.SOCK_STREAM)
+        sock.connect(where[0][4])
+        print(target)
+    except ConnectionRefusedError:
+        print(target, "refused")
+    except OSError:
+        pass
+"""
+
+
+def serve(vm: Vm, *ports: int) -> None:
+    """Answer on these ports of every address."""
+    vm.put(SERVER.encode(), "/srv/server.py")
+    words = " ".join(map(str, ports))
+    vm.sh(f"cd /srv; python3 server.py {words} > /dev/null 2>&1 < /dev/null &")
+    vm.sh(f"until curl -s 127.0.0.1:{ports[0]} -o /dev/null; do sleep 0.3; done", timeout_s=60)
+
+
+def start_docker(vm: Vm) -> None:
+    """Debian's own Docker, as a person has it."""
+    vm.sh(
+        "systemctl unmask docker.service docker.socket containerd.service; systemctl start docker"
+    )
+
+
+class Customer:
+    """A customer at a machine with Docker."""
+
+    def __init__(self, vm: Vm, operator: Operator) -> None:
+        self.vm = vm
+        words = "add-customer --name=Kuma --namespace=kuma 2>/dev/null"
+        self.key = operator.vm.sh(f"openinfra-cp {words}").strip()
+        vm.put(operator.ca, f"/etc/docker/certs.d/{HOSTNAME}/ca.crt")
+        vm.put(operator.ca, CA_FILE)
+        find_server(vm)
+        start_docker(vm)
+        vm.sh(IMAGE)
+
+    def push(self) -> str:
+        """Push the image; gives back its name with its digest."""
+        name = f"{HOSTNAME}/kuma/web:1"
+        self.vm.sh(f"docker login {HOSTNAME} -u kuma --password-stdin", stdin=self.key.encode())
+        told = self.vm.sh(f"docker tag web:latest {name}; docker push {name}", timeout_s=300)
+        return f"kuma/web@{told[told.index('sha256:') :].split()[0]}"
+
+    def call(self, method: str, path: str = "", body: object = None) -> Any:
+        """One request to the API."""
+        self.vm.put(json.dumps(body).encode(), "/run/body")
+        data = "-H 'Content-Type: application/json' -d @/run/body" if body else ""
+        told = self.vm.sh(
+            f"curl -sS --cacert {CA_FILE} -X {method} -H 'Authorization: Bearer {self.key}' {data} "
+            f"https://{HOSTNAME}/api/v1/workloads{path}"
+        )
+        return json.loads(told)
+
+    def wait(self, workload: Any, state: str, timeout_s: float = 120) -> Any:
+        """The workload, once it is in this state."""
+
+        def look() -> Any:
+            found = self.call("GET", f"/{workload['workload_id']}")
+            return found if found["state"] == state else None
+
+        try:
+            return wait_for(state, look, timeout_s)
+        except AssertionError as error:
+            found = self.call("GET", f"/{workload['workload_id']}")
+            raise AssertionError(f"{error}: {found}") from None
+
+
+def list_pids(home: Vm) -> list[str]:
+    """The first process of each workload that runs."""
+    ids = home.sh(f"{ENGINE} ps -q --filter label=openinfra.assignment").split()
+    return [home.sh(f"{ENGINE} inspect -f '{{{{.State.Pid}}}}' {each}").strip() for each in ids]
+
+
+def reached(home: Vm, pid: str, other: str) -> list[str]:
+    """What answers a workload, be it with a refusal, of all that must not."""
+    home.put(PROBE_6.encode(), "/run/probe6.py")
+    inside = f"nsenter --target {pid} --net"
+    gateway = home.sh(f"{inside} ip -4 route show default | cut -d ' ' -f 3").strip()
+    found = []
+    for host, ports in (
+        (ROUTER_LAN, (80, 443)),
+        (HOME_LAN, (8000, 20000)),
+        (ADDRESS, (8000, 20000)),
+        (gateway, (8000, 20000)),
+        (CP_LAN, (443, 51820)),
+        ("10.77.0.1", (9092, 443)),
+        (other, (8080,)),
+        ("169.254.169.254", (80,)),
+        (INTERNET, (25, 465, 587)),
+    ):
+        answers = json.loads(
+            home.sh(f"{inside} python3 /run/probe.py {host} {' '.join(map(str, ports))}")
+        )
+        found += [f"{host}:{port}" for port, what in answers.items() if what != "silent"]
+    link = home.sh("cat /sys/class/net/oi-*/address | head -1").strip()
+    first, *rest = (int(each, 16) for each in link.split(":"))
+    words = [first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]]
+    local = "fe80::" + ":".join(
+        f"{a:02x}{b:02x}" for a, b in zip(words[::2], words[1::2], strict=True)
+    )
+    targets = [f"[{local}%eth0]:8000", f"[::ffff:{HOME_LAN}]:8000", "[fd00:77::2]:8000"]
+    targets += ["[2001:db8:77::2]:8000", f"[::ffff:{ROUTER_LAN}]:80"]
+    quoted = " ".join(f"'{each}'" for each in targets)
+    return found + home.sh(f"{inside} python3 /run/probe6.py {quoted}").split("\n")[:-1]
+
+
+def is_online(home: Vm, pid: str) -> bool:
+    """A workload reaches the internet."""
+    inside = f"nsenter --target {pid} --net python3 /run/probe.py {INTERNET} 80"
+    return bool(json.loads(home.sh(inside)) == {"80": "open"})
+
+
+def test_a_customers_container_on_a_home_machine(
+    make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot
+) -> None:
+    cp = make_vm("cp", snapshot=vps.snapshot)
+    cp.join(network, f"{CP_LAN}/24")
+    operator = Operator(cp)
+    machine = make_vm("home", snapshot=home)
+    machine.join(network, f"{HOME_LAN}/24")
+    find_server(machine)
+    machine.put(operator.ca, CA_FILE)
+    router = make_vm("router")
+    router.join(network, f"{ROUTER_LAN}/24")
+    router.sh(f"ip address add {INTERNET}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1")
+    serve(router, 80, 443, 25, 465, 587)
+    machine.sh(
+        f"ip route add default via {ROUTER_LAN}; ip -6 address add fd00:77::2/64 dev eth0; "
+        "ip -6 address add 2001:db8:77::2/64 dev eth0"
+    )
+    # The provider's own Docker, with a port of its own.
+    start_docker(machine)
+    machine.sh(IMAGE)
+    machine.sh(
+        "docker run --detach --name=mine --restart=always --publish=8081:8080 web:latest "
+        + " ".join(HTTPD)
+    )
+    rules = machine.sh("iptables -S; iptables -t nat -S")
+    own = f"curl -sf --max-time 5 http://{HOME_LAN}:8081/"
+    assert router.sh(own) == "hello\n"
+
+    join_fleet(machine, operator)
+    assert operator.wait_host("assignable", True)["engine_version"]
+    assert machine.sh("iptables -S; iptables -t nat -S") == rules
+    serve(machine, 8000)
+    customer = Customer(router, operator)
+    order: dict[str, Any] = {
+        "name": "web",
+        "image": customer.push(),
+        "command": HTTPD,
+        "ports": [8080],
+    }
+    order |= {"replicas": 2, "cpu_milli": 50, "memory_bytes": 16 << 20}
+    began = time.monotonic()
+    workload = customer.call("POST", "", order)
+    found = customer.wait(workload, "running")
+    print(f"both copies ran {time.monotonic() - began:.1f} s after the order, with the pull")
+    addresses = [each["endpoints"][0]["address"] for each in found["assignments"]]
+    assert {each.partition(":")[0] for each in addresses} == {ADDRESS}
+
+    def answers() -> bool:
+        asked = [cp.exec(["curl", "-sf", "--max-time", "3", f"http://{a}/"]) for a in addresses]
+        return [each.stdout for each in asked] == [b"hello\n"] * 2
+
+    wait_for("its ports", lambda: answers() or None, 30)
+    assert set(probe(router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
+    probe(machine, "127.0.0.1", 8000)  # lays probe.py
+    # Nothing of the home, of the fleet, of another workload; the internet.
+    first, second = list_pids(machine)
+    other = machine.sh(f"nsenter -t {second} -n hostname -I").split()[0]
+    assert reached(machine, first, other) == []
+    assert is_online(machine, first)
+    machine.sh("iptables -F; nft flush ruleset")
+    assert wait_table(machine, "openinfra") <= 15
+    assert reached(machine, first, other) == []
+    machine.sh("systemctl restart docker")
+    machine.sh("systemctl restart openinfra-engine")
+    wait_for("the provider's own", lambda: router.exec(["sh", "-c", own]).code == 0 or None, 60)
+    wait_for("the internet", lambda: is_online(machine, first) or None, 60)
+    assert reached(machine, first, other) == []
+    assert list_pids(machine) == [first, second]
+    assert answers()
+
+    # The agent is dead, and the right ends.
+    machine.sh(f"systemctl stop {AGENT}")
+    assert answers()
+    machine.sh(
+        "cd /run/openinfra; jq -c '.until_s = 1' lease.json > new; cat new > lease.json; rm new"
+    )
+    wait_for("the guard's end of it", lambda: not list_pids(machine) or None, 60)
+    machine.sh(f"systemctl start {AGENT}")
+    customer.wait(workload, "running")
+    wait_for("its ports", lambda: answers() or None, 30)
+
+    # A boot: the disk opens late, and the copies are there again.
+    began = time.monotonic()
+    disk.restart(machine)
+    # While the disk is locked there is no engine, and nothing of it on the root disk.
+    look = "ls /var/cache/openinfra; systemctl is-active openinfra-engine; true"
+    assert machine.sh(look).split() == ["inactive"]
+    machine.sh(f"ip route add default via {ROUTER_LAN}")
+    disk.unlock_late(machine)
+    wait_for("both copies", lambda: len(list_pids(machine)) == 2 or None, 120)
+    wait_for("its ports", lambda: answers() or None, 60)
+    print(f"both copies answer {time.monotonic() - began:.1f} s after the reboot was asked for")
+    first, second = list_pids(machine)
+    probe(machine, "127.0.0.1", 8000)
+    serve(machine, 8000)
+    assert reached(machine, first, other) == []
+    operator.check()
+
+    # The way out.
+    done = run_installer(machine, "--uninstall")
+    assert done.code == 0, said(done)
+    assert "0 left" in done.text.splitlines()
+    left = machine.sh(
+        "ls -d /run/openinfra* /var/cache/openinfra /etc/openinfra/installer 2>/dev/null; "
+        "ls /sys/class/net | grep -e '^oi-' -e '^ox-'; losetup -a; grep openinfra /etc/passwd "
+        "/etc/group /etc/subuid /etc/subgid; iptables -S | grep oi-; pgrep -af containerd-shim; "
+        "systemctl list-units --all --no-legend 'openinfra*' 'var-cache*'; true"
+    )
+    assert [line for line in left.splitlines() if "moby" not in line or "openinfra" in line] == []
+    wait_for("the provider's own", lambda: router.exec(["sh", "-c", own]).code == 0 or None, 60)
