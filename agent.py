@@ -204,7 +204,7 @@ TRY_PAUSES_S = (1.0, 3.0, 8.0)
 TEND_SOON_S = 0.5
 TEND_S = 2.0
 TEND_IDLE_S = 30.0
-ENGINE_API = "/v1.41"
+ENGINE_API = (1, 41)  # of Docker 20.10; a newer engine may want a newer one
 NO_ENGINE = Path("none")
 # Only an engine that says so with this label has images that are ours to remove: from this share of
 # its disk until that one.
@@ -1371,6 +1371,13 @@ def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Co
     )
 
 
+def decide_api(minimum: str) -> str:
+    """Choose the version of the Docker Engine API: the oldest that both sides have, as a path."""
+    match = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", minimum)
+    oldest = (int(match[1]), int(match[2])) if match else ENGINE_API
+    return "/v{}.{}".format(*max(oldest, ENGINE_API))
+
+
 def decide_registry_password(session: str) -> str:
     """The hash of the session, which the control plane stores: good for pulls and nothing else."""
     return hashlib.sha256(bytes.fromhex(session)).hexdigest()
@@ -2483,6 +2490,7 @@ class Engine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.api = decide_api("")
 
     @contextlib.contextmanager
     def open(
@@ -2504,11 +2512,12 @@ class Engine:
         try:
             sock.settimeout(timeout_s)
             sock.connect(str(self.path))
-            target = path + ("?" + urllib.parse.urlencode(query) if query else "")
+            target = path if path == "/version" else self.api + path
+            target += "?" + urllib.parse.urlencode(query) if query else ""
             raw = None if body is None else json.dumps(body).encode()
             if raw:
                 headers["Content-Type"] = "application/json"
-            connection.request(method, ENGINE_API + target, raw, headers)
+            connection.request(method, target, raw, headers)
             yield connection, sock
         except TimeoutError:
             raise EngineError(504, f"no answer for {timeout_s:g} s") from None
@@ -2558,8 +2567,9 @@ class Engine:
         return [row for row in rows if LABEL in (row.get("Labels") or {})]
 
     def read_version(self) -> str:
-        """The engine's version."""
+        """The engine's version; from then on it is spoken to as it wants."""
         answer = self.read_object("/version", ENGINE_VERSION_TIMEOUT_S)
+        self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
 
     def read_image(self, image: str) -> object:
@@ -3335,6 +3345,7 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     if read_boot_s() < until_s + GUARD_LATE_S:
         return ""
     try:
+        engine.read_version()
         found, _, _ = engine.read_workloads({}, frozenset())
         for each in found:
             if each.is_running:

@@ -58,6 +58,7 @@ import io
 import ipaddress
 import json
 import os
+import pwd
 import re
 import resource
 import shlex
@@ -428,7 +429,7 @@ class Facts:
     has_link: bool
     has_table: bool
     engine_user: EngineUser
-    leftovers: tuple[tuple[str, ...], ...]  # commands that remove what workloads left
+    leftovers: tuple[tuple[str, ...], ...]  # commands that remove what workloads left, if asked for
     manifest: Manifest
 
 
@@ -1026,7 +1027,9 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         return name in pending or not changed.isdisjoint({UNIT_DIR / name, *paths})
 
     steps: list[Run] = []
-    new = [n for n in ENABLED if UNIT_DIR / n in changed or units[n].enabled != "enabled"]
+    # After a run that was cut: a unit may be new on disk, and linked as the one before it.
+    is_new = {n: UNIT_DIR / n in changed or units[n].enabled != "enabled" for n in ENABLED}
+    new = [n for n in ENABLED if pending or is_new[n]]
     if new:
         steps.append(Run(("systemctl", "--no-reload", "reenable", *new), "at each boot"))
     if new or pending or any(UNIT_DIR in path.parents for path in changed):
@@ -1271,7 +1274,10 @@ def decide_engine_user(is_there: bool, subuid: str, subgid: str) -> EngineUser:
 
 def read_engine_user() -> EngineUser:
     """Look for the user whose subordinate ids the workloads run as."""
-    is_there = read_command("getent", "passwd", ENGINE_USER) is not None
+    try:
+        is_there = pwd.getpwnam(ENGINE_USER) is not None
+    except KeyError:
+        is_there = False
     texts = [read_file(Path(name), ARTIFACT_MAX_BYTES) for name in ("/etc/subuid", "/etc/subgid")]
     return decide_engine_user(
         is_there, *(t.content.decode(errors="replace") if t else "" for t in texts)
@@ -1312,7 +1318,7 @@ def read_free() -> dict[str, int]:
     return dict(free.values())
 
 
-def read_facts() -> Facts:
+def read_facts(with_leftovers: bool = False) -> Facts:
     """Look at all that a plan needs, but for the release."""
     found = {path: read_file(path, ARTIFACT_MAX_BYTES) for path in OURS}
     files = {path: each for path, each in found.items() if each}
@@ -1345,7 +1351,7 @@ def read_facts() -> Facts:
         has_link=Path("/sys/class/net", LINK).exists(),
         has_table=read_command("nft", "list", "table", "inet", TABLE) is not None,
         engine_user=read_engine_user(),
-        leftovers=read_leftovers(),
+        leftovers=read_leftovers() if with_leftovers else (),
         manifest=parse_manifest(manifest.content) if manifest else Manifest(),
     )
 
@@ -1768,7 +1774,7 @@ def purge_packages(packages: Sequence[str]) -> None:
 
 def uninstall(args: argparse.Namespace) -> int:
     """Remove what install.json lists; the last line is what is left."""
-    facts = read_facts()
+    facts = read_facts(with_leftovers=True)
     if facts.manifest == Manifest():
         say(f"there is no {MANIFEST}: nothing here was installed by this")
         print("0 left")
@@ -1787,7 +1793,7 @@ def uninstall(args: argparse.Namespace) -> int:
     for step in last:
         apply(step)
     say(f"{facts.data.path} stays, with the identity of this host and its encrypted disk")
-    left = list(list_left(facts, read_facts()))
+    left = list(list_left(facts, read_facts(with_leftovers=True)))
     print("\n".join([f"{len(left)} left", *left]))
     LOCK.unlink(missing_ok=True)
     return 1 if left else 0

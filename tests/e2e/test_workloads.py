@@ -164,9 +164,68 @@ def is_online(home: Vm, pid: str) -> bool:
     return bool(json.loads(home.sh(inside)) == {"80": "open"})
 
 
-def test_a_customers_container_on_a_home_machine(
-    make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot
-) -> None:
+class Scene:
+    """The VPS, a home machine with its own Docker, the home's router, a workload of two copies."""
+
+    def __init__(self, operator: Operator, machine: Vm, router: Vm) -> None:
+        self.operator, self.machine, self.router = operator, machine, router
+        self.serve()
+        router.sh(f"ip address add {INTERNET}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1")
+        serve(router, 80, 443, 25, 465, 587)
+        start_docker(machine)
+        machine.sh(IMAGE)
+        run = "docker run --detach --name=mine --restart=always --publish=8081:8080 web:latest"
+        machine.sh(f"{run} {' '.join(HTTPD)}")
+        self.check_own()
+        rules = machine.sh("iptables -S; iptables -t nat -S")
+        join_fleet(machine, operator)
+        assert operator.wait_host("assignable", True)["engine_version"]
+        assert machine.sh("iptables -S; iptables -t nat -S") == rules
+        self.customer = Customer(router, operator)
+        order: dict[str, Any] = {"name": "web", "image": self.customer.push(), "command": HTTPD}
+        order |= {"replicas": 2, "ports": [8080], "cpu_milli": 50, "memory_bytes": 16 << 20}
+        began = time.monotonic()
+        self.workload = self.customer.call("POST", "", order)
+        found = self.customer.wait(self.workload, "running")
+        print(f"both copies ran {time.monotonic() - began:.1f} s after the order, with the pull")
+        self.addresses = [each["endpoints"][0]["address"] for each in found["assignments"]]
+        assert {each.partition(":")[0] for each in self.addresses} == {ADDRESS}
+        self.wait_answers()
+
+    def serve(self) -> None:
+        """What the home machine has, and forgets at a boot: ways out, and a port to be reached."""
+        self.machine.sh(
+            f"ip route add default via {ROUTER_LAN}; ip -6 address add fd00:77::2/64 dev eth0; "
+            "ip -6 address add 2001:db8:77::2/64 dev eth0"
+        )
+        serve(self.machine, 8000)
+        probe(self.machine, "127.0.0.1", 8000)  # which lays probe.py
+
+    def check_own(self) -> None:
+        """The provider's own container answers the LAN."""
+        ask = ["curl", "-sf", "--max-time", "5", f"http://{HOME_LAN}:8081/"]
+        wait_for("the provider's own", lambda: self.router.exec(ask).code == 0 or None, 60)
+
+    def answers(self) -> bool:
+        """Both copies answer the control plane at their addresses in the tunnel."""
+        asks = [["curl", "-sf", "--max-time", "3", f"http://{each}/"] for each in self.addresses]
+        return [self.operator.vm.exec(ask).stdout for ask in asks] == [b"hello\n"] * 2
+
+    def wait_answers(self) -> None:
+        """As soon as they run, and their ports are open."""
+        wait_for("both copies", lambda: len(list_pids(self.machine)) == 2 or None, 120)
+        wait_for("their ports", lambda: self.answers() or None, 60)
+
+    def check_fence(self) -> None:
+        """Nothing of the home, of the fleet, of another workload; but the internet."""
+        first, second = list_pids(self.machine)
+        other = self.machine.sh(f"nsenter --target {second} --net hostname -I").split()[0]
+        wait_for("the internet", lambda: is_online(self.machine, first) or None, 60)
+        assert reached(self.machine, first, other) == []
+
+
+@pytest.fixture
+def scene(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> Scene:
     cp = make_vm("cp", snapshot=vps.snapshot)
     cp.join(network, f"{CP_LAN}/24")
     operator = Operator(cp)
@@ -176,75 +235,34 @@ def test_a_customers_container_on_a_home_machine(
     machine.put(operator.ca, CA_FILE)
     router = make_vm("router")
     router.join(network, f"{ROUTER_LAN}/24")
-    router.sh(f"ip address add {INTERNET}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1")
-    serve(router, 80, 443, 25, 465, 587)
-    machine.sh(
-        f"ip route add default via {ROUTER_LAN}; ip -6 address add fd00:77::2/64 dev eth0; "
-        "ip -6 address add 2001:db8:77::2/64 dev eth0"
-    )
-    # The provider's own Docker, with a port of its own.
-    start_docker(machine)
-    machine.sh(IMAGE)
-    machine.sh(
-        "docker run --detach --name=mine --restart=always --publish=8081:8080 web:latest "
-        + " ".join(HTTPD)
-    )
-    rules = machine.sh("iptables -S; iptables -t nat -S")
-    own = f"curl -sf --max-time 5 http://{HOME_LAN}:8081/"
-    assert router.sh(own) == "hello\n"
+    return Scene(operator, machine, router)
 
-    join_fleet(machine, operator)
-    assert operator.wait_host("assignable", True)["engine_version"]
-    assert machine.sh("iptables -S; iptables -t nat -S") == rules
-    serve(machine, 8000)
-    customer = Customer(router, operator)
-    order: dict[str, Any] = {
-        "name": "web",
-        "image": customer.push(),
-        "command": HTTPD,
-        "ports": [8080],
-    }
-    order |= {"replicas": 2, "cpu_milli": 50, "memory_bytes": 16 << 20}
-    began = time.monotonic()
-    workload = customer.call("POST", "", order)
-    found = customer.wait(workload, "running")
-    print(f"both copies ran {time.monotonic() - began:.1f} s after the order, with the pull")
-    addresses = [each["endpoints"][0]["address"] for each in found["assignments"]]
-    assert {each.partition(":")[0] for each in addresses} == {ADDRESS}
 
-    def answers() -> bool:
-        asked = [cp.exec(["curl", "-sf", "--max-time", "3", f"http://{a}/"]) for a in addresses]
-        return [each.stdout for each in asked] == [b"hello\n"] * 2
-
-    wait_for("its ports", lambda: answers() or None, 30)
-    assert set(probe(router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
-    probe(machine, "127.0.0.1", 8000)  # lays probe.py
-    # Nothing of the home, of the fleet, of another workload; the internet.
-    first, second = list_pids(machine)
-    other = machine.sh(f"nsenter -t {second} -n hostname -I").split()[0]
-    assert reached(machine, first, other) == []
-    assert is_online(machine, first)
+def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
+    machine = scene.machine
+    pids = list_pids(machine)
+    assert set(probe(scene.router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
+    scene.check_fence()
     machine.sh("iptables -F; nft flush ruleset")
     assert wait_table(machine, "openinfra") <= 15
-    assert reached(machine, first, other) == []
+    scene.check_fence()
     machine.sh("systemctl restart docker")
     machine.sh("systemctl restart openinfra-engine")
-    wait_for("the provider's own", lambda: router.exec(["sh", "-c", own]).code == 0 or None, 60)
-    wait_for("the internet", lambda: is_online(machine, first) or None, 60)
-    assert reached(machine, first, other) == []
-    assert list_pids(machine) == [first, second]
-    assert answers()
+    scene.check_own()
+    scene.check_fence()
+    assert list_pids(machine) == pids
+    assert scene.answers()
 
     # The agent is dead, and the right ends.
     machine.sh(f"systemctl stop {AGENT}")
-    assert answers()
+    assert scene.answers()
     machine.sh(
         "cd /run/openinfra; jq -c '.until_s = 1' lease.json > new; cat new > lease.json; rm new"
     )
     wait_for("the guard's end of it", lambda: not list_pids(machine) or None, 60)
     machine.sh(f"systemctl start {AGENT}")
-    customer.wait(workload, "running")
-    wait_for("its ports", lambda: answers() or None, 30)
+    scene.wait_answers()
+    scene.customer.wait(scene.workload, "running")
 
     # A boot: the disk opens late, and the copies are there again.
     began = time.monotonic()
@@ -252,16 +270,12 @@ def test_a_customers_container_on_a_home_machine(
     # While the disk is locked there is no engine, and nothing of it on the root disk.
     look = "ls /var/cache/openinfra; systemctl is-active openinfra-engine; true"
     assert machine.sh(look).split() == ["inactive"]
-    machine.sh(f"ip route add default via {ROUTER_LAN}")
     disk.unlock_late(machine)
-    wait_for("both copies", lambda: len(list_pids(machine)) == 2 or None, 120)
-    wait_for("its ports", lambda: answers() or None, 60)
+    scene.wait_answers()
     print(f"both copies answer {time.monotonic() - began:.1f} s after the reboot was asked for")
-    first, second = list_pids(machine)
-    probe(machine, "127.0.0.1", 8000)
-    serve(machine, 8000)
-    assert reached(machine, first, other) == []
-    operator.check()
+    scene.serve()
+    scene.check_fence()
+    scene.operator.check()
 
     # The way out.
     done = run_installer(machine, "--uninstall")
@@ -270,8 +284,10 @@ def test_a_customers_container_on_a_home_machine(
     left = machine.sh(
         "ls -d /run/openinfra* /var/cache/openinfra /etc/openinfra/installer 2>/dev/null; "
         "ls /sys/class/net | grep -e '^oi-' -e '^ox-'; losetup -a; grep openinfra /etc/passwd "
-        "/etc/group /etc/subuid /etc/subgid; iptables -S | grep oi-; pgrep -af containerd-shim; "
-        "systemctl list-units --all --no-legend 'openinfra*' 'var-cache*'; true"
+        "/etc/group /etc/subuid /etc/subgid; iptables -S | grep oi-; "
+        "pgrep -af containerd-shim | grep openinfra; "
+        "systemctl list-units --all --no-legend 'openinfra*' 'var-cache*' | grep -v guest-agent; "
+        "true"
     )
-    assert [line for line in left.splitlines() if "moby" not in line or "openinfra" in line] == []
-    wait_for("the provider's own", lambda: router.exec(["sh", "-c", own]).code == 0 or None, 60)
+    assert left == ""
+    scene.check_own()

@@ -413,6 +413,23 @@ def test_a_registry_that_says_no(words: str, expected: bool) -> None:
     assert agent.decide_pull_error(words) is expected
 
 
+@pytest.mark.parametrize(
+    ("minimum", "expected"),
+    [
+        ("1.12", "/v1.41"),
+        ("1.41", "/v1.41"),
+        ("1.44", "/v1.44"),  # Docker 29
+        ("2.0", "/v2.0"),
+        ("", "/v1.41"),
+        ("None", "/v1.41"),
+        ("1.44/../x", "/v1.41"),
+        ("1.44\n", "/v1.41"),
+    ],
+)
+def test_a_newer_engine_is_spoken_to_as_it_wants(minimum: str, expected: str) -> None:
+    assert agent.decide_api(minimum) == expected
+
+
 def test_images_go_that_nothing_uses_the_oldest_first() -> None:
     def image(n: int, size: int = 1, *names: str) -> dict[str, Any]:
         return {"Id": f"sha256:{n:064x}", "Size": size, "RepoDigests": list(names) or None}

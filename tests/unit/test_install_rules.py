@@ -884,6 +884,19 @@ def test_an_upgrade_restarts_the_agent() -> None:
     assert (len(final.files[str(BINARY)]), final.pending) == (1, ())
 
 
+def test_a_run_that_was_cut_links_the_units_again() -> None:
+    """Its new unit is on disk, and still linked as the one before it."""
+    facts = installed()
+    cut = replace(facts, manifest=replace(facts.manifest, pending=(AGENT,)))
+    assert words(plan(cut, ANSWERS, RELEASE, KEYS)) == [
+        NOTED,
+        *ENABLE,
+        f"start {GUARD}",
+        f"restart {AGENT}",
+        NOTED,
+    ]
+
+
 def test_packages_are_noted_before_they_are_installed() -> None:
     facts = replace(FRESH, missing=("nftables",))
     steps = plan_packages(facts, ["nftables", "libnftables1"])
