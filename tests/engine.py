@@ -112,10 +112,19 @@ class Engine:
         at = self.directory
         argv = ["dockerd", f"--host=unix://{self.socket}", f"--data-root={at}/root"]
         argv += [f"--exec-root={at}/exec", f"--pidfile={at}/pid", "--iptables=false"]
-        argv += ["--ip6tables=false", "--ip-masq=false", "--bridge=none", f"--userns-remap={USER}"]
+        argv += [
+            "--ip6tables=false",
+            "--ip-masq=false",
+            "--bridge=ox-engine",
+            f"--userns-remap={USER}",
+        ]
         argv += ["--live-restore", "--log-driver=local", "--label=openinfra.engine=1"]
         argv += ["--default-address-pool=base=198.18.0.0/15,size=29"]
         (at / "pid").unlink(missing_ok=True)
+        ip = ["ip", "-netns", self.netns.name]
+        subprocess.run([*ip, "link", "add", "ox-engine", "type", "bridge"], check=False)
+        address = ["address", "replace", "198.19.255.253/30", "dev", "ox-engine"]
+        subprocess.run([*ip, *address], check=True)
         self.dockerd = Process(self.enter(argv), at / "dockerd.log", {})
 
         def answers() -> bool:

@@ -21,7 +21,7 @@ from tests.e2e.network import Network
 from tests.e2e.scripts import said, wait_table
 from tests.e2e.vm import Snapshot, Vm
 from tests.e2e.vps import HOSTNAME, Vps, probe
-from tests.harness import wait_for
+from tests.harness import WALLET, wait_for
 
 MakeVm = Callable[..., Vm]
 pytestmark = pytest.mark.alone
@@ -178,9 +178,10 @@ class Scene:
         machine.sh(f"{run} {' '.join(HTTPD)}")
         self.check_own()
         rules = machine.sh("iptables -S; iptables -t nat -S")
-        join_fleet(machine, operator)
+        join_fleet(machine, operator, payout_pubkey=WALLET)
         assert operator.wait_host("assignable", True)["engine_version"]
         assert machine.sh("iptables -S; iptables -t nat -S") == rules
+        self.check_own()
         self.customer = Customer(router, operator)
         order: dict[str, Any] = {"name": "web", "image": self.customer.push(), "command": HTTPD}
         order |= {"replicas": 2, "ports": [8080], "cpu_milli": 50, "memory_bytes": 16 << 20}

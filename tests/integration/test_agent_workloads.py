@@ -719,3 +719,23 @@ def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Ag
                 world.plane.wait_state(fits, "RUNNING", 30)
         finally:
             engine.close()
+
+
+def test_the_bridge_of_the_providers_own_docker_stays() -> None:
+    """With `--bridge=none` a dockerd removes docker0, whose ever it is."""
+    with make_netns() as netns:
+        ip = ["ip", "-netns", netns.name]
+        subprocess.run([*ip, "link", "add", "docker0", "type", "bridge"], check=True)
+        subprocess.run([*ip, "address", "add", "172.17.0.1/16", "dev", "docker0"], check=True)
+        subprocess.run([*ip, "link", "set", "docker0", "up"], check=True)
+        show = [*ip, "-oneline", "-4", "address", "show", "dev", "docker0"]
+        before = subprocess.check_output([*ip, "-json", "link", "show", "docker0"])
+        engine = Engine(netns)
+        try:
+            assert b"172.17.0.1/16" in subprocess.check_output(show)
+            engine.kill()
+            engine.start()
+            assert b"172.17.0.1/16" in subprocess.check_output(show)
+            assert subprocess.check_output([*ip, "-json", "link", "show", "docker0"]) == before
+        finally:
+            engine.close()

@@ -121,7 +121,7 @@ ENGINE_FLAGS = (
     "--iptables=false",
     "--ip6tables=false",
     "--ip-masq=false",
-    "--bridge=none",
+    "--bridge=ox-engine",  # "none" removes the provider's docker0
     "--userns-remap=openinfra-engine",
     "--host=unix:///run/openinfra/engine.sock",
 )
