@@ -62,6 +62,7 @@ import glob
 import hashlib
 import hmac
 import http
+import http.client
 import http.server
 import io
 import ipaddress
@@ -371,6 +372,13 @@ HUB_ANSWER_BYTES = 32 << 20  # 10 MB at 65,000 peers
 HUB_CHANGES_MAX = 1_000  # in one question; the helper takes no more
 LOG_AGAIN_S = 600.0  # a trouble that lasts is logged again this often
 HTTP_BODY_BYTES = 65_536
+REGISTRY_TIMEOUT_S = 5.0
+MANIFEST_TYPES = (
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+)
 REGISTRY_AUTH = "/api/v1/registry/auth"  # Caddy's question, no route of the API
 HTTP_WORKERS = 8
 HTTP_QUEUE = 64
@@ -878,10 +886,10 @@ _REGISTRY_METHODS = {
 }
 _REGISTRY_QUERY = {"_state", "digest", "from", "last", "mount", "n"}
 NO_NUL = {"pattern": "^[^\\u0000]*$"}
-# What a customer needs to know of it: its own namespace first, no registry, no tag.
+# What a customer needs to know of it: its own namespace first, no registry, a tag or a digest.
 IMAGE = {
     "pattern": rf"^(?!localhost/)[a-z0-9][a-z0-9-]{{0,38}}[a-z0-9](/{_IMAGE_PART})+"
-    r"@sha256:[0-9a-f]{64}$"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}|@sha256:[0-9a-f]{64})?$"
 }
 ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
 _UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -1003,22 +1011,18 @@ def check_name(text: str, field: str) -> str:
 
 
 def check_image(text: str, field: str) -> str:
-    """An image by its digest, `[registry/]namespace/name[:tag]@sha256:…`; raises Refusal."""
-    match = _IMAGE.fullmatch(text)
-    if not match:
+    """An image, `[registry/]namespace/name[:tag][@sha256:…]`; raises Refusal."""
+    if not _IMAGE.fullmatch(text):
         what = f"{field} is no image of a namespace"
-        raise Refusal("BAD_REQUEST", what, "send namespace/name@sha256:<64 hex digits>", field)
-    if not match["digest"]:
-        what = f"{field} names no digest, and a tag may be another image tomorrow"
-        todo = "send namespace/name@sha256:…, which `docker push` prints"
+        todo = "send namespace/name:tag or namespace/name@sha256:<64 hex digits>"
         raise Refusal("BAD_REQUEST", what, todo, field)
     return text
 
 
 def parse_image(text: str, registry: str) -> tuple[str, str]:
-    """The namespace of a checked image, and `namespace/name@digest`; raises Refusal.
+    """The namespace of a checked image, and `namespace/name` with its digest, or else its tag.
 
-    Only the control plane's own registry is taken.
+    Only the control plane's own registry is taken; raises Refusal.
     """
     match = _IMAGE.fullmatch(text)
     if match is None:
@@ -1027,7 +1031,8 @@ def parse_image(text: str, registry: str) -> tuple[str, str]:
         what = f"image is of the registry {match['registry']}, which is not this one"
         todo = f"push it here first: {registry or 'the operator has to set one up'}"
         raise Refusal("BAD_REQUEST", what, todo, "image")
-    return match["namespace"], f"{match['namespace']}/{match['name']}@{match['digest']}"
+    of = f"@{match['digest']}" if match["digest"] else f":{match['tag'] or 'latest'}"
+    return match["namespace"], f"{match['namespace']}/{match['name']}{of}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1346,7 +1351,7 @@ WORKLOAD_FIELDS = (
     Field(
         "image",
         "string",
-        "by its digest: namespace/name@sha256:…",
+        "namespace/name@sha256:…, or namespace/name:tag, whose digest is looked up now",
         1,
         272,  # 72 of them the digest; Docker takes 255 with the registry's name before it
         None,
@@ -4400,6 +4405,35 @@ async def find_customer(db: Database, token: Token) -> Customer | None:
     return Customer(**row)
 
 
+def read_digest(registry_url: str, image: str) -> str:
+    """Look up which digest a tag has in the registry just now; raises Refusal. Blocks.
+
+    A tag may be another image tomorrow, and all copies of a workload are of one.
+    """
+    name, colon, tag = image.rpartition(":")
+    if "@" in image or not colon:
+        return image
+    url = urllib.parse.urlsplit(f"{registry_url}/v2/{name}/manifests/{tag}")
+    connection = http.client.HTTPConnection(url.netloc, timeout=REGISTRY_TIMEOUT_S)
+    try:
+        connection.request("HEAD", url.path, headers={"Accept": ", ".join(MANIFEST_TYPES)})
+        answer = connection.getresponse()
+        digest = answer.headers.get("Docker-Content-Digest", "")
+    except (OSError, http.client.HTTPException) as error:
+        log("ERROR", "the registry does not answer", "look: systemctl status docker-registry")
+        what = f"the registry does not answer ({type(error).__name__})"
+        raise Refusal("TRY_LATER", what, "try again, or name the digest", "image") from None
+    finally:
+        connection.close()
+    if answer.status == 404:
+        todo = f"push it, or look: GET /v2/{name}/tags/list"
+        raise Refusal("BAD_REQUEST", f"the registry has no {image}", todo, "image")
+    if answer.status != 200 or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+        what = f"the registry's answer for {image} cannot be read (HTTP status {answer.status})"
+        raise Refusal("TRY_LATER", what, "name the digest", "image")
+    return f"{name}@{digest}"
+
+
 async def check_pull(db: Database, session_sha256: bytes, call: RegistryCall) -> None:
     """Let a host pull what it is to run; raises Refusal.
 
@@ -4473,7 +4507,7 @@ def decide_order(
     if size > SPEC_BYTES:
         what = f"command and env are larger than {SPEC_BYTES} bytes together"
         raise Refusal("BAD_REQUEST", what, "put what is large into the image", "env")
-    spec = {key: values[key] for key in SPEC_KEYS} | {"image": image}
+    spec = {key: values[key] for key in SPEC_KEYS} | {"image": image}  # its tag is still one
     return WorkloadOrder(namespace, values["name"], values["replicas"], spec)
 
 
@@ -4645,6 +4679,7 @@ class Settings:
     role: str
     wg_socket: str
     registry: str
+    registry_url: str
 
 
 class Metrics:
@@ -5580,6 +5615,8 @@ async def http_undrain_host(cp: ControlPlane, request: Request) -> Answer:
 async def http_put_workload(cp: ControlPlane, request: Request) -> Answer:
     customer = request.of_customer()
     order = decide_order(request.values, customer.namespaces, cp.settings.registry)
+    image = await asyncio.to_thread(read_digest, cp.settings.registry_url, order.spec["image"])
+    order = dataclasses.replace(order, spec={**order.spec, "image": image})
     is_new, workload = await put_workload(cp.customer_db, request.actor, customer, order)
     cp.placer.wake()
     found = await get_workload(cp.customer_db, customer, workload.workload_id)
@@ -7673,6 +7710,7 @@ OPTIONS = (
     Option("heartbeat-s", str(HEARTBEAT_S), "nominal seconds between a host's heartbeats"),
     Option("wg-socket", "", "socket of the WireGuard helper; empty: this CP keeps no hub"),
     Option("registry", "", "host name of the registry that customers push to; empty: none"),
+    Option("registry-url", "http://127.0.0.1:5000", "where that registry is on this machine"),
     Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
 )
 
@@ -7735,6 +7773,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         role=chosen["role"],
         wg_socket=chosen["wg-socket"],
         registry=parse_registry(chosen["registry"]),
+        registry_url=parse_registry_url(chosen["registry-url"]),
     )
 
 
@@ -7742,6 +7781,14 @@ def parse_registry(text: str) -> str:
     """The name of the registry, with its port if it has one; raises Error 2."""
     if not re.fullmatch(r"|[A-Za-z0-9.-]+(:[0-9]{1,5})?", text):
         raise Error("registry is no host name", "give one such as cp.example.com, or none", 2)
+    return text
+
+
+def parse_registry_url(text: str) -> str:
+    """Where the registry is on this machine; raises Error 2."""
+    if not re.fullmatch(r"http://[A-Za-z0-9.-]+:[0-9]{1,5}", text):
+        todo = "write for example http://127.0.0.1:5000"
+        raise Error("registry-url is no http://address:port", todo, 2)
     return text
 
 

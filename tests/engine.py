@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,24 @@ def sha256(raw: bytes) -> str:
     return "sha256:" + hashlib.sha256(raw).hexdigest()
 
 
+def write_registry(directory: Path, address: str) -> Path:
+    """The settings of a docker-registry that keeps all in a directory."""
+    path = directory / "registry.yml"
+    store = f"{{filesystem: {{rootdirectory: {directory}/registry}}}}"
+    path.write_text(f"version: 0.1\nstorage: {store}\nhttp: {{addr: {address}}}\n")
+    return path
+
+
+@contextlib.contextmanager
+def running_registry(directory: Path, address: str) -> Iterator[Process]:
+    """A docker-registry on this machine."""
+    argv = ["docker-registry", "serve", str(write_registry(directory, address))]
+    process = Process(argv, directory / "registry.log", {"OTEL_TRACES_EXPORTER": "none"})
+    process.wait_log("listening on")
+    yield process
+    process.stop(signal.SIGKILL)
+
+
 class Engine:
     """dockerd and a registry inside a namespace."""
 
@@ -91,7 +109,7 @@ class Engine:
             argv = ["mount", "--types=tmpfs", options, "oi-engine", f"{self.directory}/root"]
             subprocess.run(argv, check=True)
         self.registry = Process(
-            self.enter(["docker-registry", "serve", str(self._write_registry())]),
+            self.enter(["docker-registry", "serve", str(write_registry(self.directory, REGISTRY))]),
             self.directory / "registry.log",
             {"OTEL_TRACES_EXPORTER": "none"},
         )
@@ -100,12 +118,6 @@ class Engine:
     def enter(self, argv: list[str]) -> list[str]:
         """A command in the namespace; `ip netns exec` would hide mounts from dockerd."""
         return ["nsenter", f"--net=/run/netns/{self.netns.name}", "--", *argv]
-
-    def _write_registry(self) -> Path:
-        path = self.directory / "registry.yml"
-        store = f"{{filesystem: {{rootdirectory: {self.directory}/registry}}}}"
-        path.write_text(f"version: 0.1\nstorage: {store}\nhttp: {{addr: {REGISTRY}}}\n")
-        return path
 
     def start(self) -> None:
         """Start dockerd, wait until it answers."""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.engine import running_registry
 from tests.fuzz_tool import TARGETS
-from tests.harness import WALLET, Client, ControlPlane
+from tests.harness import WALLET, Client, ControlPlane, free_port
 from tests.hostile import fuzz, read_seconds, run_schemathesis
 
 FUZZ_S = 10.0
@@ -34,11 +35,14 @@ def test_no_bytes_break_a_decoder(tmp_path: Path) -> None:
 def test_the_http_api_is_what_its_document_says(
     make_cp: Callable[..., ControlPlane], tmp_path: Path
 ) -> None:
-    cp = make_cp("--heartbeat-s=1", "--registry=cp.example.com")
-    for _ in range(3):
-        with Client(cp) as client:
-            client.register(cp.mint(payout_pubkey=WALLET))
-            client.heartbeat()
-    run_schemathesis(cp, tmp_path, "--max-examples=5")
+    address = f"127.0.0.1:{free_port()}"
+    with running_registry(tmp_path, address):
+        flags = ("--registry=cp.example.com", f"--registry-url=http://{address}")
+        cp = make_cp("--heartbeat-s=1", *flags)
+        for _ in range(3):
+            with Client(cp) as client:
+                client.register(cp.mint(payout_pubkey=WALLET))
+                client.heartbeat()
+        run_schemathesis(cp, tmp_path, "--max-examples=5")
     assert "ERROR" not in cp.log
     cp.check_invariants()

@@ -28,6 +28,7 @@ from tests.harness import (
     ControlPlane,
     Postgres,
     Process,
+    free_port,
     inside,
     make_netns,
     serving,
@@ -101,10 +102,10 @@ def code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
     return answer[0], answer[2]["errors"][0]["code"]
 
 
-def push(registry: Registry, tenant: Tenant, name: str) -> str:
+def push(registry: Registry, tenant: Tenant, name: str, extra: bytes = b"") -> str:
     """Push busybox as a customer does; gives back its digest."""
     tag = f"{HOST}/{name}:1"
-    assert registry.docker("import", "-", tag, stdin=make_layer()).returncode == 0
+    assert registry.docker("import", "-", tag, stdin=make_layer(extra)).returncode == 0
     key = tenant.key.encode()
     done = registry.docker("login", HOST, "--username=me", "--password-stdin", stdin=key)
     assert done.returncode == 0, done.stderr
@@ -229,6 +230,39 @@ def test_the_readmes_way_to_push(registry: Registry) -> None:
     assert done.returncode == 0, done.stderr
     assert b"digest: sha256:" in done.stdout
     assert registry.ask("GET", "/v2/kuma/web/tags/list", key)[2]["tags"] == ["1"]
+
+
+def test_a_tag_is_looked_up_once(registry: Registry) -> None:
+    """Its copies stay what they are, until the same order comes again after another push."""
+    tenant = Tenant(registry.cp)
+    first = push(registry, tenant, f"{tenant.namespace}/web")
+    workload = tenant.post(201, image=f"{tenant.namespace}/web:1")
+    assert workload["image"] == f"{tenant.namespace}/web@{first}"
+    assert tenant.post(200, image=f"{tenant.namespace}/web:1")["revision"] == 1
+    second = push(registry, tenant, f"{tenant.namespace}/web", b"another")
+    assert second != first
+    assert tenant.get(workload)["image"].endswith(first)
+    changed = tenant.post(200, image=f"{HOST}/{tenant.namespace}/web:1")
+    assert (changed["revision"], changed["image"]) == (2, f"{tenant.namespace}/web@{second}")
+    status, told = tenant.call("POST", "", tenant.order(image=f"{tenant.namespace}/web"))
+    assert (status, told["error"]["field"]) == (400, "image")
+    assert f"the registry has no {tenant.namespace}/web:latest; push it" in told["error"]["message"]
+    # Whether another's tag is there is not told.
+    other = Tenant(registry.cp)
+    for name in ("web:1", "no:1"):
+        order = other.order(image=f"{tenant.namespace}/{name}")
+        status, told = other.call("POST", "", order)
+        assert (status, told["error"]["code"]) == (403, "forbidden")
+        assert "which is none of yours" in told["error"]["message"]
+
+
+def test_without_its_registry_a_tag_is_not_taken(make_cp: Callable[..., ControlPlane]) -> None:
+    cp = make_cp(f"--registry={HOST}", f"--registry-url=http://127.0.0.1:{free_port()}")
+    tenant = Tenant(cp)
+    status, told = tenant.call("POST", "", tenant.order(image=f"{tenant.namespace}/web:1"))
+    assert (status, told["error"]["code"]) == (503, "try_later")
+    assert "name the digest" in told["error"]["message"]
+    tenant.post(201)  # by its digest
 
 
 def test_docker_says_why(registry: Registry) -> None:

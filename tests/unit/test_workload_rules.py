@@ -64,9 +64,23 @@ def test_the_smallest_order() -> None:
 )
 def test_an_image_of_the_own_registry(image: str) -> None:
     is_documented = re.fullmatch(cp_server.IMAGE["pattern"], image) is not None
-    assert is_documented is not (image.startswith("cp.") or ":v1" in image)
+    assert is_documented is not (image.startswith("cp.") or ":v1@" in image)
     kept = parse(image=image).spec["image"]
-    assert kept == image.removeprefix("cp.example.com/").replace(":v1", "")
+    assert kept == image.removeprefix("cp.example.com/").replace(":v1@", "@")
+
+
+@pytest.mark.parametrize(
+    ("image", "kept"),
+    [
+        ("kuma/web", "kuma/web:latest"),
+        ("kuma/web:1.0_a-B", "kuma/web:1.0_a-B"),
+        ("cp.example.com/kuma/a/b:2", "kuma/a/b:2"),
+    ],
+)
+def test_an_image_by_its_tag(image: str, kept: str) -> None:
+    is_documented = re.fullmatch(cp_server.IMAGE["pattern"], image) is not None
+    assert is_documented is not image.startswith("cp.")
+    assert parse(image=image).spec["image"] == kept
 
 
 @pytest.mark.parametrize(
@@ -79,8 +93,10 @@ def test_an_image_of_the_own_registry(image: str) -> None:
         ("name", ..., "missing"),
         ("namespace", "other", "none of your namespaces"),
         ("namespace", "solana:x", "is not 2 to 40"),
-        ("image", "kuma/web", "names no digest"),
-        ("image", "kuma/web:latest", "names no digest"),
+        ("image", "kuma/web:", "no image"),
+        ("image", "kuma/web:-x", "no image"),
+        ("image", f"kuma/web:{'x' * 129}", "no image"),
+        ("image", "other/web:1", "none of yours"),
         ("image", f"web@{DIGEST}", "no image of a namespace"),
         ("image", f"other/web@{DIGEST}", "none of yours"),
         ("image", f"docker.io/kuma/web@{DIGEST}", "registry docker.io"),
