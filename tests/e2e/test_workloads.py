@@ -146,7 +146,7 @@ def reached(home: Vm, pid: str, other: str) -> list[str]:
             home.sh(f"{inside} python3 /run/probe.py {host} {' '.join(map(str, ports))}")
         )
         found += [f"{host}:{port}" for port, what in answers.items() if what != "silent"]
-    link = home.sh("cat /sys/class/net/oi-*/address | head -1").strip()
+    link = home.sh("cat /sys/class/net/oi-*/address | sed -n 1p").strip()
     first, *rest = (int(each, 16) for each in link.split(":"))
     words = [first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]]
     local = "fe80::" + ":".join(
