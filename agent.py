@@ -205,6 +205,7 @@ TEND_SOON_S = 0.5
 TEND_S = 2.0
 TEND_IDLE_S = 30.0
 ENGINE_API = (1, 41)  # of Docker 20.10; a newer engine may want a newer one
+ENGINE_START_S = 15.0
 NO_ENGINE = Path("none")
 # Only an engine that says so with this label has images that are ours to remove: from this share of
 # its disk until that one.
@@ -2566,9 +2567,9 @@ class Engine:
             raise EngineError(502, f"what answers at {self.path} is no container engine")
         return [row for row in rows if LABEL in (row.get("Labels") or {})]
 
-    def read_version(self) -> str:
+    def read_version(self, timeout_s: float = ENGINE_VERSION_TIMEOUT_S) -> str:
         """The engine's version; from then on it is spoken to as it wants."""
-        answer = self.read_object("/version", ENGINE_VERSION_TIMEOUT_S)
+        answer = self.read_object("/version", timeout_s)
         self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
 
@@ -3345,7 +3346,7 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     if read_boot_s() < until_s + GUARD_LATE_S:
         return ""
     try:
-        engine.read_version()
+        engine.read_version(ENGINE_START_S)  # its socket is there before it listens
         found, _, _ = engine.read_workloads({}, frozenset())
         for each in found:
             if each.is_running:

@@ -314,8 +314,10 @@ def test_a_run_that_is_killed_anywhere_goes_on(vm: Vm, seed: str) -> None:
 
 
 def test_packages_are_installed_and_purged(vm: Vm) -> None:
-    gone = "nftables python3-grpcio python3-protobuf wireguard-tools"
-    vm.sh(f"dpkg --purge {gone}; apt-get autoremove --purge --yes -qq", timeout_s=200)
+    docker = "docker.service docker.socket containerd.service"
+    gone = "docker.io nftables python3-grpcio python3-protobuf wireguard-tools"
+    vm.sh(f"systemctl unmask {docker}; dpkg --purge {gone}", timeout_s=200)
+    vm.sh("apt-get autoremove --purge --yes -qq; rm -rf /var/lib/docker /etc/docker", timeout_s=200)
     before, packages = read_tree(vm), vm.sh("dpkg-query -Wf '${Package}\\n'")
     dry = install(vm, *ANSWERS, "--dry-run")
     assert dry.code == 0
@@ -324,6 +326,10 @@ def test_packages_are_installed_and_purged(vm: Vm) -> None:
     assert done.code == 0
     assert f"not installed: {gone}; apt-get installs them now" in said(done)
     check_installed(vm)
+    # Debian's package would have started a Docker that nobody here has asked for.
+    states = vm.sh(f"systemctl show --value -p UnitFileState -p ActiveEnterTimestamp {docker}")
+    assert states.split() == ["disabled"] * 3
+    assert "docker0" not in vm.sh("ls /sys/class/net")
     new = set(vm.sh("dpkg-query -Wf '${Package}\\n'").split()) - set(packages.split())
     listed = json.loads(vm.get("/etc/openinfra/installer/install.json"))["packages"]
     assert new <= set(listed)
