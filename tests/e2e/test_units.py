@@ -124,11 +124,14 @@ def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> 
     assert read_property(vm, "openinfra-agent", "ActiveState") != "active"
     unlock_late(vm)
     wait_active(vm, "openinfra-agent")
+    wait_active(vm, "openinfra-workloads", 120)  # and with it the engine
     assert vm.sh("systemctl --failed --no-legend --plain").split() == []
 
     # The disk goes: the agent ends; it comes back: the agent is there.
     vm.sh("systemctl stop var-lib-openinfra.mount")
-    assert read_property(vm, "openinfra-agent", "ActiveState") == "inactive"
+    for unit in ("openinfra-agent", "openinfra-engine", "var-cache-openinfra.mount"):
+        assert read_property(vm, unit, "ActiveState") == "inactive"
+    assert vm.sh("losetup --all") == ""
     vm.sh("systemctl start var-lib-openinfra.mount")
     wait_active(vm, "openinfra-agent")
 
