@@ -1009,7 +1009,8 @@ def plan_engine(facts: Facts) -> Iterator[Run]:
         argv = ("usermod", f"--add-subuids={ids}", f"--add-subgids={ids}", ENGINE_USER)
         yield Run(argv, "root in a workload is one of these")
     if ENGINE_IMAGE not in facts.files:
-        new, size_bytes = f"{ENGINE_IMAGE}.new", decide_image_bytes(facts.data)
+        new = str(ENGINE_IMAGE.with_name(f".{ENGINE_IMAGE.name}.new"))  # which Remove knows
+        size_bytes = decide_image_bytes(facts.data)
         why = f"{size_bytes >> 20} MiB for what workloads bring"
         yield Run(("install", "--mode=0600", "/dev/null", new), "also when a cut left a part of it")
         yield Run(("fallocate", f"--length={size_bytes}", new), why)

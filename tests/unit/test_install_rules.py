@@ -657,17 +657,17 @@ def test_a_tunnel_that_cannot_be_kept_is_refused() -> None:
 
 FILES = ["release.pub", "openinfra-agent", "openinfra.key", "openinfra.pub", "openinfra.conf"]
 FILES += ["agent.env", *UNITS, "containerd.toml", "engine.json"]
-IMAGE = "/var/lib/openinfra/engine.img"
+IMAGE, NEW_IMAGE = "/var/lib/openinfra/engine.img", "/var/lib/openinfra/.engine.img.new"
 USER = [
     "useradd --system --user-group --no-create-home --shell=/bin/false --home-dir=/nonexistent "
     + ENGINE_USER,
     "usermod --add-subuids=100000-165535 --add-subgids=100000-165535 openinfra-engine",
 ]
 MAKE_IMAGE = [
-    f"install --mode=0600 /dev/null {IMAGE}.new",
-    f"fallocate --length={16 << 30} {IMAGE}.new",  # of 18 GiB that are free on a disk of 20
-    f"mkfs.ext4 -q -F -m0 -E nodiscard -L openinfra-engine {IMAGE}.new",
-    f"mv --no-target-directory -- {IMAGE}.new {IMAGE}",
+    f"install --mode=0600 /dev/null {NEW_IMAGE}",
+    f"fallocate --length={16 << 30} {NEW_IMAGE}",  # of 18 GiB that are free on a disk of 20
+    f"mkfs.ext4 -q -F -m0 -E nodiscard -L openinfra-engine {NEW_IMAGE}",
+    f"mv --no-target-directory -- {NEW_IMAGE} {IMAGE}",
     f"sync --file-system {IMAGE}",
 ]
 ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {DISK} {ENGINE} {AGENT}", "daemon-reload"]
