@@ -30,7 +30,7 @@ Files (mode)
   /etc/subuid                                  65,536 ids that nobody has, and /etc/subgid
   /var/lib/openinfra/engine.img          0600  the disk of the workloads, at /var/cache/openinfra
   /run/openinfra-install.lock            0600  held while this changes anything
-Runs: apt-get dpkg dpkg-query fallocate install ip iptables mkfs.ext4 modprobe mv nft openssl
+Runs: apt-get dpkg dpkg-query fallocate find install ip iptables mkfs.ext4 modprobe mv nft openssl
   python3 rm rmdir systemctl useradd userdel usermod wg
 
 The invite is typed at the prompt or comes from --token-file, never from the command line.
@@ -107,6 +107,7 @@ ENGINE_FILES = {  # settings that lie beside them, by their name there
 ENABLED = (GUARD, WG, TIMER, DISK, ENGINE, AGENT)
 # What workloads bring goes into a file system of its own: it cannot fill the identity's.
 ENGINE_IMAGE, ENGINE_ROOT = Path("/var/lib/openinfra/engine.img"), Path("/var/cache/openinfra")
+DOCKER_KEY = Path("/etc/docker/key.json")
 ENGINE_USER, ENGINE_IDS = "openinfra-engine", 65_536  # subordinate ids, subuid(5)
 DROP_IN = UNIT_DIR / f"{AGENT}.d" / "allow-unencrypted.conf"
 SETTINGS = (RELEASE_PUB, CA, BINARY, WG_KEY, WG_PUB, WG_CONF, ENV, *ENGINE_FILES.values())
@@ -1094,6 +1095,11 @@ def plan_removal(facts: Facts) -> list[Step]:
         steps += [Run(argv, "it was for workloads") for argv in facts.leftovers]
         if facts.engine_user.is_there:
             steps.append(Run(("userdel", ENGINE_USER), "with its subordinate ids"))
+        if "docker.io" in facts.manifest.packages:  # there was no Docker: every dockerd makes these
+            steps.append(Remove(DOCKER_KEY, "the engine made it"))
+            which = ("-path", "/etc/docker", "-o", "-path", "/run/docker*")
+            argv = ("find", "/etc", "/run", "-maxdepth", "2", "-type", "d", "-empty")
+            steps.append(Run((*argv, "(", *which, ")", "-delete"), "if nothing is in them"))
     steps += [Remove(link, "its unit is gone") for link in facts.dangling]
     steps += [Remove(Path(name), "ours") for name in ours if Path(name) not in kept]
     steps.append(Run(("systemctl", "daemon-reload"), "the units are gone"))

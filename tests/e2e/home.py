@@ -204,7 +204,8 @@ def put_killed(vm: Vm) -> str:
 TREE = """
 import hashlib, os, stat, subprocess
 SKIP = (
-    "/boot /dev /etc/ld.so.cache /opt /proc /root/.cache /run/credentials /run/dbus "
+    "/boot /dev /etc/group- /etc/gshadow- /etc/passwd- /etc/shadow- /etc/subgid- /etc/subuid- "
+    "/etc/ld.so.cache /opt /proc /root/.cache /run/credentials /run/dbus "
     "/run/initramfs /run/lock /run/log /run/mount /run/openinfra-install.lock "
     "/run/openinfra-luks.lock "
     "/run/systemd /run/udev /srv /sys /tmp /usr/share /var/cache /var/lib/apt /var/lib/dpkg "

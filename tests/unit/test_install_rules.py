@@ -991,6 +991,16 @@ def test_the_docker_that_was_there_is_left_alone() -> None:
     )
 
 
+def test_what_every_dockerd_makes_goes_where_there_was_none() -> None:
+    facts = installed()
+    assert not any("docker" in word or word == "key.json" for word in words(plan_removal(facts)))
+    ours = replace(facts, manifest=replace(facts.manifest, packages=("docker.io",)))
+    said = words(plan_removal(ours))
+    places = "( -path /etc/docker -o -path /run/docker* )"
+    find = f"find /etc /run -maxdepth 2 -type d -empty {places} -delete"
+    assert said[said.index("key.json") + 1] == find
+
+
 # Uninstall.
 
 
