@@ -120,8 +120,9 @@ class Customer:
 
 
 def list_pids(home: Vm) -> list[str]:
-    """The first process of each workload that runs."""
-    ids = home.sh(f"{ENGINE} ps -q --filter label=openinfra.assignment").split()
+    """The first process of each workload that runs; none while the engine is not up."""
+    asked = home.exec([*ENGINE.split(), "ps", "-q", "--filter=label=openinfra.assignment"])
+    ids = asked.stdout.decode().split()
     return [home.sh(f"{ENGINE} inspect -f '{{{{.State.Pid}}}}' {each}").strip() for each in ids]
 
 
