@@ -12,6 +12,8 @@ What it does to this machine
   `run` starts no program: it tells the container engine what to pull, run and remove, and only of
   what carries its label `openinfra.assignment` and a name `oi-…`. It stops all of that when the
   control plane is silent for long, and leaves it running when it is itself stopped or upgraded.
+  When the engine's disk is nearly full it has images removed that nothing uses, but only by an
+  engine whose own label says `openinfra.engine=1`.
   Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a
   unix socket. `doctor` starts `wg show`. `guard` starts `nft` and `wg`, and changes the nft table
   `inet openinfra` and the endpoint of the interface openinfra; where the provider's own Docker
@@ -2626,12 +2628,8 @@ class Engine:
         root = str(about.get("DockerRootDir"))
         if ENGINE_LABEL not in (about.get("Labels") or ()) or read_used(root) <= high:
             return []
-        images, containers = (
-            self.ask("GET", "/images/json"),
-            self.read_ours("/containers/json", all="1"),
-        )
-        in_use = {str(row.get("ImageID")) for row in containers}
-        for name in plan_images(images, in_use, wished, used_s):
+        in_use = {str(row.get("ImageID")) for row in self.read_ours("/containers/json", all="1")}
+        for name in plan_images(self.ask("GET", "/images/json"), in_use, wished, used_s):
             if read_used(root) <= DISK_LOW:
                 break
             self.ask_gone("DELETE", f"/images/{name}", {"force": "1"})
@@ -2995,15 +2993,15 @@ async def tidy(workloads: Workloads) -> None:
     """Remove images that nothing uses, when the engine's disk is nearly full or was just full."""
     now_s = read_boot_s()
     wished = {wish.image for wish in workloads.wishes or ()}
-    known = {name: at_s for name, at_s in workloads.used_s.items() if at_s > now_s - USED_MAX_S}
-    workloads.used_s = known | dict.fromkeys(wished, now_s)
+    workloads.used_s |= dict.fromkeys(wished, now_s)
     if now_s < workloads.tidied_s + TIDY_S and not workloads.is_full:
         return
+    used_s = {name: at_s for name, at_s in workloads.used_s.items() if at_s > now_s - USED_MAX_S}
+    workloads.used_s = used_s
     high = DISK_LOW if workloads.is_full else DISK_HIGH
     workloads.tidied_s, workloads.is_full = now_s, False
-    engine, used_s = workloads.engine, dict(workloads.used_s)
     try:
-        removed = await in_thread(workloads, engine.remove_images, wished, used_s, high)
+        removed = await in_thread(workloads, workloads.engine.remove_images, wished, used_s, high)
     except EngineError as error:
         log("WARN", "images stay", error=error)
         return

@@ -2,7 +2,7 @@
 """cp_server.py - the control plane (CP) of an OpenInfra fleet, in one file.
 
 What it does
-  serve     answers the agents (gRPC) and the operator (HTTP, JSON), keeps everything in PostgreSQL
+  serve     answers agents (gRPC), operator and customers (HTTP, JSON); keeps all in PostgreSQL
   migrate   makes or upgrades the database schema; the only command that needs the owner's rights
   token     mints a JWT for the operator's HTTP API (--new-key adds a signing key first)
   invite    mints a single-use invite for a host
@@ -30,7 +30,9 @@ Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   ~/.cache/openinfra/cp-<hash>/      0755  pilot: its Python packages; beside it a .lock file
 Ports
   10.77.0.1:9092/tcp     gRPC for the agents, inside the tunnel (pilot: 127.0.0.1)
-  127.0.0.1:8080/tcp     HTTP for the operator, behind Caddy, and metrics for this machine
+  127.0.0.1:8080/tcp     HTTP for operator and customers, behind Caddy, which asks here as well
+                         who may do what with the registry; and metrics for this machine
+  127.0.0.1:5000/tcp     it asks the registry there (REGISTRY_URL) for a tag's digest
 It runs as an ordinary user, without capabilities; root runs dist, backup, restore, and the pilot
 may, which then installs packages (it says so first).
 Runs, but not in `serve`: openssl (dist); pg_dump, pg_restore, psql, gpg, gpgconf, wg, wg-quick
@@ -866,18 +868,20 @@ NAMESPACE = {"pattern": "^[a-z0-9][a-z0-9-]{0,38}[a-z0-9]$"}
 NAME = {"pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
 # Docker's grammar of a repository's name and of a reference by digest.
 _IMAGE_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+_DIGEST = r"sha256:[0-9a-f]{64}"
 _IMAGE = re.compile(
     rf"(?:(?P<registry>[A-Za-z0-9.-]*[.:][A-Za-z0-9.:-]*|localhost)/)?"
     rf"(?P<namespace>{_IMAGE_PART})/(?P<name>{_IMAGE_PART}(?:/{_IMAGE_PART})*)"
-    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+    rf"(?::(?P<tag>{_TAG}))?(?:@(?P<digest>{_DIGEST}))?"
 )
 _REPOSITORY = re.compile(rf"{_IMAGE_PART}(?:/{_IMAGE_PART})+")
 # Of the OCI distribution specification what push and pull need; nothing lists other repositories.
 _REGISTRY_PATH = re.compile(
     rf"/v2/(?:(?P<repository>{_REPOSITORY.pattern})/(?:"
-    r"(?P<manifests>manifests/(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}|sha256:[0-9a-f]{64}))"
+    rf"(?P<manifests>manifests/(?:{_TAG}|{_DIGEST}))"
     r"|(?P<uploads>blobs/uploads/)|(?P<upload>blobs/uploads/[A-Za-z0-9_=-]{1,200})"
-    r"|(?P<blobs>blobs/sha256:[0-9a-f]{64})|(?P<tags>tags/list)))?"
+    rf"|(?P<blobs>blobs/{_DIGEST})|(?P<tags>tags/list)))?"
 )
 _REGISTRY_METHODS = {
     "manifests": ("GET", "HEAD", "PUT"),
@@ -889,7 +893,7 @@ NO_NUL = {"pattern": "^[^\\u0000]*$"}
 # What a customer needs to know of it: its own namespace first, no registry, a tag or a digest.
 IMAGE = {
     "pattern": rf"^(?!localhost/)[a-z0-9][a-z0-9-]{{0,38}}[a-z0-9](/{_IMAGE_PART})+"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}|@sha256:[0-9a-f]{64})?$"
+    rf"(:{_TAG}|@{_DIGEST})?$"
 }
 ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
 _UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -1054,9 +1058,9 @@ def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCal
     match = _REGISTRY_PATH.fullmatch(path)
     if match is None:
         raise Refusal("NOT_FOUND", "no such path in the registry", "there is no list of all images")
-    if method not in _REGISTRY_METHODS.get(match.lastgroup or "", ("GET", "HEAD")):
-        what = f"the registry does not take {parse_said(method, 16)} here"
-        raise Refusal("METHOD_NOT_ALLOWED", what, "push and pull; nothing is deleted")
+    allowed = _REGISTRY_METHODS.get(match.lastgroup or "", ("GET", "HEAD"))
+    if method not in allowed:
+        raise refuse_method(parse_said(method, 16), allowed)
     # It would read fields of a form as if they stood in the query, and the body is not seen here.
     if "form" in content_type.lower() or "multipart" in content_type.lower():
         raise Refusal("NOT_JSON", "the registry takes no forms", "use docker push")
@@ -1081,6 +1085,12 @@ def decide_registry(call: RegistryCall, namespaces: Sequence[str]) -> None:
             own = " or ".join(sorted(namespaces)) or "none yet: ask the operator"
             what = f"the namespace {namespace} is not yours"
             raise Refusal("FORBIDDEN", what, f"yours: {own}")
+
+
+def refuse_method(method: str, allowed: Sequence[str]) -> Refusal:
+    """What is said to a method that is not of a path; HttpHandler makes `Allow` of it."""
+    what = f"{method} is not possible here"
+    return Refusal("METHOD_NOT_ALLOWED", what, f"use {' or '.join(allowed)}")
 
 
 def parse_basic(header: str) -> str:
@@ -3362,14 +3372,13 @@ ORDER BY a.assignment_no
 
 SQL_PULL_RIGHT = """
 -- whether a host, by the hash of its session, has something to run out of this repository
-SELECT EXISTS (
-  SELECT 1 FROM sessions s JOIN hosts h USING (host_no) JOIN assignments a USING (host_no)
-  WHERE s.session_sha256 = %(session_sha256)s AND s.ended_at IS NULL AND h.status <> 'revoked'
-    AND a.ended_at IS NULL AND a.stop_at IS NULL
+SELECT h.status <> 'revoked' AND EXISTS (
+  SELECT 1 FROM assignments a
+  WHERE a.host_no = h.host_no AND a.ended_at IS NULL AND a.stop_at IS NULL
     AND split_part(a.spec->>'image', '@', 1) = %(repository)s
-) AS may, EXISTS (
-  SELECT 1 FROM sessions WHERE session_sha256 = %(session_sha256)s AND ended_at IS NULL
-) AS known
+) AS may
+FROM sessions s JOIN hosts h USING (host_no)
+WHERE s.session_sha256 = %(session_sha256)s AND s.ended_at IS NULL
 """
 
 SQL_OBSERVED = """
@@ -4406,13 +4415,11 @@ async def find_customer(db: Database, token: Token) -> Customer | None:
 
 
 def read_digest(registry_url: str, image: str) -> str:
-    """Look up which digest a tag has in the registry just now; raises Refusal. Blocks.
+    """Look up which digest `name:tag` has in the registry just now; raises Refusal. Blocks.
 
     A tag may be another image tomorrow, and all copies of a workload are of one.
     """
-    name, colon, tag = image.rpartition(":")
-    if "@" in image or not colon:
-        return image
+    name, _, tag = image.rpartition(":")
     url = urllib.parse.urlsplit(f"{registry_url}/v2/{name}/manifests/{tag}")
     connection = http.client.HTTPConnection(url.netloc, timeout=REGISTRY_TIMEOUT_S)
     try:
@@ -4428,7 +4435,7 @@ def read_digest(registry_url: str, image: str) -> str:
     if answer.status == 404:
         todo = f"push it, or look: GET /v2/{name}/tags/list"
         raise Refusal("BAD_REQUEST", f"the registry has no {image}", todo, "image")
-    if answer.status != 200 or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+    if answer.status != 200 or not re.fullmatch(_DIGEST, digest):
         what = f"the registry's answer for {image} cannot be read (HTTP status {answer.status})"
         raise Refusal("TRY_LATER", what, "name the digest", "image")
     return f"{name}@{digest}"
@@ -4443,7 +4450,7 @@ async def check_pull(db: Database, session_sha256: bytes, call: RegistryCall) ->
         row = await tx.one(
             SQL_PULL_RIGHT, session_sha256=session_sha256, repository=call.repository
         )
-    if row is None or not row["known"]:
+    if row is None:
         raise Refusal("UNAUTHORIZED", "no such host", "the agent sends what it has")
     if call.is_write or (call.repository and not row["may"]):
         what = f"this host has nothing to run out of {call.repository}"
@@ -5615,8 +5622,10 @@ async def http_undrain_host(cp: ControlPlane, request: Request) -> Answer:
 async def http_put_workload(cp: ControlPlane, request: Request) -> Answer:
     customer = request.of_customer()
     order = decide_order(request.values, customer.namespaces, cp.settings.registry)
-    image = await asyncio.to_thread(read_digest, cp.settings.registry_url, order.spec["image"])
-    order = dataclasses.replace(order, spec={**order.spec, "image": image})
+    image = order.spec["image"]
+    if "@" not in image:
+        image = await asyncio.to_thread(read_digest, cp.settings.registry_url, image)
+        order = dataclasses.replace(order, spec={**order.spec, "image": image})
     is_new, workload = await put_workload(cp.customer_db, request.actor, customer, order)
     cp.placer.wake()
     found = await get_workload(cp.customer_db, customer, workload.workload_id)
@@ -6123,8 +6132,7 @@ def match_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
         if match:
             allowed.append(route.method)
     if allowed:
-        what = f"{method} is not possible here"
-        raise Refusal("METHOD_NOT_ALLOWED", what, f"use {' or '.join(allowed)}")
+        raise refuse_method(method, allowed)
     raise Refusal("NOT_FOUND", "no such path", "see /api/v1/openapi.json")
 
 
@@ -6173,13 +6181,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             status, body = self._answer()
         except Refusal as refusal:
             status = REFUSALS[refusal.code][1]
-            body = render_problem(refusal)
-            if refusal.code == "UNAUTHORIZED":
-                headers["WWW-Authenticate"] = 'Bearer realm="openinfra"'
+            scheme, body = "Bearer", render_problem(refusal)
             if self.path.partition("?")[0] == REGISTRY_AUTH:
-                headers = {"WWW-Authenticate": 'Basic realm="openinfra"'} if headers else {}
+                scheme, body = "Basic", render_registry_problem(refusal)
                 headers["Docker-Distribution-Api-Version"] = "registry/2.0"
-                body = render_registry_problem(refusal)
+            if refusal.code == "UNAUTHORIZED":
+                headers["WWW-Authenticate"] = f'{scheme} realm="openinfra"'
             if refusal.code == "METHOD_NOT_ALLOWED":
                 headers["Allow"] = refusal.todo.removeprefix("use ").replace(" or ", ", ")
         except Error as error:  # a database without its schema or rights
@@ -6246,20 +6253,18 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
         Caddy keeps the query of the original request, which X-Forwarded-Uri holds as well.
         """
-        told = {name: self.headers.get(f"X-Forwarded-{name}", "") for name in ("Method", "Uri")}
         password = parse_basic(self.headers.get("Authorization", ""))
         if not password:
             todo = "docker login, any user name, and your key oik1_… as the password"
             raise Refusal("UNAUTHORIZED", "the registry wants a customer's key", todo)
-        call = parse_registry_call(
-            told["Method"], told["Uri"], self.headers.get("Content-Type", "")
-        )
+        names = ("X-Forwarded-Method", "X-Forwarded-Uri", "Content-Type")
+        call = parse_registry_call(*(self.headers.get(name, "") for name in names))
         if re.fullmatch("[0-9a-f]{64}", password):
-            of_hosts = check_pull(self.server.cp.customer_db, bytes.fromhex(password), call)
-            self.server.call(of_hosts)
-            return 200, {}
-        _, customer = self._check_key(password)
-        decide_registry(call, customer.namespaces)
+            db = self.server.cp.customer_db
+            self.server.call(check_pull(db, bytes.fromhex(password), call))
+        else:
+            _, customer = self._check_key(password)
+            decide_registry(call, customer.namespaces)
         return 200, {}
 
     def _check_token(self, scope: str) -> Actor:

@@ -14,8 +14,8 @@ What it does to this machine
   right; an older release, or one signed by another key than the first, is refused. It makes a
   WireGuard key, which never leaves this machine. What others made is refused, not overwritten.
   It makes the container engine of the workloads: a system user whose subordinate ids they get, and
-  a disk image of fixed size for what they bring. Your own Docker stays as it is; where there is
-  none, the one that comes with docker.io is kept from starting.
+  a disk image of fixed size for what they bring. A Docker whose dockerd is in /usr/bin or /usr/sbin
+  stays as it is; else docker.io is installed, and kept from starting.
   A second run asks nothing, changes nothing and restarts nothing, or mends what is missing.
 Files (mode)
   /etc/openinfra/agent.env               0600  invite, wallet, CONTROL_PLANE and DATA_DIR
@@ -31,7 +31,7 @@ Files (mode)
   /var/lib/openinfra/engine.img          0600  the disk of the workloads, at /var/cache/openinfra
   /run/openinfra-install.lock            0600  held while this changes anything
 Runs: apt-get dpkg dpkg-query fallocate find install ip iptables mkfs.ext4 modprobe mv nft openssl
-  python3 rm rmdir systemctl useradd userdel usermod wg
+  python3 rm rmdir sync systemctl useradd userdel usermod wg
 
 The invite is typed at the prompt or comes from --token-file, never from the command line.
 --new-invite moves the identity of before to identity.json.replaced. A host that the control plane
@@ -1029,9 +1029,12 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         return name in pending or not changed.isdisjoint({UNIT_DIR / name, *paths})
 
     steps: list[Run] = []
-    # After a run that was cut: a unit may be new on disk, and linked as the one before it.
-    is_new = {n: UNIT_DIR / n in changed or units[n].enabled != "enabled" for n in ENABLED}
-    new = [n for n in ENABLED if pending or is_new[n]]
+    # After a run that was cut a unit may be new on disk, and linked as the one before it.
+    new = [
+        name
+        for name in ENABLED
+        if pending or UNIT_DIR / name in changed or units[name].enabled != "enabled"
+    ]
     if new:
         steps.append(Run(("systemctl", "--no-reload", "reenable", *new), "at each boot"))
     if new or pending or any(UNIT_DIR in path.parents for path in changed):

@@ -75,19 +75,19 @@ def sha256(raw: bytes) -> str:
     return "sha256:" + hashlib.sha256(raw).hexdigest()
 
 
-def write_registry(directory: Path, address: str) -> Path:
-    """The settings of a docker-registry that keeps all in a directory."""
+def start_registry(directory: Path, address: str, *prefix: str) -> Process:
+    """Start a docker-registry that keeps all in a directory, if asked behind another command."""
     path = directory / "registry.yml"
     store = f"{{filesystem: {{rootdirectory: {directory}/registry}}}}"
     path.write_text(f"version: 0.1\nstorage: {store}\nhttp: {{addr: {address}}}\n")
-    return path
+    argv = [*prefix, "docker-registry", "serve", str(path)]
+    return Process(argv, directory / "registry.log", {"OTEL_TRACES_EXPORTER": "none"})
 
 
 @contextlib.contextmanager
 def running_registry(directory: Path, address: str) -> Iterator[Process]:
     """A docker-registry on this machine."""
-    argv = ["docker-registry", "serve", str(write_registry(directory, address))]
-    process = Process(argv, directory / "registry.log", {"OTEL_TRACES_EXPORTER": "none"})
+    process = start_registry(directory, address)
     process.wait_log("listening on")
     yield process
     process.stop(signal.SIGKILL)
@@ -108,11 +108,7 @@ class Engine:
             options = f"--options=size={disk_bytes},mode=0711"
             argv = ["mount", "--types=tmpfs", options, "oi-engine", f"{self.directory}/root"]
             subprocess.run(argv, check=True)
-        self.registry = Process(
-            self.enter(["docker-registry", "serve", str(write_registry(self.directory, REGISTRY))]),
-            self.directory / "registry.log",
-            {"OTEL_TRACES_EXPORTER": "none"},
-        )
+        self.registry = start_registry(self.directory, REGISTRY, *self.enter([]))
         self.start()
 
     def enter(self, argv: list[str]) -> list[str]:

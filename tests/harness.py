@@ -36,6 +36,7 @@ from psycopg.rows import dict_row
 import cp_server
 from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
+from systemd.setup_cp import render_caddyfile
 
 ROOT = Path(__file__).resolve().parent.parent
 WALLET = "7YttLkHDoNj9wyDur5pM1ejNaAvT9X4eqaYcHQqtj2G5"
@@ -371,6 +372,19 @@ class ControlPlane:
         assert done.returncode == 0, done.stderr
         found: list[dict[str, Any]] = json.loads(done.stdout)["hosts"]
         return found
+
+
+def start_caddy(directory: Path, hostname: str, netns: Netns) -> tuple[Process, Path]:
+    """Start a Caddy in a namespace with the deployment's own file; also its CA's certificate."""
+    template = (ROOT / "systemd/Caddyfile").read_bytes()
+    (directory / "Caddyfile").write_bytes(render_caddyfile(template, hostname, "internal"))
+    argv = ["caddy", "run", "--adapter=caddyfile", f"--config={directory / 'Caddyfile'}"]
+    home = {name: str(directory) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+    process = Process(netns.argv(argv), directory / "caddy.log", home)
+    process.wait_log("certificate obtained successfully", 20)
+    root = directory / "caddy/pki/authorities/local/root.crt"
+    wait_for("Caddy's CA", lambda: root.exists() or None, 20)
+    return process, root
 
 
 @contextlib.contextmanager

@@ -368,34 +368,51 @@ def test_a_workload_outlives_its_engine(world: World) -> None:
     assert world.plane.wait_state(made, "RUNNING").restarts == 0
 
 
-def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
-    """A start may be under way, or the list may be newer than what was seen of the engine.
+@contextlib.contextmanager
+def empty_engine(path: Path, asks: int) -> Iterator[threading.Event]:
+    """A socket in an engine's place that has nothing, and takes a moment to say so.
 
-    The engine is a socket that has nothing: what it is asked for takes a moment.
+    It answers so many requests, all of which have to come; the event is set at each.
     """
-    path = tmp_path / "engine.sock"
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
     asked = threading.Event()
 
     def serve() -> None:
-        for _ in range(8):
+        for _ in range(asks):
             with server.accept()[0] as client:
                 client.recv(65_536)
                 asked.set()
                 time.sleep(0.1)
-                client.sendall(answer)
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield asked
+        thread.join()
+
+
+def make_workloads(path: Path) -> agent_script.Workloads:
+    """What an agent knows of workloads at its start, with the engine at a socket."""
+    return agent_script.Workloads(
+        engine=agent_script.Engine(path),
+        limits=agent_script.Limits(1000, 1 << 30),
+        threads=ThreadPoolExecutor(2),
+        pulls=asyncio.Semaphore(1),
+        quick=asyncio.Semaphore(1),
+        stops=asyncio.Semaphore(1),
+        stirred=asyncio.Event(),
+    )
+
+
+def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    """A start may be under way, or the list may be newer than what was seen of the engine."""
+    path = tmp_path / "engine.sock"
 
     async def look() -> list[int]:
         loop = asyncio.get_running_loop()
-        workloads = agent_script.Workloads(
-            engine=agent_script.Engine(path),
-            limits=agent_script.Limits(1000, 1 << 30),
-            threads=ThreadPoolExecutor(2),
-            pulls=asyncio.Semaphore(1),
-            quick=asyncio.Semaphore(1),
-            stops=asyncio.Semaphore(1),
-            stirred=asyncio.Event(),
-        )
+        workloads = make_workloads(path)
         said = []
 
         async def see() -> None:
@@ -419,46 +436,22 @@ def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
         workloads.threads.shutdown()
         return said
 
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with empty_engine(path, 8) as asked:
         assert asyncio.run(look()) == [1, 1, 1, 3]
-        thread.join()
 
 
 def test_what_was_done_while_the_engine_was_looked_at_is_not_done_again(
     world: World, tmp_path: Path
 ) -> None:
-    """A container that is made between question and answer is in neither list.
-
-    The engine is a socket that has nothing: what it is asked for takes a moment.
-    """
+    """A container that is made between question and answer is in neither list."""
     path = tmp_path / "engine.sock"
-    asked = threading.Event()
     made = world.assignment(SLEEP)
     wish = agent_script.parse_assignment(made, agent_script.Limits(1000, 1 << 30))
 
-    def serve() -> None:
-        for _ in range(4):
-            with server.accept()[0] as client:
-                client.recv(65_536)
-                asked.set()
-                time.sleep(0.1)
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
-
     async def see() -> tuple[bool, bool]:
         loop = asyncio.get_running_loop()
-        workloads = agent_script.Workloads(
-            engine=agent_script.Engine(path),
-            limits=agent_script.Limits(1000, 1 << 30),
-            threads=ThreadPoolExecutor(2),
-            pulls=asyncio.Semaphore(1),
-            quick=asyncio.Semaphore(0),
-            stops=asyncio.Semaphore(1),
-            stirred=asyncio.Event(),
-        )
+        workloads = make_workloads(path)
+        workloads.quick = asyncio.Semaphore(0)  # no step gets its turn
         key = made.assignment_id
         workloads.wishes, workloads.right_until_s = (wish,), agent_script.read_boot_s() + 600
         workloads.memory.pasts[key] = agent_script.Past(wish.sha256, has_image=True)
@@ -476,13 +469,8 @@ def test_what_was_done_while_the_engine_was_looked_at_is_not_done_again(
         workloads.threads.shutdown()
         return first, second
 
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with empty_engine(path, 4) as asked:
         assert asyncio.run(see()) == (False, True)
-        thread.join()
 
 
 def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 import cp_server
-from systemd.setup_cp import SOURCE, render_caddyfile
-from tests.harness import ControlPlane, Process, wait_for
+from tests.harness import ControlPlane, start_caddy
 from tests.hostile import Job, jobs, percentile
 
 CALLS_S, BURST = cp_server.HTTP_CALLS_S, cp_server.HTTP_BURST
@@ -97,15 +96,8 @@ def test_a_flood_of_addresses_frees_none(cp: ControlPlane) -> None:
 @pytest.fixture
 def caddy(tunnel_cp: ControlPlane, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A Caddy in the namespace with the deployment's own file; what a client has to know."""
-    template = (SOURCE / "systemd/Caddyfile").read_bytes()
-    (tmp_path / "Caddyfile").write_bytes(render_caddyfile(template, "cp.example.org", "internal"))
-    argv = ["caddy", "run", "--adapter=caddyfile", f"--config={tmp_path / 'Caddyfile'}"]
     assert tunnel_cp.netns
-    home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
-    process = Process(tunnel_cp.netns.argv(argv), tmp_path / "caddy.log", home)
-    root = tmp_path / "caddy/pki/authorities/local/root.crt"
-    process.wait_log("certificate obtained successfully", 20)
-    wait_for("Caddy's CA", lambda: root.exists() or None, 20)
+    process, root = start_caddy(tmp_path, "cp.example.org", tunnel_cp.netns)
     yield {"target": ["10.77.0.1", 443], "name": "cp.example.org", "ca": str(root)}
     assert process.stop() == 0
 

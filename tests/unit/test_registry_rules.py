@@ -25,6 +25,7 @@ WEB = "/v2/kuma/web"
         ("PUT", f"{WEB}/manifests/latest", RegistryCall("kuma", "kuma/web", True)),
         ("GET", f"{WEB}/blobs/{DIGEST}", RegistryCall("kuma", "kuma/web", False)),
         ("GET", f"{WEB}/tags/list?n=9&last=a", RegistryCall("kuma", "kuma/web", False)),
+        ("GET", f"{WEB}/tags/list?", RegistryCall("kuma", "kuma/web", False)),
         ("POST", f"{WEB}/blobs/uploads/", RegistryCall("kuma", "kuma/web", True)),
         (
             "POST",
@@ -82,15 +83,11 @@ def test_what_a_request_touches(method: str, uri: str, expected: RegistryCall) -
         ("POST", f"{WEB}/blobs/uploads/?from=boss", "", "BAD_REQUEST"),
         ("POST", f"{WEB}/blobs/uploads/?from=../boss/web", "", "BAD_REQUEST"),
         ("GET", f"{WEB}/tags/list?x=1", "", "BAD_REQUEST"),
-        ("GET", f"{WEB}/tags/list?", "", ""),
     ],
 )
 def test_what_could_mean_something_else_is_refused(
     method: str, uri: str, kind: str, code: str
 ) -> None:
-    if not code:
-        parse_registry_call(method, uri, kind)
-        return
     with pytest.raises(Refusal) as refused:
         parse_registry_call(method, uri, kind)
     assert refused.value.code == code
