@@ -32,9 +32,9 @@ Ports
   10.77.0.1:9092/tcp     gRPC for the agents, inside the tunnel (pilot: 127.0.0.1)
   127.0.0.1:8080/tcp     HTTP for operator and customers, behind Caddy, which asks here as well
                          who may do what with the registry; and metrics for this machine
-  127.0.0.1:5000/tcp     it asks the registry there (REGISTRY_URL) for a tag's digest
 It runs as an ordinary user, without capabilities; root runs dist, backup, restore, and the pilot
-may, which then installs packages (it says so first).
+may, which then installs packages (it says so first). For a tag's digest it asks the registry at
+REGISTRY_URL (127.0.0.1:5000).
 Runs, but not in `serve`: openssl (dist); pg_dump, pg_restore, psql, gpg, gpgconf, wg, wg-quick
   (backup, restore); apt-get, python3 -m venv, pip, setpriv, initdb, postgres, agent.py (pilot).
 Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.

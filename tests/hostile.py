@@ -190,11 +190,12 @@ def read_seconds(default: float) -> float:
 
 def fuzz(name: str, seconds: float, directory: Path) -> int:
     """Fuzz one target of fuzz_tool.py; give back how many inputs it had."""
-    argv = [sys.executable, "-W", "error", str(ROOT / "tests" / "fuzz_tool.py"), name]
+    # timeout(1) forks: a direct child would inherit this process's peak as its own ru_maxrss,
+    # which is what libFuzzer holds against its limit.
+    argv = ["timeout", str(2 * seconds + 60), sys.executable, "-W", "error"]
+    argv += [str(ROOT / "tests" / "fuzz_tool.py"), name]
     argv += [str(max(1, round(seconds))), str(read_seed()), str(directory)]
-    done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=2 * seconds + 60, cwd=directory, check=False
-    )
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=directory, check=False)
     crashes = {
         path.name: path.read_bytes() for path in directory.iterdir() if path.name[:5] == "crash"
     }
