@@ -14,8 +14,8 @@ What it does to this machine
   right; an older release, or one signed by another key than the first, is refused. It makes a
   WireGuard key, which never leaves this machine. What others made is refused, not overwritten.
   It makes the container engine of the workloads: a system user whose subordinate ids they get, and
-  a disk image of fixed size for what they bring. A Docker whose dockerd is in /usr/bin or /usr/sbin
-  stays as it is; else docker.io is installed, and kept from starting.
+  a disk image of fixed size for what they bring. A Docker that is here stays as it is; where there
+  is none, docker.io is installed, and kept from starting. No package is removed for it.
   A second run asks nothing, changes nothing and restarts nothing, or mends what is missing.
 Files (mode)
   /etc/openinfra/agent.env               0600  invite, wallet, CONTROL_PLANE and DATA_DIR
@@ -52,6 +52,7 @@ import contextlib
 import email.utils
 import fcntl
 import getpass
+import grp
 import hashlib
 import http.client
 import io
@@ -140,6 +141,9 @@ UNWANTED = {
     "containerd": ("containerd.service",),
     "docker.io": ("docker.service", "docker.socket"),
 }
+OTHERS_DATA = {"containerd": Path("/var/lib/containerd"), "docker.io": Path("/var/lib/docker")}
+UNIT_DIRS = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")  # …/systemd/system
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 FREE_MIN_BYTES = 64 << 20
 FREE_PACKAGES_BYTES = 768 << 20  # what PACKAGES and all below them take, and their download
 # Of the encrypted disk: the identity's share, and the least that is of any use to workloads.
@@ -151,6 +155,7 @@ SILENCE_MAX_S = 20  # of a server, before it is given up
 DOWNLOAD_MAX_S = 900
 CLOCK_OFF_MAX_S = 300
 APT_MAX_S = 1800
+APT_INSTALL = ("--no-install-recommends", "--no-remove")
 APT_OPTIONS = ("--option=DPkg::Lock::Timeout=300",)  # somebody else's apt-get may run
 START_MAX_S = 120  # wg-quick waits for the name server; the agent may wait for the disk
 
@@ -410,6 +415,14 @@ class EngineUser:
 
 
 @dataclass(frozen=True)
+class Others:
+    """What is here of the UNWANTED services: a Docker of the provider's, or what came with ours."""
+
+    services: Mapping[str, bool]  # those that are there; True: it runs, or does at each boot
+    data: frozenset[str] = frozenset()  # packages whose services have kept something
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that a plan looks at."""
 
@@ -430,6 +443,7 @@ class Facts:
     has_link: bool
     has_table: bool
     engine_user: EngineUser
+    others: Others
     leftovers: tuple[tuple[str, ...], ...]  # commands that remove what workloads left, if asked for
     manifest: Manifest
 
@@ -468,6 +482,7 @@ class Run:
     argv: tuple[str, ...]
     why: str
     timeout_s: float = START_MAX_S
+    may_fail: bool = False  # what it was to remove is then named as left
 
     def __str__(self) -> str:
         return f"{shlex.join(self.argv)}  # {self.why}"
@@ -829,6 +844,8 @@ def list_foreign(facts: Facts, new_key: bool = False) -> Iterator[str]:
         yield f"an interface {LINK} is there that is not ours: ip link delete dev {LINK}"
     if facts.has_table and not ours:
         yield f"an nft table inet {TABLE} is there that is not ours: nft delete table inet {TABLE}"
+    if facts.engine_user.is_there and str(ENGINE_IMAGE) not in facts.manifest.files:
+        yield f"a user {ENGINE_USER} is there that is not ours: usermod --login NAME {ENGINE_USER}"
     if len(re.findall(rb"(?im)^\s*\[peer\]", read_content(facts, WG_CONF))) > 1:
         yield f"{WG_CONF} has a second [Peer]: give that one an interface of its own"
     key, used = read_wg_keys(facts)
@@ -941,7 +958,7 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
     known = manifest.files
     both = {name: tuple(sorted({*known.get(name, ()), *new})) for name, new in files.items()}
     pending = tuple(step.argv[-1] for step in commands if step.argv[1] in ("start", "restart"))
-    begun = replace(final, files=both, pending=pending)
+    begun = replace(final, files=both, pending=(*list_owed(manifest), *pending))
     steps: list[Step] = [*plan_directories(facts, [MANIFEST, *(file.path for file in changed)])]
     if (changed or commands) and begun != manifest:
         steps.append(plan_manifest(begun, "what will be there"))
@@ -981,26 +998,55 @@ def plan_packages(facts: Facts, new: Sequence[str]) -> list[Step]:
     """Install what is missing, once it is noted that this was us."""
     manifest = facts.manifest
     unwanted = [name for package in new for name in UNWANTED.get(package, ())]
+    unwanted = [name for name in unwanted if name not in facts.others.services]
     packages = tuple(dict.fromkeys([*manifest.packages, *new]))
     pending = tuple(dict.fromkeys([*manifest.pending, *unwanted]))
     noted = replace(manifest, packages=packages, pending=pending)
     steps: list[Step] = [*plan_directories(facts, [MANIFEST])]
     if noted != manifest:
         steps.append(plan_manifest(noted, f"packages that come from here: {' '.join(new)}"))
-    if unwanted:
-        mask = ("systemctl", "mask", "--runtime", *unwanted)
-        steps.append(Run(mask, "or Debian's package would start it"))
-    argv = ("apt-get", "install", "--yes", "--no-install-recommends", *APT_OPTIONS, *facts.missing)
+    steps += plan_mask(noted)
+    argv = ("apt-get", "install", "--yes", *APT_INSTALL, *APT_OPTIONS, *facts.missing)
     steps.append(Run(argv, "Debian's own packages; this takes a minute", APT_MAX_S))
     return steps
 
 
+def list_owed(manifest: Manifest) -> list[str]:
+    """The services that a package of ours brought, and that are to be kept from starting."""
+    unwanted = [name for names in UNWANTED.values() for name in names]
+    return [name for name in manifest.pending if name in unwanted]
+
+
+def list_used(facts: Facts) -> list[str]:
+    """The packages whose services the provider uses, who came or stayed after ours did."""
+    owed, others = list_owed(facts.manifest), facts.others
+    used = [name for name, is_used in others.services.items() if is_used and name not in owed]
+    return [
+        package
+        for package, names in UNWANTED.items()
+        if package in others.data or not set(names).isdisjoint(used)
+    ]
+
+
+def plan_mask(manifest: Manifest) -> Iterator[Run]:
+    """Keep them from starting while their package is being installed."""
+    if owed := list_owed(manifest):
+        mask = ("systemctl", "mask", "--runtime", *owed)
+        yield Run(mask, "or Debian's package would start it")
+
+
+def plan_unwanted(facts: Facts) -> Iterator[Run]:
+    """Keep from starting what came with a package of ours; nothing masks it any more."""
+    owed = list_owed(facts.manifest)
+    if owed:
+        yield Run(("systemctl", "unmask", "--runtime", *owed), "yours to start, whenever you like")
+    if there := [name for name in owed if name in facts.others.services]:
+        yield Run(("systemctl", "disable", "--now", *there), "this machine did without it so far")
+
+
 def plan_engine(facts: Facts) -> Iterator[Run]:
     """Make what the container engine needs, and keep from starting what came with its package."""
-    unwanted = [name for names in UNWANTED.values() for name in names]
-    if owed := [name for name in facts.manifest.pending if name in unwanted]:
-        yield Run(("systemctl", "unmask", "--runtime", *owed), "yours to start, whenever you like")
-        yield Run(("systemctl", "disable", "--now", *owed), "this machine did without it so far")
+    yield from plan_unwanted(facts)
     user = facts.engine_user
     if not user.is_there:
         add = ("useradd", "--system", "--user-group", "--no-create-home", "--shell=/bin/false")
@@ -1069,6 +1115,11 @@ def list_kept(facts: Facts) -> list[Path]:
     return [path for path, seen in found if not is_as_written(facts.manifest, path, seen)]
 
 
+def is_locked(facts: Facts) -> bool:
+    """Tell whether the workloads' disk image lies on a disk that is not there now."""
+    return str(ENGINE_IMAGE) in facts.manifest.files and not facts.data.is_mount
+
+
 def plan_removal(facts: Facts) -> list[Step]:
     """Stop and remove all that install.json lists."""
     units, kept, ours = facts.units, list_kept(facts), facts.manifest.files.keys()
@@ -1079,7 +1130,7 @@ def plan_removal(facts: Facts) -> list[Step]:
     if GUARD in mine and GUARD not in on and units[GUARD].enabled:
         on.append(GUARD)  # it runs each few seconds, and would lay the table again
     enabled = [name for name in mine if units[name].enabled == "enabled"]
-    steps: list[Step] = []
+    steps: list[Step] = [*plan_unwanted(facts)]
     if TIMER in on:  # by itself: in one transaction systemd stops the guard before its timer
         on.remove(TIMER)
         steps.append(Run(("systemctl", "stop", TIMER), "it would lay the firewall again"))
@@ -1097,8 +1148,10 @@ def plan_removal(facts: Facts) -> list[Step]:
         steps.append(Run(("systemctl", "stop", mounts), "networks of workloads"))
         steps += [Run(argv, "it was for workloads") for argv in facts.leftovers]
         if facts.engine_user.is_there:
-            steps.append(Run(("userdel", ENGINE_USER), "with its subordinate ids"))
-        if "docker.io" in facts.manifest.packages:  # there was no Docker: every dockerd makes these
+            why = "with its subordinate ids"
+            steps.append(Run(("userdel", ENGINE_USER), why, may_fail=True))
+        is_ours = "docker.io" in facts.manifest.packages  # and nobody used it meanwhile
+        if is_ours and "docker.io" not in list_used(facts):  # every dockerd makes these
             steps.append(Remove(DOCKER_KEY, "the engine made it"))
             which = ("-path", "/etc/docker", "-o", "-path", "/run/docker*")
             argv = ("find", "/etc", "/run", "-maxdepth", "2", "-type", "d", "-empty")
@@ -1116,6 +1169,8 @@ def plan_removal(facts: Facts) -> list[Step]:
 def plan_forgetting(facts: Facts) -> list[Step]:
     """Remove install.json itself, unless files stay that it has to list."""
     kept = {str(path): facts.manifest.files[str(path)] for path in list_kept(facts)}
+    if is_locked(facts):
+        kept[str(ENGINE_IMAGE)] = ()
     steps: list[Step] = [Remove(MANIFEST, "nothing is left")]
     if kept:
         steps = [plan_manifest(replace(facts.manifest, files=kept, pending=()), "what is left")]
@@ -1132,6 +1187,10 @@ def list_left(before: Facts, after: Facts) -> Iterator[str]:
     for path in after.files:
         if str(path) in ours:
             yield f"{path}: somebody changed it; to remove it: rm {path}"
+    if is_locked(before):
+        yield f"{ENGINE_IMAGE}: its disk is not mounted; to remove it: mount that, run this again"
+    if str(ENGINE_IMAGE) in ours and after.engine_user.is_there:
+        yield f"the user {ENGINE_USER}; to remove it: userdel {ENGINE_USER}"
     if str(WG_CONF) in ours and after.has_link:
         yield f"the interface {LINK}; to remove it: ip link delete dev {LINK}"
     for argv in after.leftovers if str(ENGINE_IMAGE) in ours else ():
@@ -1197,7 +1256,7 @@ def read_missing(has_apt: bool) -> tuple[str, ...]:
     if not has_apparmor or has_apparmor.content.strip() != b"Y":
         del needed["apparmor"]
     for name in ANY_MAKE:
-        if shutil.which(needed[name]):
+        if shutil.which(needed[name], path=f"/usr/local/sbin:/usr/local/bin:{PATH}"):
             del needed[name]
     if has_apt:
         form = "--showformat=${Package} ${db:Status-Status}\n"
@@ -1213,10 +1272,18 @@ def read_missing(has_apt: bool) -> tuple[str, ...]:
 
 
 def read_new_packages(missing: Sequence[str]) -> list[str]:
-    """All packages that would be new here, with those that the missing ones need."""
-    argv = ("apt-get", "install", "--simulate", "--no-install-recommends", *missing)
-    found = re.findall(r"^Inst (\S+) \(", read_command(*argv) or "", re.MULTILINE)
-    return found or list(missing)
+    """All packages that would be new here, with those that the missing ones need; raises Error."""
+    argv = ("apt-get", "install", "--simulate", *APT_INSTALL[:1], *missing)
+    return decide_new_packages(missing, read_command(*argv) or "")
+
+
+def decide_new_packages(missing: Sequence[str], simulated: str) -> list[str]:
+    """Read what `apt-get install --simulate` says; raises Error when something would go. Pure."""
+    if gone := re.findall(r"^Remv (\S+)", simulated, re.MULTILINE):
+        what = f"to install {' '.join(missing)}, apt-get would remove {' '.join(gone)}"
+        todo = "nothing was installed; install a Docker that suits it (docker-ce goes with "
+        raise Error(what, f"{todo}containerd.io), or remove it yourself; then run this", REFUSED)
+    return re.findall(r"^Inst (\S+) \(", simulated, re.MULTILINE) or list(missing)
 
 
 def read_uses() -> tuple[str, ...]:
@@ -1254,7 +1321,9 @@ def read_data_dir(path: str) -> DataDir:
     invite = re.search(rb'"invite_id": *"([a-z2-7]{16})"', identity.content) if identity else None
     mode = stat.S_IMODE(seen.st_mode) if stat.S_ISDIR(seen.st_mode) else 0
     crypt, mount = is_encrypted(Path(path)), os.path.ismount(path)
-    disk = os.statvfs(path)
+    disk, cut_bytes = os.statvfs(path), 0
+    with contextlib.suppress(OSError):  # what a cut run had of it is taken back
+        cut_bytes = os.lstat(ENGINE_IMAGE.with_name(f".{ENGINE_IMAGE.name}.new")).st_blocks * 512
     return DataDir(
         path,
         mode,
@@ -1265,13 +1334,18 @@ def read_data_dir(path: str) -> DataDir:
         is_registered,
         invite[1].decode() if invite else "",
         size_bytes=disk.f_blocks * disk.f_frsize,
-        free_bytes=disk.f_bavail * disk.f_frsize,
+        free_bytes=disk.f_bavail * disk.f_frsize + cut_bytes,
     )
 
 
-def decide_engine_user(is_there: bool, subuid: str, subgid: str) -> EngineUser:
-    """Find its subordinate ids in subuid(5) and subgid(5), and the first that are free. Pure."""
-    taken, own = [], []
+def decide_engine_user(
+    is_there: bool, subuid: str, subgid: str, ids: Sequence[int] = ()
+) -> EngineUser:
+    """Find its subordinate ids in subuid(5) and subgid(5), and the first that are free. Pure.
+
+    `ids`: those of users and groups, which no workload may be.
+    """
+    taken, own = [(each, each + 1) for each in ids], []
     for text in (subuid, subgid):
         found = re.findall(r"^([^:\n]+):([0-9]{1,10}):([0-9]{1,10})$", text, re.MULTILINE)
         taken += [(int(first), int(first) + int(count)) for _, first, count in found]
@@ -1288,10 +1362,25 @@ def read_engine_user() -> EngineUser:
         is_there = pwd.getpwnam(ENGINE_USER) is not None
     except KeyError:
         is_there = False
-    texts = [read_file(Path(name), ARTIFACT_MAX_BYTES) for name in ("/etc/subuid", "/etc/subgid")]
-    return decide_engine_user(
-        is_there, *(t.content.decode(errors="replace") if t else "" for t in texts)
-    )
+    found = [read_file(Path(name), ARTIFACT_MAX_BYTES) for name in ("/etc/subuid", "/etc/subgid")]
+    subuid, subgid = (each.content.decode(errors="replace") if each else "" for each in found)
+    ids = [user.pw_uid for user in pwd.getpwall()] + [group.gr_gid for group in grp.getgrall()]
+    return decide_engine_user(is_there, subuid, subgid, ids)
+
+
+def read_others() -> Others:
+    """Look at what is here of the UNWANTED services. One that is masked only is not there."""
+    names = [name for each in UNWANTED.values() for name in each]
+    paths = {name: [Path(top, "systemd/system", name) for top in UNIT_DIRS] for name in names}
+    there = [name for name in names if any(path.is_file() for path in paths[name])]
+    shown = read_systemd(there, ("ActiveState", "UnitFileState"))
+    used = {
+        name: state.get("ActiveState") in ("active", "activating")
+        or state.get("UnitFileState", "").startswith("enabled")
+        for name, state in shown.items()
+    }
+    kept = [name for name, path in OTHERS_DATA.items() if path.is_dir() and any(path.iterdir())]
+    return Others(used, frozenset(kept))
 
 
 def read_leftovers() -> tuple[tuple[str, ...], ...]:
@@ -1304,18 +1393,25 @@ def read_leftovers() -> tuple[tuple[str, ...], ...]:
     )
 
 
-def read_units_state() -> dict[str, Unit]:
-    """What systemd says of our units."""
-    names = (WG, *UNITS)
-    shown = read_command("systemctl", "show", "--property=ActiveState,UnitFileState", *names)
+def read_systemd(names: Sequence[str], properties: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Properties of units, as systemd has them; none of them where it does not run."""
+    if not names:
+        return {}
+    shown = read_command("systemctl", "show", f"--property={','.join(properties)}", *names) or ""
     blocks = [
         dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-        for block in (shown or "").strip().split("\n\n")
+        for block in shown.strip().split("\n\n")
     ]
     blocks += [{} for _ in names]
+    return dict(zip(names, blocks, strict=False))
+
+
+def read_units_state() -> dict[str, Unit]:
+    """What systemd says of our units."""
+    shown = read_systemd((WG, *UNITS), ("ActiveState", "UnitFileState"))
     return {
-        name: Unit(block.get("ActiveState", "inactive"), block.get("UnitFileState", ""))
-        for name, block in zip(names, blocks, strict=False)
+        name: Unit(state.get("ActiveState", "inactive"), state.get("UnitFileState", ""))
+        for name, state in shown.items()
     }
 
 
@@ -1361,6 +1457,7 @@ def read_facts(with_leftovers: bool = False) -> Facts:
         has_link=Path("/sys/class/net", LINK).exists(),
         has_table=read_command("nft", "list", "table", "inet", TABLE) is not None,
         engine_user=read_engine_user(),
+        others=read_others(),
         leftovers=read_leftovers() if with_leftovers else (),
         manifest=parse_manifest(manifest.content) if manifest else Manifest(),
     )
@@ -1528,6 +1625,9 @@ def apply(step: Step) -> None:
         try:
             run(step.argv, timeout_s=step.timeout_s)
         except Error as error:
+            if step.may_fail:
+                say(error.what)
+                return
             if step.argv[1] not in ("start", "restart"):
                 raise
             guard = f" -u {GUARD}" if step.argv[-1] == WG else ""
@@ -1723,10 +1823,12 @@ def install_packages(facts: Facts) -> Facts:
     """Install what is missing; look again."""
     say(f"not installed: {' '.join(facts.missing)}; apt-get installs them now")
     if facts.is_dpkg_interrupted:
+        for step in plan_mask(facts.manifest):
+            apply(step)
         apply(Run(("dpkg", "--configure", "-a"), "an earlier run was interrupted", APT_MAX_S))
     apply(Run(("apt-get", "update", *APT_OPTIONS), "lists of packages", APT_MAX_S))
-    for step in plan_packages(facts, read_new_packages(facts.missing)):
-        apply(step)
+    for each in plan_packages(facts, read_new_packages(facts.missing)):
+        apply(each)
     return read_facts()
 
 
@@ -1772,8 +1874,12 @@ def install(args: argparse.Namespace) -> int:
     return 0
 
 
-def purge_packages(packages: Sequence[str]) -> None:
-    """Remove packages; those that others need stay."""
+def purge_packages(facts: Facts) -> None:
+    """Remove packages; those that others need, or whose service the provider uses, stay."""
+    used = list_used(facts)
+    packages = [name for name in facts.manifest.packages if name not in used]
+    if kept := [name for name in facts.manifest.packages if name in used]:
+        say(f"{' '.join(kept)} and what it needs stay: you use it, or it has kept something")
     argv = ("dpkg-query", "--show", "--showformat=${Package}\n", *packages)
     shown = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
     try:
@@ -1797,7 +1903,7 @@ def uninstall(args: argparse.Namespace) -> int:
     for step in steps:
         apply(step)
     if args.purge_packages and packages:
-        purge_packages(packages)
+        purge_packages(facts)
     elif packages:
         say(f"packages stay; to remove them: apt-get purge {' '.join(packages)}")
     for step in last:
@@ -1812,7 +1918,7 @@ def uninstall(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """Exit codes are in the docstring of this file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file with an invite or a key in it
-    os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", DEBIAN_FRONTEND="noninteractive")
+    os.environ.update(PATH=PATH, DEBIAN_FRONTEND="noninteractive")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:

@@ -341,6 +341,63 @@ def test_packages_are_installed_and_purged(vm: Vm) -> None:
     assert read_tree(vm) == before
 
 
+CONTAINERD = """
+[Service]
+ExecStart=/bin/sleep infinity
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def test_what_the_provider_has_or_takes_into_use_stays(vm: Vm) -> None:
+    """A containerd of theirs by hand, and later the Docker that came with ours."""
+    gone = "docker.io containerd runc"
+    vm.sh("systemctl unmask docker.service docker.socket containerd.service")
+    vm.sh(f"dpkg --purge {gone}; rm -rf /var/lib/docker /var/lib/containerd", timeout_s=200)
+    vm.put(CONTAINERD.encode(), "/etc/systemd/system/containerd.service", 0o644)
+    vm.sh("systemctl daemon-reload; systemctl enable --now containerd.service")
+    of_theirs = "systemctl show -p InvocationID -p ActiveState -p UnitFileState containerd.service"
+    before = vm.sh(of_theirs)
+    assert "ActiveState=active\nUnitFileState=enabled" in before
+    done = install(vm, *ALL, timeout_s=500)
+    assert done.code == 0
+    check_installed(vm)
+    assert vm.sh(of_theirs) == before
+    off = "systemctl show --value -p UnitFileState docker.service docker.socket"
+    assert vm.sh(off).split() == ["disabled", "disabled"]
+    vm.sh("systemctl enable --now docker.service; docker volume create theirs", timeout_s=100)
+    done = install(vm, "--uninstall", "--purge-packages", timeout_s=300)
+    assert (done.code, done.text) == (0, "0 left\n")
+    assert "stay: you use it" in said(done)
+    assert vm.sh("docker volume ls --quiet").strip() == "theirs"
+    assert vm.sh(of_theirs) == before
+    assert vm.sh("dpkg-query -Wf '${db:Status-Status} ' " + gone).split() == ["installed"] * 3
+
+
+def test_a_disk_that_is_cut_off_or_locked(vm: Vm) -> None:
+    """Cut while the image is made: the same command goes on. Locked: the image is not forgotten."""
+    vm.sh(
+        "cd /var/lib/openinfra && fallocate -l "
+        "$(($(df --output=avail -B1 . | sed -n 2p) * 9 / 10)) .engine.img.new"
+    )
+    assert install(vm, *ALL).code == 0
+    check_installed(vm)
+    vm.sh("systemctl stop var-lib-openinfra.mount")
+    for _ in range(2):
+        done = install(vm, "--uninstall")
+        assert done.code == 1
+        assert done.text.startswith("1 left\n/var/lib/openinfra/engine.img: its disk is not ")
+    vm.sh("systemctl start var-lib-openinfra.mount")
+    assert install(vm, *ALL).code == 0  # it is known as ours
+    check_installed(vm)
+    vm.sh("systemctl stop var-lib-openinfra.mount")
+    assert install(vm, "--uninstall").code == 1
+    vm.sh("systemctl start var-lib-openinfra.mount")
+    done = install(vm, "--uninstall")
+    assert (done.code, done.text) == (0, "0 left\n")
+    assert vm.sh("ls -A /var/lib/openinfra /etc/openinfra").count("engine") == 0
+
+
 def test_a_person_at_a_terminal(vm: Vm) -> None:
     """Wrong answers are asked for again, defaults are taken, the invite is not shown."""
     typed = [

@@ -49,6 +49,7 @@ from install_agent import (
     Facts,
     Found,
     Manifest,
+    Others,
     Release,
     Remove,
     Run,
@@ -60,10 +61,12 @@ from install_agent import (
     decide_engine_user,
     decide_image_bytes,
     decide_key,
+    decide_new_packages,
     list_foreign,
     list_kept,
     list_left,
     list_problems,
+    list_used,
     parse_arguments,
     parse_ca,
     parse_manifest,
@@ -122,6 +125,7 @@ FRESH = Facts(
     has_link=False,
     has_table=False,
     engine_user=EngineUser(False, False, 100_000),
+    others=Others({}),
     leftovers=(),
     manifest=Manifest(),
 )
@@ -154,6 +158,8 @@ def play(facts: Facts, steps: list[Any]) -> Facts:
             ENGINE_IMAGE
         ):
             files[ENGINE_IMAGE] = Found(b"", -1, 0)
+        elif step.argv[0] == "userdel":
+            facts = replace(facts, engine_user=EngineUser(False, False, 100_000))
         elif step.argv[0] == "usermod":
             facts = replace(facts, engine_user=EngineUser(True, True, 165_536))
     return replace(facts, files=files, manifest=manifest)
@@ -901,7 +907,7 @@ def test_packages_are_noted_before_they_are_installed() -> None:
     facts = replace(FRESH, missing=("nftables",))
     steps = plan_packages(facts, ["nftables", "libnftables1"])
     assert words(steps)[0] == NOTED
-    assert words(steps)[1].startswith("apt-get install --yes --no-install-recommends ")
+    assert words(steps)[1].startswith("apt-get install --yes --no-install-recommends --no-remove ")
     assert words(steps)[1].endswith(" nftables")
     noted = play(facts, steps).manifest
     assert noted.packages == ("nftables", "libnftables1")
@@ -913,6 +919,12 @@ GIVEN = (ANSWERS, RELEASE, KEYS)
 
 
 # The container engine.
+
+
+def test_subordinate_ids_are_no_users() -> None:
+    found = decide_engine_user(True, "anna:100000:65536\n", "", [0, 1000, 165_536, 4_000_000_000])
+    assert found.first_free_id == 231_072
+    assert decide_engine_user(True, "", "", [99_999, 165_536]).first_free_id == 100_000
 
 
 @pytest.mark.parametrize(
@@ -973,7 +985,7 @@ def test_the_docker_of_debian_is_kept_from_starting_where_there_was_none() -> No
     names = "containerd.service docker.service docker.socket"
     assert words(steps)[:2] == [NOTED, f"mask --runtime {names}"]
     assert "docker.io" in words(steps)[2]
-    noted = play(FRESH, steps)
+    noted = replace(play(FRESH, steps), others=Others(dict.fromkeys(names.split(), True)))
     after = words(plan(noted, ANSWERS, RELEASE, KEYS))
     assert after[after.index(USER[0]) - 2 :][:2] == (
         [f"unmask --runtime {names}", f"disable --now {names}"]
@@ -981,10 +993,99 @@ def test_the_docker_of_debian_is_kept_from_starting_where_there_was_none() -> No
     assert play(noted, plan(noted, ANSWERS, RELEASE, KEYS)).manifest.pending == ()
 
 
+def test_services_stay_owed_until_they_are_disabled() -> None:
+    """Also by a run that is cut and one that removes all: at a boot nothing masks them."""
+    names = ("containerd.service", "docker.service", "docker.socket")
+    there = Others(dict.fromkeys(names, True))
+    cut = replace(FRESH, missing=("docker.io",), manifest=Manifest(pending=names), others=there)
+    steps = plan_packages(cut, ["docker.io"])  # containerd is there by now
+    assert words(steps)[1] == f"mask --runtime {' '.join(names)}"
+    noted = play(cut, steps)
+    begun = next(
+        parse_manifest(step.content)
+        for step in plan(noted, ANSWERS, RELEASE, KEYS)
+        if isinstance(step, WriteFile) and step.path == MANIFEST
+    )
+    assert set(names) < set(begun.pending)
+    for facts in (noted, replace(noted, manifest=begun)):
+        assert words(plan_removal(facts))[:2] == [
+            f"unmask --runtime {' '.join(names)}",
+            f"disable --now {' '.join(names)}",
+        ]
+    masked = replace(noted, others=Others({}))  # the package was never unpacked
+    assert words(plan_removal(masked))[0] == f"unmask --runtime {' '.join(names)}"
+    assert not any("disable" in word for word in words(plan_removal(masked)))
+
+
+@pytest.mark.parametrize(
+    ("others", "used"),
+    [
+        (Others({}), []),
+        (Others({"docker.service": False, "containerd.service": False}), []),
+        (Others({"docker.service": True}), ["docker.io"]),
+        (Others({"docker.service": False, "docker.socket": True}), ["docker.io"]),
+        (Others({"containerd.service": True}), ["containerd"]),
+        (Others({"docker.service": False}, frozenset({"docker.io"})), ["docker.io"]),
+        (Others({}, frozenset({"containerd"})), ["containerd"]),
+    ],
+)
+def test_a_docker_of_ours_that_the_provider_uses_by_now_stays(
+    others: Others, used: list[str]
+) -> None:
+    facts = installed()
+    manifest = replace(facts.manifest, packages=("containerd", "docker.io", "runc"))
+    facts = replace(facts, manifest=manifest, others=others)
+    assert list_used(facts) == used
+    assert ("key.json" in words(plan_removal(facts))) == ("docker.io" not in used)
+
+
+def test_what_is_owed_is_not_used() -> None:
+    names = ("docker.service", "docker.socket")
+    facts = replace(
+        FRESH, manifest=Manifest(pending=names), others=Others(dict.fromkeys(names, True))
+    )
+    assert list_used(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "new"),
+    [
+        ("Inst runc (1.1 Debian)\nInst docker.io (20.10 Debian)\n", ["runc", "docker.io"]),
+        ("", ["docker.io"]),
+        ("Remv containerd.io [1.7]\nInst containerd (1.6 Debian)\n", None),
+        ("Inst docker.io (20.10 Debian)\nRemv podman-docker [4.3]\n", None),
+    ],
+)
+def test_no_package_is_removed_for_ours(said: str, new: list[str] | None) -> None:
+    if new is not None:
+        assert decide_new_packages(["docker.io"], said) == new
+        return
+    with pytest.raises(
+        Error, match=r"apt-get would remove (containerd.io|podman-docker);"
+    ) as error:
+        decide_new_packages(["docker.io"], said)
+    assert error.value.exit_code == 3
+
+
+def test_a_user_of_the_same_name_is_not_taken() -> None:
+    user = EngineUser(True, True, 165_536)
+    assert list(list_foreign(replace(FRESH, engine_user=user))) == [
+        f"a user {ENGINE_USER} is there that is not ours: usermod --login NAME {ENGINE_USER}"
+    ]
+    assert list(list_foreign(replace(installed(), engine_user=user))) == []
+
+
 def test_the_docker_that_was_there_is_left_alone() -> None:
-    """Also the containerd that something else needs."""
+    """Also the containerd that something else needs, of Debian's package or not."""
     steps = plan_packages(replace(FRESH, missing=("docker.io",)), ["docker.io"])
     assert "mask --runtime docker.service docker.socket" in words(steps)
+    own = replace(FRESH, missing=("docker.io",), others=Others({"containerd.service": True}))
+    steps = plan_packages(own, ["containerd", "docker.io"])
+    assert "mask --runtime docker.service docker.socket" in words(steps)
+    assert "containerd.service" not in play(own, steps).manifest.pending
+    own = replace(own, others=Others({"docker.service": False, "docker.socket": False}))
+    steps = plan_packages(own, ["docker.io"])
+    assert [word for word in words(steps) if "mask" in word] == []
     steps = plan_packages(replace(FRESH, missing=("openssl",)), ["openssl"])
     assert not any(
         "docker" in word for word in [*words(steps), *words(plan(FRESH, ANSWERS, RELEASE, KEYS))]
@@ -1002,6 +1103,26 @@ def test_what_every_dockerd_makes_goes_where_there_was_none() -> None:
 
 
 # Uninstall.
+
+
+def test_the_image_on_a_locked_disk_stays_in_the_manifest() -> None:
+    locked = replace(installed(), data=replace(DATA, is_mount=False), absent=())
+    left = play(locked, [*plan_removal(locked), *plan_forgetting(locked)])
+    assert left.manifest.files == {IMAGE: ()}
+    assert [line.partition(":")[0] for line in list_left(locked, FRESH)] == [IMAGE]
+    again = replace(FRESH, manifest=left.manifest, files={ENGINE_IMAGE: Found(b"", -1, 0)})
+    assert list(list_foreign(again)) == []
+    steps = [*plan_removal(again), *plan_forgetting(again)]
+    end = play(again, steps)
+    assert (end.files, end.manifest) == ({}, Manifest())
+
+
+def test_a_user_that_cannot_be_removed_is_named() -> None:
+    facts = replace(installed(), engine_user=EngineUser(True, True, 165_536))
+    steps = [step for step in plan_removal(facts) if isinstance(step, Run)]
+    assert [step.may_fail for step in steps if step.argv[0] == "userdel"] == [True]
+    left = list(list_left(facts, replace(FRESH, engine_user=facts.engine_user)))
+    assert left == [f"the user {ENGINE_USER}; to remove it: userdel {ENGINE_USER}"]
 
 
 def test_all_that_is_ours_is_removed() -> None:
