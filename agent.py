@@ -1382,7 +1382,7 @@ def decide_api(minimum: str) -> str:
 
 
 def decide_registry_password(session: str) -> str:
-    """The hash of the session, which the control plane stores: good for pulls and nothing else."""
+    """The hash of the session, of which the control plane stores a hash: good for pulls only."""
     return hashlib.sha256(bytes.fromhex(session)).hexdigest()
 
 

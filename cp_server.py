@@ -375,6 +375,8 @@ HUB_CHANGES_MAX = 1_000  # in one question; the helper takes no more
 LOG_AGAIN_S = 600.0  # a trouble that lasts is logged again this often
 HTTP_BODY_BYTES = 65_536
 REGISTRY_TIMEOUT_S = 5.0
+# A push begins only while this is free, of the registry's disk and at least.
+REGISTRY_FREE_SHARE, REGISTRY_FREE_MIN_BYTES = 0.05, 64 << 20
 MANIFEST_TYPES = (
     "application/vnd.docker.distribution.manifest.v2+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -1047,6 +1049,7 @@ class RegistryCall:
     repository: str
     is_write: bool
     source: str = ""  # the namespace that a blob is to be mounted from
+    has_digest: bool = False  # it names one content, which is no way to find others
 
 
 def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCall:
@@ -1075,7 +1078,8 @@ def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCal
     repository = match["repository"] or ""
     is_write = method not in ("GET", "HEAD")
     of, origin = repository.partition("/")[0], source.partition("/")[0]
-    return RegistryCall(of, repository, is_write, origin)
+    has_digest = match.lastgroup in ("manifests", "blobs") and "/sha256:" in path
+    return RegistryCall(of, repository, is_write, origin, has_digest)
 
 
 def decide_registry(call: RegistryCall, namespaces: Sequence[str]) -> None:
@@ -1085,6 +1089,13 @@ def decide_registry(call: RegistryCall, namespaces: Sequence[str]) -> None:
             own = " or ".join(sorted(namespaces)) or "none yet: ask the operator"
             what = f"the namespace {namespace} is not yours"
             raise Refusal("FORBIDDEN", what, f"yours: {own}")
+
+
+def check_room(free_bytes: int, size_bytes: int) -> None:
+    """Refuse a push that the registry's disk may have no room for; raises Refusal FORBIDDEN."""
+    if free_bytes < max(size_bytes * REGISTRY_FREE_SHARE, REGISTRY_FREE_MIN_BYTES):
+        what = f"the registry is full: {free_bytes >> 20} MiB are free"
+        raise Refusal("FORBIDDEN", what, "ask the operator; images that are there can be pulled")
 
 
 def refuse_method(method: str, allowed: Sequence[str]) -> Refusal:
@@ -1535,6 +1546,11 @@ def hash_secret(secret: bytes, field: str) -> bytes:
     return sha256(secret)
 
 
+def hash_session(session: bytes) -> bytes:
+    """What is kept of a session, a hash of what it shows to the registry; raises Refusal."""
+    return sha256(hash_secret(session, "session"))
+
+
 def parse_wallet(text: str) -> str | None:
     """The wallet that an agent sends, or None for an empty one; raises Refusal."""
     return check_payout_pubkey(text, "payout_pubkey") if text else None
@@ -1570,7 +1586,7 @@ def parse_register(request: pb.RegisterRequest, peer: str, peer_check: bool) -> 
     return Registration(
         token=token,
         host_secret_sha256=hash_secret(request.host_secret, "host_secret"),
-        session_sha256=hash_secret(request.session, "session"),
+        session_sha256=hash_session(request.session),
         payout_pubkey=parse_wallet(request.payout_pubkey),
         wg_ip=address,
         wg_pubkey=key,
@@ -1583,8 +1599,8 @@ def parse_resume(request: pb.ResumeRequest, peer: str, peer_check: bool) -> Resu
     address, key = parse_tunnel(peer, request.wg_pubkey, peer_check)
     return Resumption(
         host_secret_sha256=hash_secret(request.host_secret, "host_secret"),
-        session_sha256=hash_secret(request.session, "session"),
-        previous_sha256=sha256(request.previous_session),
+        session_sha256=hash_session(request.session),
+        previous_sha256=sha256(sha256(request.previous_session)),
         payout_pubkey=parse_wallet(request.payout_pubkey),
         wg_ip=address,
         wg_pubkey=key,
@@ -1598,7 +1614,7 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
     if not 0 < request.seq < 2**63:
         raise Refusal("BAD_REQUEST", "seq is out of range", "upgrade the agent", "seq")
     return Beat(
-        session_sha256=hash_secret(request.session, "session"),
+        session_sha256=hash_session(request.session),
         peer=peer,
         seq=request.seq,
         boot_id=request.boot_id,
@@ -2698,6 +2714,17 @@ COMMENT ON COLUMN cp_state.restored_at IS 'When a backup took the place of this 
 ALTER TABLE assignments ADD restored boolean NOT NULL DEFAULT false;
 COMMENT ON COLUMN assignments.restored IS 'From a backup; its host has not said that it has it';
 GRANT UPDATE (restored) ON assignments TO @ROLE@;
+""",
+    ),
+    (
+        8,
+        "sessions, hashed once more",
+        """
+ALTER TABLE sessions DISABLE TRIGGER sessions_final;
+UPDATE sessions SET session_sha256 = sha256(session_sha256);
+ALTER TABLE sessions ENABLE TRIGGER sessions_final;
+COMMENT ON COLUMN sessions.session_sha256 IS
+  'SHA-256 of what the host shows to the registry, the SHA-256 of the session''s 32 bytes';
 """,
     ),
 )
@@ -4441,20 +4468,19 @@ def read_digest(registry_url: str, image: str) -> str:
     return f"{name}@{digest}"
 
 
-async def check_pull(db: Database, session_sha256: bytes, call: RegistryCall) -> None:
+async def check_pull(db: Database, shown: bytes, call: RegistryCall) -> None:
     """Let a host pull what it is to run; raises Refusal.
 
-    It shows the hash of its session: that is nothing to send a heartbeat with.
+    It shows the hash of its session: that is nothing to send a heartbeat with. The database has a
+    hash of that only.
     """
     async with db.transaction() as tx:
-        row = await tx.one(
-            SQL_PULL_RIGHT, session_sha256=session_sha256, repository=call.repository
-        )
+        row = await tx.one(SQL_PULL_RIGHT, session_sha256=sha256(shown), repository=call.repository)
     if row is None:
         raise Refusal("UNAUTHORIZED", "no such host", "the agent sends what it has")
-    if call.is_write or (call.repository and not row["may"]):
+    if call.is_write or (call.repository and not (row["may"] and call.has_digest)):
         what = f"this host has nothing to run out of {call.repository}"
-        raise Refusal("FORBIDDEN", what, "a host pulls what its assignments need")
+        raise Refusal("FORBIDDEN", what, "a host pulls, by digest, what its assignments need")
 
 
 async def put_workload(
@@ -4687,6 +4713,7 @@ class Settings:
     wg_socket: str
     registry: str
     registry_url: str
+    registry_dir: str
 
 
 class Metrics:
@@ -6265,6 +6292,10 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         else:
             _, customer = self._check_key(password)
             decide_registry(call, customer.namespaces)
+            directory = self.server.cp.settings.registry_dir
+            if call.is_write and directory:
+                disk = os.statvfs(directory)
+                check_room(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
         return 200, {}
 
     def _check_token(self, scope: str) -> Actor:
@@ -7716,6 +7747,7 @@ OPTIONS = (
     Option("wg-socket", "", "socket of the WireGuard helper; empty: this CP keeps no hub"),
     Option("registry", "", "host name of the registry that customers push to; empty: none"),
     Option("registry-url", "http://127.0.0.1:5000", "where that registry is on this machine"),
+    Option("registry-dir", "", "on the disk that it fills; empty: nobody looks how full that is"),
     Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
 )
 
@@ -7779,6 +7811,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         wg_socket=chosen["wg-socket"],
         registry=parse_registry(chosen["registry"]),
         registry_url=parse_registry_url(chosen["registry-url"]),
+        registry_dir=chosen["registry-dir"],
     )
 
 

@@ -118,8 +118,15 @@ RELEASED = (
     "proto/openinfra_pb2_grpc.py",
     "setup_luks2.py",
     "systemd/openinfra-agent.service",
+    "systemd/openinfra-containerd.service",
+    "systemd/openinfra-containerd.toml",
+    "systemd/openinfra-engine.json",
+    "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-workloads.service",
+    "systemd/openinfra.slice",
+    "systemd/var-cache-openinfra.mount",
 )
 FIREWALL = "openinfra-firewall.service"
 OWN_UNITS = (

@@ -54,7 +54,7 @@ SELECT host_id, invite_id, sha256(('host ' || n)::bytea),
 FROM fleet ORDER BY n;
 
 INSERT INTO sessions (session_sha256, host_no, opened_by, ended_at)
-SELECT sha256(sha256(('bench session ' || n)::bytea)), host_no, 'register',
+SELECT sha256(sha256(sha256(('bench session ' || n)::bytea))), host_no, 'register',
   CASE WHEN hosts.status IN ('quarantined', 'revoked') THEN now() END
 FROM fleet JOIN hosts USING (host_id) ORDER BY n;
 

@@ -473,7 +473,7 @@ def test_a_resume_goes_on_with_a_new_session(cp: ControlPlane, host: Client) -> 
     host.heartbeat()
     check_refused("SESSION_SUPERSEDED", host.heartbeat, session=old)
     sql = "SELECT opened_by FROM sessions WHERE session_sha256 = %s"
-    assert cp.query(sql, cp_server.sha256(host.session)) == [{"opened_by": "resume"}]
+    assert cp.query(sql, cp_server.hash_session(host.session)) == [{"opened_by": "resume"}]
     assert list_audit(cp, before["host_id"]) == ["host.register"]
 
 
@@ -673,8 +673,8 @@ def test_sessions_that_ended_long_ago_are_forgotten(make_cp: Callable[..., Contr
         old = client.session
         client.resume()
         sql = "UPDATE sessions SET ended_at = now() - %s::interval WHERE session_sha256 = %s"
-        cp.postgres.force(cp.database, sql, "91 days", cp_server.sha256(oldest))
-        cp.postgres.force(cp.database, sql, "89 days", cp_server.sha256(old))
+        cp.postgres.force(cp.database, sql, "91 days", cp_server.hash_session(oldest))
+        cp.postgres.force(cp.database, sql, "89 days", cp_server.hash_session(old))
         assert cp.stop() == 0
         cp.start()
 

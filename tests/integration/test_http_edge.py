@@ -48,7 +48,7 @@ KEYS: dict[str, str] = {}  # scope -> what opens its routes, but for operators' 
 def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane with seven hosts, one of them revoked, and invites of every state.
 
-    Its heartbeats are 30 s apart, so that nothing changes by itself while the tests look.
+    Their last heartbeats lie ahead, so that nothing changes by itself while the tests look.
     """
     with serving(postgres, tmp_path_factory.mktemp("edge"), "--registry=cp.example.com") as cp:
         for number in range(6):
@@ -59,6 +59,8 @@ def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 client.register(token, payout_pubkey=wallet, facts=named)
                 if number < 3:
                     client.heartbeat()
+        later = "UPDATE liveness SET last_heartbeat_at = now() + interval '1 day'"
+        cp.postgres.force(cp.database, f"{later} WHERE last_heartbeat_at IS NOT NULL")
         with Client(cp) as client:
             gone = client.register(cp.mint(note="gone"), payout_pubkey=OTHER_WALLET).host_id
         assert cp.call("POST", f"{HOSTS}/{gone}/revoke")[0] == 200

@@ -905,7 +905,7 @@ class Fleet(RuleBasedStateMachine):
                 for host in self.model.hosts
             },
             "sessions": {
-                cp_server.sha256(s.secret).hex(): [s.host.host_id, s.live, s.takeover]
+                cp_server.hash_session(s.secret).hex(): [s.host.host_id, s.live, s.takeover]
                 for s in self.model.sessions.values()
             },
             "namespaces": {f"solana:{name}": yes for name, yes in self.model.namespaces.items()},

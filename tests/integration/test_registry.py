@@ -79,7 +79,10 @@ class Registry:
 @pytest.fixture(scope="module")
 def registry(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     directory = tmp_path_factory.mktemp("registry")
-    flags = ("--peer-check=off", f"--registry={HOST}")
+    flags = ("--peer-check=off", f"--registry={HOST}", f"--registry-dir={directory}/disk")
+    (directory / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128m", "disk", str(directory / "disk")]
+    subprocess.run(mount, check=True)
     with make_netns() as netns, serving(postgres, directory / "cp", *flags, netns=netns) as cp:
         engine = Engine(netns)
         made = Registry(cp, engine, directory)
@@ -88,6 +91,7 @@ def registry(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> It
         finally:
             made.caddy.stop()
             engine.close()
+            subprocess.run(["umount", str(directory / "disk")], check=True)
 
 
 def code(answer: tuple[int, dict[str, str], Any]) -> tuple[int, str]:
@@ -131,8 +135,14 @@ def test_from_a_push_to_a_process(registry: Registry, make_agent: Callable[..., 
     ours, web = f"/v2/{tenant.namespace}", f"/v2/{tenant.namespace}/web"
     assert registry.ask("GET", f"{web}/manifests/{digest}", password)[0] == 200
     assert registry.ask("GET", "/v2/", password)[0] == 200
-    # Neither the session itself, nor another repository, nor a write.
-    assert code(registry.ask("GET", "/v2/", session))[0] == 401
+    # Neither the session itself, nor what the database holds, nor another repository, nor a write.
+    (row,) = registry.cp.query("SELECT session_sha256 FROM sessions WHERE ended_at IS NULL")
+    for wrong in (session, bytes(row["session_sha256"]).hex()):
+        assert code(registry.ask("GET", "/v2/", wrong))[0] == 401
+    # Nor what else is in its repository.
+    for path in ("tags/list", "manifests/1"):
+        assert code(registry.ask("GET", f"{web}/{path}", password)) == (403, "DENIED")
+        assert registry.ask("GET", f"{web}/{path}", tenant.key)[0] == 200
     digest = push(registry, tenant, f"{tenant.namespace}/other")
     assert code(registry.ask("GET", f"{ours}/other/manifests/{digest}", password)) == (
         (403, "DENIED")
@@ -257,6 +267,23 @@ def test_without_its_registry_a_tag_is_not_taken(make_cp: Callable[..., ControlP
     assert (status, told["error"]["code"]) == (503, "try_later")
     assert "name the digest" in told["error"]["message"]
     tenant.post(201)  # by its digest
+
+
+def test_a_full_registry_takes_no_push_and_serves_on(registry: Registry) -> None:
+    tenant = Tenant(registry.cp)
+    digest = push(registry, tenant, f"{tenant.namespace}/web")
+    filler = registry.directory / "disk/filler"
+    filler.write_bytes(bytes(70 << 20))
+    try:
+        registry.docker("import", "-", f"{HOST}/{tenant.namespace}/web:2", stdin=make_layer(b"2"))
+        done = registry.docker("push", f"{HOST}/{tenant.namespace}/web:2")
+        assert done.returncode != 0
+        assert b"the registry is full: 58 MiB are free; ask the operator" in done.stderr
+        path = f"/v2/{tenant.namespace}/web/manifests/{digest}"
+        assert registry.ask("GET", path, tenant.key)[0] == 200
+    finally:
+        filler.unlink()
+    assert registry.docker("push", f"{HOST}/{tenant.namespace}/web:2").returncode == 0
 
 
 def test_docker_says_why(registry: Registry) -> None:

@@ -118,6 +118,7 @@ def test_a_secret_of_another_length_is_refused(length: int) -> None:
 
 def test_a_secret_is_kept_as_its_sha256() -> None:
     assert cp_server.hash_secret(b"s" * 32, "session") == hashlib.sha256(b"s" * 32).digest()
+    assert cp_server.hash_session(b"s" * 32) == cp_server.sha256(cp_server.sha256(b"s" * 32))
 
 
 # Wallets, keys, addresses, text ------------------------------------------------------------------
@@ -934,7 +935,7 @@ def test_a_registration_is_read_and_holds_hashes_only() -> None:
     found = cp_server.parse_register(make_register(), "10.77.0.42", True)
     assert found.token.public_id == "abcdefghij234567"
     assert found.host_secret_sha256 == hashlib.sha256(b"h" * 32).digest()
-    assert found.session_sha256 == hashlib.sha256(b"s" * 32).digest()
+    assert found.session_sha256 == cp_server.hash_session(b"s" * 32)
     assert (found.payout_pubkey, found.wg_ip, found.wg_pubkey) == (WALLET, "10.77.0.42", WG_KEY)
     assert "hhhhhhhh" not in repr(found)
     free = cp_server.parse_register(
@@ -972,7 +973,7 @@ def test_a_bad_registration_is_refused(
 def test_a_resumption_is_read_and_holds_hashes_only() -> None:
     request = pb.ResumeRequest(host_secret=b"h" * 32, session=b"s" * 32, previous_session=b"p" * 32)
     found = cp_server.parse_resume(request, "127.0.0.1", False)
-    assert found.previous_sha256 == hashlib.sha256(b"p" * 32).digest()
+    assert found.previous_sha256 == cp_server.hash_session(b"p" * 32)
     assert (found.payout_pubkey, found.wg_ip, found.wg_pubkey) == (None, None, None)
     with pytest.raises(Refusal) as error:
         cp_server.parse_resume(pb.ResumeRequest(session=b"s" * 32), "127.0.0.1", False)
@@ -986,7 +987,7 @@ def test_a_heartbeat_is_read() -> None:
     request = pb.HeartbeatRequest(session=b"s" * 32, seq=2**63 - 1, boot_id=BOOT_ID, paused=True)
     beat = cp_server.parse_heartbeat(request, "10.77.0.42", 30_000)
     assert beat == cp_server.Beat(
-        hashlib.sha256(b"s" * 32).digest(),
+        cp_server.hash_session(b"s" * 32),
         "10.77.0.42",
         2**63 - 1,
         BOOT_ID,

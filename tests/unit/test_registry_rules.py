@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cp_server
-from cp_server import Refusal, RegistryCall, decide_registry, parse_basic, parse_registry_call
+from cp_server import (
+    Refusal,
+    RegistryCall,
+    check_room,
+    decide_registry,
+    parse_basic,
+    parse_registry_call,
+)
 
 DIGEST = "sha256:" + "ab" * 32
 OCTETS = "application/octet-stream"
@@ -21,9 +28,9 @@ WEB = "/v2/kuma/web"
     [
         ("GET", "/v2/", RegistryCall("", "", False)),
         ("HEAD", f"{WEB}/manifests/1.0", RegistryCall("kuma", "kuma/web", False)),
-        ("GET", f"{WEB}/manifests/{DIGEST}", RegistryCall("kuma", "kuma/web", False)),
+        ("GET", f"{WEB}/manifests/{DIGEST}", RegistryCall("kuma", "kuma/web", False, "", True)),
         ("PUT", f"{WEB}/manifests/latest", RegistryCall("kuma", "kuma/web", True)),
-        ("GET", f"{WEB}/blobs/{DIGEST}", RegistryCall("kuma", "kuma/web", False)),
+        ("GET", f"{WEB}/blobs/{DIGEST}", RegistryCall("kuma", "kuma/web", False, "", True)),
         ("GET", f"{WEB}/tags/list?n=9&last=a", RegistryCall("kuma", "kuma/web", False)),
         ("GET", f"{WEB}/tags/list?", RegistryCall("kuma", "kuma/web", False)),
         ("POST", f"{WEB}/blobs/uploads/", RegistryCall("kuma", "kuma/web", True)),
@@ -119,6 +126,25 @@ def test_a_namespace_is_its_customers() -> None:
             decide_registry(call, ["two", "kuma"])
     with pytest.raises(Refusal, match="none yet: ask the operator"):
         decide_registry(RegistryCall("kuma", "kuma/web", False), [])
+
+
+@pytest.mark.parametrize(
+    ("free", "size", "is_room"),
+    [
+        (64 << 20, 1 << 30, True),
+        ((64 << 20) - 1, 1 << 30, False),
+        (1 << 30, 20 << 30, True),
+        ((1 << 30) - 1, 20 << 30, False),
+        (0, 0, False),
+    ],
+)
+def test_a_push_needs_room(free: int, size: int, is_room: bool) -> None:
+    if is_room:
+        check_room(free, size)
+        return
+    with pytest.raises(Refusal, match=f"the registry is full: {free >> 20} MiB are free") as told:
+        check_room(free, size)
+    assert told.value.code == "FORBIDDEN"
 
 
 @pytest.mark.parametrize(
