@@ -4441,6 +4441,17 @@ async def find_customer(db: Database, token: Token) -> Customer | None:
     return Customer(**row)
 
 
+def read_room(directory: str) -> tuple[int, int]:
+    """Free and all bytes of the disk that the registry fills; raises Refusal."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError as error:
+        log("ERROR", "the registry's disk is not there", path=directory, error=error.strerror)
+        what = "the registry's disk is not there"
+        raise Refusal("TRY_LATER", what, "the operator has to look") from None
+    return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+
+
 def read_digest(registry_url: str, image: str) -> str:
     """Look up which digest `name:tag` has in the registry just now; raises Refusal. Blocks.
 
@@ -6294,8 +6305,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             decide_registry(call, customer.namespaces)
             directory = self.server.cp.settings.registry_dir
             if call.is_write and directory:
-                disk = os.statvfs(directory)
-                check_room(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
+                check_room(*read_room(directory))
         return 200, {}
 
     def _check_token(self, scope: str) -> Actor:

@@ -21,12 +21,14 @@ Files (mode)
   /etc/wireguard/wg0.conf          0600  made once; afterwards only its [Interface] is looked at
   /etc/systemd/system/                   openinfra-*, caddy.service.d, docker-registry.service.d
   /srv/openinfra/dist/             0755  what https://HOSTNAME/dist/ serves
+  /var/lib/openinfra-registry.img  0600  the registry's disk, of fixed size, at /srv/registry
   /run/openinfra-setup-cp.lock     0600  held while this changes anything
-Runs: apt-get chmod dpkg install ln mv openinfra-cp pip psql python3 rm setpriv systemctl useradd wg
+Runs: apt-get chmod dpkg fallocate install ln mkfs.ext4 mv openinfra-cp pip psql python3 rm setpriv
+  sync systemctl useradd wg
   and to look: dpkg-query ip modprobe nft ss timedatectl
   Secrets go by stdin, the environment or a 0600 file, never by a command line.
 
-Needs: Debian 12 or newer with systemd, root, 1 GB of memory, 2 GB of free disk.
+Needs: Debian 12 or newer with systemd, root, 1 GB of memory, 3 GB of free disk.
 Exit codes: 0; 1 error, or this machine is not ready (every reason is named, nothing was changed);
   2 usage; 3 refused to protect what is there; 75 try later; 130 interrupted.
 """
@@ -77,7 +79,9 @@ HUB, TUNNEL, WG_PORT = "10.77.0.1/16", ipaddress.IPv4Network("10.77.0.0/16"), 51
 
 DEBIAN_MIN = 12
 MEMORY_MIN_BYTES = 900 << 20
-FRESH_MIN_BYTES, LATER_MIN_BYTES = 2 << 30, 200 << 20  # of free disk
+FRESH_MIN_BYTES, LATER_MIN_BYTES = 3 << 30, 200 << 20  # of free disk
+# The registry gets half of what is free beyond the first.
+REGISTRY_KEPT_BYTES, REGISTRY_MIN_BYTES = 2 << 30, 512 << 20
 CLOCK_MIN, CLOCK_MAX = 1_767_225_600, 2_524_608_000  # 2026 and 2050: outside, a clock is wrong
 DPKG_WAIT_S = 600  # a new machine upgrades itself first
 READY_S = 60
@@ -135,12 +139,15 @@ OWN_UNITS = (
     "openinfra-firewall.timer",
     "openinfra-wg.service",
     "openinfra-wg.socket",
+    "srv-registry.mount",
 )
 CADDY_UNIT = UNITS / "caddy.service.d/openinfra.conf"
 REGISTRY, REGISTRY_UNIT = (
     ETC / "registry.yml",
     UNITS / "docker-registry.service.d/openinfra.conf",
 )
+REGISTRY_IMAGE, REGISTRY_ROOT = Path("/var/lib/openinfra-registry.img"), Path("/srv/registry")
+REGISTRY_DISK, REGISTRY_OWNER = "srv-registry.mount", (0o700, "docker-registry", "docker-registry")
 # In the checkout, and where it goes. What services start with comes before the code.
 LAID = {
     "systemd/Caddyfile": CADDYFILE,
@@ -366,6 +373,8 @@ class Facts:
     has_table: bool  # of the firewall
     database: Database | None  # None: it gives no answer
     units: Mapping[str, Unit]
+    has_registry: bool  # its disk image
+    registry_owner: tuple[int, str, str] | None  # mode, user and group of what is mounted there
 
 
 @dataclass(frozen=True)
@@ -503,7 +512,8 @@ def list_problems(config: Config, facts: Facts) -> Iterator[Error]:
         yield Error("this kernel has no WireGuard", todo)
     if facts.memory_bytes < MEMORY_MIN_BYTES:
         yield Error(f"{facts.memory_bytes >> 20} MB of memory are too few", "take 1 GB or more")
-    needed = FRESH_MIN_BYTES if facts.missing or not facts.venv else LATER_MIN_BYTES
+    is_fresh = facts.missing or not facts.venv or not facts.has_registry
+    needed = FRESH_MIN_BYTES if is_fresh else LATER_MIN_BYTES
     if facts.free_bytes < needed:
         what = f"{facts.free_bytes >> 20} MB of disk are free, {needed >> 20} are needed"
         yield Error(what, "free some; look: df -h / /var /opt /srv")
@@ -623,7 +633,8 @@ def render_cp_env(old: bytes | None, hostname: str) -> bytes:
     """cp.env: what is there stays; a key that is needed and not there is added."""
     text = b"# Settings of the control plane, KEY=value; all keys: openinfra-cp serve --help\n"
     text = text if old is None else old
-    for key, value in (("WG_SOCKET", "/run/openinfra-wg/wg.sock"), ("REGISTRY", hostname)):
+    needed = {"WG_SOCKET": "/run/openinfra-wg/wg.sock", "REGISTRY": hostname}
+    for key, value in (needed | {"REGISTRY_DIR": str(REGISTRY_ROOT)}).items():
         if not re.search(rf"^\s*{key}\s*=".encode(), text, re.MULTILINE):
             text += b"\n" if text and not text.endswith(b"\n") else b""
             text += f"{key}={value}\n".encode()
@@ -649,9 +660,13 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
         unit.outdated for unit in facts.units.values()
     ):
         steps.append(Run(("systemctl", "daemon-reload"), "it reads the units"))
+    steps += plan_registry(facts)
     if facts.missing:
         steps.append(Install(facts.missing))
-    wanted = (FIREWALL, WG_UNIT, *SERVICES)
+    if facts.registry_owner != REGISTRY_OWNER:
+        own = ("--mode=0700", "--owner=docker-registry", "--group=docker-registry")
+        steps.append(Run(("install", "--directory", *own, str(REGISTRY_ROOT)), "the registry's"))
+    wanted = (FIREWALL, WG_UNIT, REGISTRY_DISK, *SERVICES)
     disabled = [
         name
         for name in wanted
@@ -687,6 +702,24 @@ def plan_places(facts: Facts) -> Iterator[Step]:
         if facts.directories.get(path) != (mode, 0, 0):
             owner = ("--owner=root", "--group=root")
             yield Run(("install", "--directory", f"--mode={mode:04o}", *owner, str(path)), "root's")
+
+
+def plan_registry(facts: Facts) -> Iterator[Step]:
+    """The registry's disk, before its package is installed and starts it."""
+    if not facts.has_registry:
+        size_bytes = max(REGISTRY_MIN_BYTES, (facts.free_bytes - REGISTRY_KEPT_BYTES) // 2)
+        size_bytes = size_bytes >> 20 << 20
+        new = str(REGISTRY_IMAGE.with_name(f".{REGISTRY_IMAGE.name}.new"))
+        why = f"{size_bytes >> 20} MiB for images"
+        yield Run(("install", "--mode=0600", "/dev/null", new), "also when a cut left a part of it")
+        yield Run(("fallocate", f"--length={size_bytes}", new), why)
+        options = ("-E", "nodiscard", "-L", "openinfra-reg")  # to discard would give it back
+        yield Run(("mkfs.ext4", "-q", "-F", "-m0", *options, new), "its file system")
+        move = ("mv", "--no-target-directory", "--", new, str(REGISTRY_IMAGE))
+        yield Run(move, "now it is whole")
+        yield Run(("sync", "--file-system", str(REGISTRY_IMAGE)), "also after a power cut")
+    if not facts.units.get(REGISTRY_DISK, Unit()).active:
+        yield Run(("systemctl", "start", REGISTRY_DISK), "the registry's disk")
 
 
 def plan_files(config: Config, facts: Facts) -> Iterator[Step]:
@@ -860,7 +893,7 @@ def read_facts(config: Config) -> Facts:
         has_wireguard=os.path.exists("/sys/module/wireguard")
         or look("modprobe", "--dry-run", "--quiet", "wireguard") is not None,
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        free_bytes=min(shutil.disk_usage(path).free for path in roots),
+        free_bytes=min(shutil.disk_usage(path).free for path in roots) + read_cut_bytes(),
         now=time.time(),
         resolves=config.tls == "internal" or can_resolve(config.hostname),
         networks=tuple(read_networks()),
@@ -876,6 +909,8 @@ def read_facts(config: Config) -> Facts:
         has_table=look("nft", "list", "table", "inet", "openinfra_cp") is not None,
         database=None if "postgresql" in missing else read_database(files.get(OWNER_DSN)),
         units=read_units(),
+        has_registry=REGISTRY_IMAGE.exists(),
+        registry_owner=read_registry_owner(),
     )
 
 
@@ -897,6 +932,23 @@ def read_directories() -> dict[Path, tuple[int, int, int]]:
     """Mode, user and group of each directory that is there and no link."""
     seen = {path: path.lstat() for path in DIRECTORIES if path.is_dir() and not path.is_symlink()}
     return {path: (stat.S_IMODE(it.st_mode), it.st_uid, it.st_gid) for path, it in seen.items()}
+
+
+def read_cut_bytes() -> int:
+    """What a run that was cut had of the registry's image; the next one takes it back."""
+    with contextlib.suppress(OSError):
+        return REGISTRY_IMAGE.with_name(f".{REGISTRY_IMAGE.name}.new").lstat().st_blocks * 512
+    return 0
+
+
+def read_registry_owner() -> tuple[int, str, str] | None:
+    """Mode, user and group of the registry's disk; None where it is not mounted."""
+    if not os.path.ismount(REGISTRY_ROOT):
+        return None
+    seen = REGISTRY_ROOT.stat()
+    with contextlib.suppress(KeyError):  # of a user that is gone
+        return stat.S_IMODE(seen.st_mode), REGISTRY_ROOT.owner(), REGISTRY_ROOT.group()
+    return None
 
 
 def can_resolve(hostname: str) -> bool:
@@ -984,7 +1036,7 @@ def read_database(secret: File | None) -> Database | None:
 
 def read_units() -> dict[str, Unit]:
     """Ask systemd for the units."""
-    names = (*SERVICES, FIREWALL, WG_UNIT)
+    names = (*SERVICES, FIREWALL, WG_UNIT, REGISTRY_DISK)
     asked = "Id,UnitFileState,ActiveState,NeedDaemonReload,ActiveEnterTimestampMonotonic"
     boot = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
     found = {}

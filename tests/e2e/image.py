@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUITE = "bookworm"
-SIZE_BYTES = 4 << 30  # sparse; what a machine's root file system may grow to
+SIZE_BYTES = 6 << 30  # sparse; what a machine's root file system may grow to
 COMMAND_TIMEOUT_S = 900
 UNUSED_MAX_AGE_S = 7 * 86400
 

@@ -146,7 +146,7 @@ RUNNING = (
     "openinfra-cp caddy docker-registry postgresql@15-main wg-quick@wg0 openinfra-firewall.timer"
 )
 # All that the script lays, but the time at which a file was read.
-TREES = "/etc /opt /srv /usr/local /var/lib/docker-registry /var/lib/caddy"
+TREES = "/etc /opt /srv /usr/local /srv/registry /var/lib/caddy"
 FILES = f"find {TREES} -xdev -printf '%p %y %m %U %s %T@ %i\\n' | sort"
 
 
@@ -229,6 +229,24 @@ def test_what_was_changed_is_mended_and_the_rest_left_alone(cp: Vm) -> None:
     assert restarted == {"caddy", "docker-registry", "wg-quick@wg0"}
     assert key in cp.sh("wg show wg0 allowed-ips")
     assert cp.sh("openinfra-cp hosts").startswith("HOST")
+    check_nothing_to_do(cp)
+
+
+def test_a_full_registry_leaves_the_database_its_disk(cp: Vm) -> None:
+    free = "df --output=avail -B1M /var/lib/postgresql | sed -n 2p"
+    before = int(cp.sh(free))
+    daemon = ["setpriv", "--reuid=docker-registry", "--clear-groups", "--"]
+    done = cp.exec([*daemon, "dd", "if=/dev/zero", "of=/srv/registry/x", "bs=1M"], timeout_s=300)
+    assert done.code == 1
+    assert int(cp.sh("df --output=avail -B1M /srv/registry | sed -n 2p")) == 0
+    assert abs(int(cp.sh(free)) - before) < 100
+    assert cp.sh("openinfra-cp doctor --invariants").endswith("invariants hold\n")
+    # Without its disk the registry does not run, and writes to no other.
+    cp.sh("rm /srv/registry/x; systemctl stop srv-registry.mount")
+    assert cp.exec(["systemctl", "is-active", "docker-registry"]).text == "inactive\n"
+    done = setup(cp, *INTERNAL)
+    assert (done.code, said(done).splitlines()[-1]) == (0, "setup_cp: done")
+    assert cp.sh("systemctl is-active docker-registry srv-registry.mount").split() == ["active"] * 2
     check_nothing_to_do(cp)
 
 
@@ -344,9 +362,9 @@ def test_what_is_in_the_way_is_named_and_nothing_changed(make_vm: MakeVm, tmp_pa
     )
     conf = b"[Interface]\nAddress = 10.9.0.1/24\nListenPort = 51820\nPrivateKey = x\n"
     vm.put(conf, "/etc/wireguard/wg0.conf", 0o600)
-    vm.sh("fallocate -l 1400M /var/filler")
+    vm.sh("fallocate -l 3400M /var/filler")
     wait_for("the servers", lambda: vm.sh("ss -Hltn").count("\n") >= 3, 60)
-    before = vm.sh(FILES.replace("/var/lib/docker-registry /var/lib/caddy", "/var/lib/dpkg"))
+    before = vm.sh(FILES.replace("/srv/registry /var/lib/caddy", "/var/lib/dpkg"))
     done = setup(vm, f"--hostname={HOSTNAME}")
     assert done.code == 3
     told = said(done)
@@ -358,12 +376,12 @@ def test_what_is_in_the_way_is_named_and_nothing_changed(make_vm: MakeVm, tmp_pa
         "port 51820/udp is taken by the kernel",
         "a part of 10.77.0.0/16 is in use here: 10.77.5.0/24 on lan0",
         "/etc/wireguard/wg0.conf was made by someone else: its Address is 10.9.0.1/24",
-        "MB of disk are free, 2048 are needed",
+        "MB of disk are free, 3072 are needed",
         f"{HOSTNAME} has no address in DNS",
         "nothing was changed",
     ):
         assert sentence in told
-    after = vm.sh(FILES.replace("/var/lib/docker-registry /var/lib/caddy", "/var/lib/dpkg"))
+    after = vm.sh(FILES.replace("/srv/registry /var/lib/caddy", "/var/lib/dpkg"))
     assert after == before
     # One by one, on a machine that is free otherwise.
     vm.sh("systemctl stop any80 any5432; pkill -f '[h]ttp.server 443'; ip link delete wg9")
@@ -429,7 +447,7 @@ SEED = read_seed()
 # A machine on which only the packages are, and of these not the two that are small.
 BLANK = """
 systemctl disable -q --now openinfra-firewall.timer openinfra-firewall openinfra-cp wg-quick@wg0 \
-  caddy docker-registry
+  caddy docker-registry srv-registry.mount
 cd /
 runuser -u postgres -- psql -qc 'DROP DATABASE openinfra' -c 'DROP ROLE root' \
   -c 'DROP ROLE openinfra' -c 'DROP ROLE openinfra_owner'
@@ -438,7 +456,8 @@ userdel openinfra
 apt-get -qy purge caddy docker-registry > /dev/null 2>&1
 rm -rf /etc/openinfra /opt/openinfra /srv/openinfra /etc/wireguard/wg0.conf /var/lib/caddy \
   /etc/systemd/system/openinfra-* /etc/systemd/system/caddy.service.d \
-  /etc/systemd/system/docker-registry.service.d /usr/local/bin/openinfra-cp
+  /etc/systemd/system/docker-registry.service.d /usr/local/bin/openinfra-cp \
+  /etc/systemd/system/srv-registry.mount /srv/registry /var/lib/openinfra-registry.img
 systemctl daemon-reload
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import cp_server
 from systemd import setup_cp
 from systemd.setup_cp import (
     CA_FILE,
@@ -30,7 +31,10 @@ from systemd.setup_cp import (
     OWNER_DSN,
     PACKAGES,
     REGISTRY,
+    REGISTRY_DISK,
+    REGISTRY_IMAGE,
     RELEASE_KEY,
+    RELEASED,
     SECRETS,
     SERVICES,
     SOURCE,
@@ -96,7 +100,12 @@ FRESH = Facts(
     has_table=False,
     database=None,
     units={},
+    has_registry=False,
+    registry_owner=None,
 )
+
+
+UP = (*SERVICES, REGISTRY_DISK)
 
 
 def settle(config: Config, facts: Facts) -> Facts:
@@ -118,7 +127,9 @@ def settle(config: Config, facts: Facts) -> Facts:
         hub=Hub(INTERFACE, 0o600, True, True),
         has_table=True,
         database=Database(True, True, config.schema),
-        units={name: Unit(True, True, False, 200.0) for name in (*SERVICES, FIREWALL, WG_UNIT)},
+        units={name: Unit(True, True, False, 200.0) for name in (*UP, FIREWALL, WG_UNIT)},
+        has_registry=True,
+        registry_owner=(0o700, "docker-registry", "docker-registry"),
     )
 
 
@@ -139,18 +150,27 @@ def test_nothing_is_left_to_do_when_all_is_there() -> None:
     assert plan(CONFIG, DONE, "another") == []
 
 
+OWNERS = "--owner=docker-registry --group=docker-registry"
+DIR = b"REGISTRY_DIR=/srv/registry\n"
+OWN = f"install --directory --mode=0700 {OWNERS} /srv/registry"
+
+
 def test_a_fresh_machine_gets_everything_in_order() -> None:
     steps = shown(plan(CONFIG, FRESH, PASSWORD))
     order = [
         f"write {CADDYFILE} (mode 0644)",  # before the packages, whose services start at once
         f"write {CADDY_UNIT} (mode 0644)",
         "systemctl daemon-reload",
+        "fallocate --length=15032385536 /var/lib/.openinfra-registry.img.new",
+        f"mv --no-target-directory -- /var/lib/.openinfra-registry.img.new {REGISTRY_IMAGE}",
+        f"systemctl start {REGISTRY_DISK}",  # docker-registry is not to start without
         (
             "install these packages, and what they need: caddy (https), curl (to ask the control "
             "plane, as the document does), docker-registry (container images), gnupg (backups), jq "
             "(to read its answers), nftables (the firewall), openssl (signs releases), postgresql "
             "(the database), python3-venv (the virtualenv), wireguard-tools (the tunnel's hub)"
         ),
+        OWN,
         f"systemctl start {FIREWALL}",
         f"write {WG_CONF} (mode 0600)",
         f"systemctl start {WG_UNIT}",
@@ -171,6 +191,10 @@ def test_a_fresh_machine_gets_everything_in_order() -> None:
         f"write {CA_FILE} (mode 0644)",
     ]
     assert [step for step in steps if step in order] == order
+
+
+def test_what_a_release_is_made_of_is_laid() -> None:
+    assert set(RELEASED) == {*cp_server.ARTIFACT_SOURCES, *cp_server.SCRIPTS}
 
 
 def test_no_secret_is_shown_or_on_a_command_line() -> None:
@@ -228,7 +252,13 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
             [f"write {NFT} (mode 0644)", f"systemctl start {FIREWALL}"],
         ),
         (
-            replace(DONE, files={**DONE.files, CP_ENV: File(b"WG_SOCKET=\nREGISTRY=\n", 0o644)}),
+            replace(
+                DONE,
+                files={
+                    **DONE.files,
+                    CP_ENV: File(b"WG_SOCKET=\nREGISTRY=\n" + DIR, 0o644),
+                },
+            ),
             [],
         ),
         # Killed after the file was written and before the restart.
@@ -270,6 +300,14 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
             [f"chmod 0600 {DSN}"],
         ),
         (replace(DONE, has_table=False), [f"systemctl start {FIREWALL}"]),
+        (
+            replace(DONE, units={**DONE.units, REGISTRY_DISK: Unit(True, False, False, 0.0)}),
+            [f"systemctl start {REGISTRY_DISK}"],
+        ),
+        (
+            replace(DONE, registry_owner=(0o755, "root", "root")),
+            [OWN],
+        ),
         (
             replace(DONE, directories={**DONE.directories, SECRETS: (0o700, 1000, 0)}),
             [f"install --directory --mode=0700 --owner=root --group=root {SECRETS}"],
@@ -358,7 +396,12 @@ FOREIGN = parse_interface("[Interface]\nAddress = 10.0.0.1/24\nListenPort=51820\
         (replace(FRESH, has_systemd=False), "systemd does not run here", 1),
         (replace(FRESH, has_wireguard=False), "this kernel has no WireGuard", 1),
         (replace(FRESH, memory_bytes=512 << 20), "512 MB of memory are too few", 1),
-        (replace(FRESH, free_bytes=1 << 30), "1024 MB of disk are free, 2048 are needed", 1),
+        (replace(FRESH, free_bytes=1 << 30), "1024 MB of disk are free, 3072 are needed", 1),
+        (
+            replace(DONE, has_registry=False, free_bytes=3 << 29),
+            "1536 MB of disk are free, 3072",
+            1,
+        ),
         (replace(DONE, free_bytes=1 << 20), "1 MB of disk are free, 200 are needed", 1),
         (replace(FRESH, now=1_000_000_000.0), "the clock is wrong, it says 2001-09-09", 1),
         (replace(FRESH, resolves=False), "cp.example.org has no address in DNS", 1),
@@ -520,7 +563,7 @@ def test_ports_of_sshd_are_kept_and_added() -> None:
 )
 def test_settings_of_the_operator_stay(old: bytes | None, new: bytes | None) -> None:
     made = render_cp_env(old, "x.y")
-    assert made.startswith(b"# Settings") if new is None else made == new
+    assert made.startswith(b"# Settings") if new is None else made == new + DIR
     assert render_cp_env(made, "x.y") == made
     assert b"WG_SOCKET" in made
     assert b"REGISTRY" in made

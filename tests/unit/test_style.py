@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
     "agent.py": 3800,
-    "cp_server.py": 8300,
+    "cp_server.py": 8400,
     "install_agent.py": 1950,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
-    "systemd/setup_cp.py": 1250,
+    "systemd/setup_cp.py": 1310,
 }
 MAX_FUNCTION_LINES = 70
 SHELLS = {
