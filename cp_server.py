@@ -11,6 +11,7 @@ What it does
   customers lists customers; add-customer, mint-key, revoke-key: with their keys
   workloads lists workloads, where each runs and why it does not
   drain     moves a host's workloads elsewhere and gives it no more; undrain: it may have them again
+  label     says what a host is, KEY=VALUE, for workloads that ask for such ones only
   doctor    says what is wrong here; --invariants tests what must hold after every fault
   dist      makes and signs the release that hosts download from /dist/
   backup    writes one encrypted file with the database, the hub's key, signing keys and settings
@@ -327,6 +328,7 @@ OFFLINE_AFTER_INTERVALS = 3
 CUSTOMER_KEYS_MAX = 50  # of one customer, without those that were revoked
 WORKLOADS_MAX = 200  # of one customer
 REPLICAS_MAX = 20  # of one workload
+LABELS_MAX = 16  # of a host, and of those that a workload asks for
 PORTS_MAX = 8  # of one workload; an assignment has a slot of as many on its host
 PORT_FIRST = 20_000  # of those on a host's tunnel address; up to PORT_FIRST + 8 * PORT_SLOTS - 1
 PORT_SLOTS = 1_024
@@ -625,6 +627,7 @@ class Place:
     memory_bytes: int
     assignments: int
     port_slots: set[int]
+    labels: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -699,6 +702,7 @@ class Host:
     offered_cpu_milli: int
     offered_memory_bytes: int
     drained_at: dt.datetime | None
+    labels: Mapping[str, str]
     assignments: int
     created_at: dt.datetime
     revoked_at: dt.datetime | None
@@ -897,6 +901,7 @@ IMAGE = {
     "pattern": rf"^(?!localhost/)[a-z0-9][a-z0-9-]{{0,38}}[a-z0-9](/{_IMAGE_PART})+"
     rf"(:{_TAG}|@{_DIGEST})?$"
 }
+LABEL = {"pattern": "^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"}
 ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
 _UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -1133,6 +1138,16 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
+def check_labels(labels: Mapping[str, str], field: str) -> Mapping[str, str]:
+    """Labels of a host, or those that a workload asks for; raises Refusal."""
+    for text in (*labels, *labels.values()):
+        if not re.fullmatch(LABEL["pattern"], text):
+            what = f"{field} has a key or a value that is no label"
+            todo = "send 1 to 63 of a-z, 0-9, ., _ and -, letters or digits at both ends"
+            raise Refusal("BAD_REQUEST", what, todo, field)
+    return labels
+
+
 def check_ports(ports: list[int], field: str) -> list[int]:
     """Ports, each once; raises Refusal."""
     if len(set(ports)) != len(ports):
@@ -1366,6 +1381,14 @@ KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, 
 ARCHS = ("aarch64", "x86_64")
 EGRESSES = ("none", "internet")
 RESTARTS = ("always", "on-failure", "never")
+LABELS: dict[str, Any] = {
+    "minimum": 0,
+    "maximum": LABELS_MAX,
+    "check": check_labels,
+    "form": {"propertyNames": LABEL},
+    "item": Field("labels", "string", "", 1, 63, form=LABEL),
+}
+LABEL_FIELDS = (Field("labels", "map", "all that it has from now on", required=True, **LABELS),)
 WORKLOAD_FIELDS = (
     Field("namespace", "string", "one of yours", 2, 40, None, check_namespace, form=NAMESPACE),
     Field("name", "string", "unique in it", 1, 63, None, check_name, form=NAME, required=True),
@@ -1436,6 +1459,7 @@ WORKLOAD_FIELDS = (
         check_provider,
         form={"format": "solana-namespace"},
     ),
+    Field("labels", "map", "only on hosts with all of these labels", default={}, **LABELS),
 )
 WORKLOAD_FILTERS = (
     Field("namespace", "string", "of this one", 2, 40, None, check_namespace, form=NAMESPACE),
@@ -1913,7 +1937,8 @@ def take_place(demand: Demand, replica: int, place: Place) -> Placement:
 
 def fits(spec: Mapping[str, Any], place: Place) -> bool:
     """True when a workload may run on this host at all, whatever is free."""
-    return spec["arch"] in (None, place.arch) and spec["provider"] in (None, place.namespace)
+    is_asked = spec["arch"] in (None, place.arch) and spec["provider"] in (None, place.namespace)
+    return is_asked and spec.get("labels", {}).items() <= place.labels.items()
 
 
 def has_room(spec: Mapping[str, Any], place: Place) -> bool:
@@ -1933,6 +1958,7 @@ def explain_no_place(spec: Mapping[str, Any], places: Sequence[Place]) -> str:
     fitting = [place for place in places if fits(spec, place)]
     if not fitting:
         wishes = [text for text in (spec["arch"], spec["provider"]) if text]
+        wishes += [f"{key}={value}" for key, value in sorted(spec.get("labels", {}).items())]
         return f"none of {len(places)} hosts is as asked: {', '.join(wishes)}"
     cpu = max(place.cpu_milli for place in fitting)
     memory = max(place.memory_bytes for place in fitting)
@@ -2129,6 +2155,7 @@ def render_host(host: Host) -> dict[str, Any]:
         "offered_memory_bytes": host.offered_memory_bytes,
         "assignments": host.assignments,
         "drained_at": render_time(host.drained_at),
+        "labels": host.labels,
         "created_at": render_time(host.created_at),
         "revoked_at": render_time(host.revoked_at),
         "last_heartbeat_at": render_time(host.last_heartbeat_at),
@@ -2190,6 +2217,7 @@ def render_workload(workload: Workload, assignments: Sequence[Assignment]) -> di
         "revision": workload.revision,
         "replicas": workload.replicas,
         **{key: workload.spec[key] for key in SPEC_KEYS},
+        "labels": workload.spec.get("labels", {}),
         "created_by": workload.created_by,
         "created_at": render_time(workload.created_at),
         "changed_at": render_time(workload.changed_at),
@@ -2727,6 +2755,15 @@ COMMENT ON COLUMN sessions.session_sha256 IS
   'SHA-256 of what the host shows to the registry, the SHA-256 of the session''s 32 bytes';
 """,
     ),
+    (
+        9,
+        "labels of hosts",
+        """
+ALTER TABLE hosts ADD labels jsonb NOT NULL DEFAULT '{}';
+COMMENT ON COLUMN hosts.labels IS 'What the operator says of the host, key to value';
+GRANT UPDATE (labels) ON hosts TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -2942,7 +2979,8 @@ HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
   h.namespace, coalesce(n.approved_at IS NOT NULL, false) AS namespace_approved, h.ever_assigned,
   host(h.wg_ip) AS wg_ip, h.wg_pubkey, h.hostname, h.arch, h.kernel, h.agent_version, h.cpu_count,
   h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.engine_version, h.unready,
-  h.offered_cpu_milli, h.offered_memory_bytes, h.drained_at, (SELECT count(*) FROM assignments a
+  h.offered_cpu_milli, h.offered_memory_bytes, h.drained_at, h.labels,
+  (SELECT count(*) FROM assignments a
     WHERE a.host_no = h.host_no AND a.ended_at IS NULL) AS assignments, h.created_at, h.revoked_at,
   l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
 
@@ -3001,6 +3039,12 @@ SQL_HOST_UNDRAIN = """
 -- a host may have work again
 UPDATE hosts SET drained_at = NULL
 WHERE host_id = %(host_id)s AND drained_at IS NOT NULL AND status <> 'revoked' RETURNING host_no
+"""
+
+SQL_HOST_LABEL = """
+-- say what a host is
+UPDATE hosts SET labels = %(labels)s
+WHERE host_id = %(host_id)s AND labels <> %(labels)s AND status <> 'revoked' RETURNING host_no
 """
 
 SQL_HOST_QUARANTINE = """
@@ -3356,7 +3400,7 @@ ORDER BY a.assignment_no
 
 SQL_PLACES = f"""
 -- hosts that may get work, and what is free there
-SELECT h.host_no, h.arch, h.namespace,
+SELECT h.host_no, h.arch, h.namespace, h.labels,
   (h.offered_cpu_milli - coalesce(u.cpu_milli, 0))::integer AS cpu_milli,
   (h.offered_memory_bytes - coalesce(u.memory_bytes, 0))::bigint AS memory_bytes,
   coalesce(u.assignments, 0)::integer AS assignments, coalesce(u.port_slots, '{{}}') AS port_slots
@@ -4321,6 +4365,19 @@ async def drain_host(db: Database, actor: Actor, host_id: uuid.UUID, drain: bool
     return host
 
 
+async def label_host(
+    db: Database, actor: Actor, host_id: uuid.UUID, labels: Mapping[str, str]
+) -> Host:
+    """Give a host these labels and no others; what runs there stays; raises Refusal."""
+    async with db.transaction() as tx:
+        if await tx.one(SQL_HOST_LABEL, host_id=host_id, labels=Jsonb(dict(labels))):
+            await audit(tx, actor, "host.label", str(host_id), **labels)
+        host = await _get_host(tx, host_id)
+    if host.status == "revoked":
+        raise Refusal("CONFLICT", "this host is revoked", "it gets no work any more")
+    return host
+
+
 async def list_namespaces(db: Database, values: Mapping[str, Any]) -> list[Row]:
     """A page of namespaces."""
     async with db.transaction() as tx:
@@ -4552,6 +4609,8 @@ def decide_order(
         what = f"command and env are larger than {SPEC_BYTES} bytes together"
         raise Refusal("BAD_REQUEST", what, "put what is large into the image", "env")
     spec = {key: values[key] for key in SPEC_KEYS} | {"image": image}  # its tag is still one
+    if values["labels"]:
+        spec["labels"] = values["labels"]
     return WorkloadOrder(namespace, values["name"], values["replicas"], spec)
 
 
@@ -5657,6 +5716,13 @@ async def http_undrain_host(cp: ControlPlane, request: Request) -> Answer:
     return 200, render_host(host)
 
 
+async def http_label_host(cp: ControlPlane, request: Request) -> Answer:
+    labels = request.values["labels"]
+    host = await label_host(cp.admin_db, request.actor, request.host_id(), labels)
+    cp.placer.wake()
+    return 200, render_host(host)
+
+
 async def http_put_workload(cp: ControlPlane, request: Request) -> Answer:
     customer = request.of_customer()
     order = decide_order(request.values, customer.namespaces, cp.settings.registry)
@@ -5791,6 +5857,15 @@ ROUTES = (
         "Give a host that was drained workloads again",
         http_undrain_host,
         "Host",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/hosts/{host_id}/labels",
+        "admin",
+        "Give a host these labels and no others; what runs there stays",
+        http_label_host,
+        "Host",
+        body=LABEL_FIELDS,
     ),
     Route(
         "GET",
@@ -5973,6 +6048,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "offered_memory_bytes": "integer",
         "assignments": "integer",
         "drained_at": "date-time?",
+        "labels": "Object",
         "created_at": "date-time",
         "revoked_at": "date-time?",
         "last_heartbeat_at": "date-time?",
@@ -6050,6 +6126,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "restart": "string",
         "arch": "string?",
         "provider": "string?",
+        "labels": "Object",
         "created_by": "string",
         "created_at": "date-time",
         "changed_at": "date-time",
@@ -8040,6 +8117,25 @@ def _drain(args: argparse.Namespace, settings: Settings, drain: bool) -> int:
     return 0
 
 
+def command_label(args: argparse.Namespace, settings: Settings) -> int:
+    """Give a host these labels and no others; what runs there stays."""
+    host_id = parse_host_id(args.host_id)
+    pairs = [text.partition("=") for text in args.labels]
+    if len({key for key, _, _ in pairs}) < len(pairs):
+        raise Error("a key stands there twice", "give each once", 2)
+    given = {"labels": {key: value for key, _, value in pairs}}
+    try:
+        labels = parse_fields(LABEL_FIELDS, given)["labels"]
+    except Refusal as refusal:
+        raise Error(refusal.what, refusal.todo, 2) from None
+    host = asyncio.run(
+        with_database(settings.dsn_file, lambda db: label_host(db, cli_actor(), host_id, labels))
+    )
+    has = " ".join(f"{key}={value}" for key, value in sorted(host.labels.items()))
+    print(f"host {host.host_id} has the labels {has}" if has else f"host {host.host_id} has none")
+    return 0
+
+
 def command_revoke(args: argparse.Namespace, settings: Settings) -> int:
     """Remove a host for good."""
     host_id = parse_host_id(args.host_id)
@@ -8201,7 +8297,12 @@ def cli_actor() -> Actor:
     return Actor(f"cli:{getpass.getuser()}")
 
 
-HOST_COMMANDS = {"revoke": command_revoke, "drain": command_drain, "undrain": command_undrain}
+HOST_COMMANDS = {
+    "revoke": command_revoke,
+    "drain": command_drain,
+    "undrain": command_undrain,
+    "label": command_label,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -8250,8 +8351,7 @@ def make_parser() -> argparse.ArgumentParser:
         hosts.add_argument(f"--{field.name}", help=field.help)
     hosts.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
     hosts.add_argument("--json", action="store_true", help="print one JSON object")
-    for name, work in HOST_COMMANDS.items():
-        add(name, work).add_argument("host_id", help="the host's UUID")
+    add_host_commands(add)
     add_customer_commands(add)
     doctor = add("doctor", command_doctor)
     doctor.add_argument("--invariants", action="store_true", help="test what must always hold")
@@ -8274,6 +8374,16 @@ def make_parser() -> argparse.ArgumentParser:
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")
     return parser
+
+
+def add_host_commands(add: Callable[..., Any]) -> None:
+    """The commands that take one host."""
+    for name, work in HOST_COMMANDS.items():
+        host = add(name, work)
+        host.add_argument("host_id", help="the host's UUID")
+    host.add_argument(
+        "labels", nargs="*", metavar="KEY=VALUE", help="all of them; none: it has none"
+    )
 
 
 def add_customer_commands(add: Callable[..., Any]) -> None:

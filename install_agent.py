@@ -420,6 +420,7 @@ class Others:
 
     services: Mapping[str, bool]  # those that are there; True: it runs, or does at each boot
     data: frozenset[str] = frozenset()  # packages whose services have kept something
+    has_key: bool = False  # DOCKER_KEY, which every dockerd makes
 
 
 @dataclass(frozen=True)
@@ -713,7 +714,9 @@ def parse_manifest(raw: bytes) -> Manifest:
         files = {str(name): tuple(map(str, hashes)) for name, hashes in data["files"].items()}
         packages, pending = (tuple(map(str, data[key])) for key in ("packages", "pending"))
         version = str(data["version"])
-        if not set(map(str, OURS)).issuperset(files) or (version and not parse_version(version)):
+        if not {DOCKER_KEY, *OURS}.issuperset(map(Path, files)) or (
+            version and not parse_version(version)
+        ):
             raise ValueError
         url = str(data["url"])
         if url and not URL_RE.fullmatch(url):
@@ -946,6 +949,8 @@ def plan(facts: Facts, answers: Answers, release: Release, keys: tuple[str, str]
     """
     manifest, files, changed = facts.manifest, dict(facts.manifest.files), []
     files[str(ENGINE_IMAGE)] = ()
+    if not facts.others.has_key:
+        files[str(DOCKER_KEY)] = ()
     for file in render_files(facts, answers, release, keys):
         is_fixed = file.path not in (WG_KEY, WG_CONF, ENV)  # these change, and hold secrets
         files[str(file.path)] = (hashlib.sha256(file.content).hexdigest(),) if is_fixed else ()
@@ -1123,6 +1128,7 @@ def is_locked(facts: Facts) -> bool:
 def plan_removal(facts: Facts) -> list[Step]:
     """Stop and remove all that install.json lists."""
     units, kept, ours = facts.units, list_kept(facts), facts.manifest.files.keys()
+    is_unused = "docker.io" not in list_used(facts)  # by the provider, since
     places = {name: UNIT_DIR / name for name in UNITS} | {WG: WG_CONF}
     mine = [name for name, path in places.items() if str(path) in ours]
     off = ("inactive", "failed")
@@ -1150,14 +1156,13 @@ def plan_removal(facts: Facts) -> list[Step]:
         if facts.engine_user.is_there:
             why = "with its subordinate ids"
             steps.append(Run(("userdel", ENGINE_USER), why, may_fail=True))
-        is_ours = "docker.io" in facts.manifest.packages  # and nobody used it meanwhile
-        if is_ours and "docker.io" not in list_used(facts):  # every dockerd makes these
-            steps.append(Remove(DOCKER_KEY, "the engine made it"))
-            which = ("-path", "/etc/docker", "-o", "-path", "/run/docker*")
-            argv = ("find", "/etc", "/run", "-maxdepth", "2", "-type", "d", "-empty")
-            steps.append(Run((*argv, "(", *which, ")", "-delete"), "if nothing is in them"))
     steps += [Remove(link, "its unit is gone") for link in facts.dangling]
-    steps += [Remove(Path(name), "ours") for name in ours if Path(name) not in kept]
+    gone = [name for name in ours if Path(name) not in kept]
+    steps += [Remove(Path(name), "ours") for name in gone if is_unused or Path(name) != DOCKER_KEY]
+    if str(DOCKER_KEY) in ours and is_unused:  # every dockerd makes these
+        which = ("-path", "/etc/docker", "-o", "-path", "/run/docker*")
+        argv = ("find", "/etc", "/run", "-maxdepth", "2", "-type", "d", "-empty")
+        steps.append(Run((*argv, "(", *which, ")", "-delete"), "if nothing is in them"))
     steps.append(Run(("systemctl", "daemon-reload"), "the units are gone"))
     if mine:  # a guard that was just at work counts as failed, and would stay listed
         patterns = [f"{name.rpartition('.')[0]}.*" for name in UNITS]
@@ -1380,7 +1385,7 @@ def read_others() -> Others:
         for name, state in shown.items()
     }
     kept = [name for name, path in OTHERS_DATA.items() if path.is_dir() and any(path.iterdir())]
-    return Others(used, frozenset(kept))
+    return Others(used, frozenset(kept), DOCKER_KEY.exists())
 
 
 def read_leftovers() -> tuple[tuple[str, ...], ...]:

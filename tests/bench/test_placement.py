@@ -71,6 +71,7 @@ def test_the_choice(record: Record) -> None:
             (8 << 30) - chance.randrange(6 << 30),
             COPIES // HOSTS,
             set(range(COPIES // HOSTS)),
+            {},
         )
         for number in range(HOSTS)
     ]

@@ -343,7 +343,9 @@ def test_packages_are_installed_and_purged(vm: Vm) -> None:
 
 CONTAINERD = """
 [Service]
-ExecStart=/bin/sleep infinity
+ExecStart=/usr/local/bin/containerd
+Delegate=yes
+KillMode=process
 [Install]
 WantedBy=multi-user.target
 """
@@ -353,6 +355,7 @@ def test_what_the_provider_has_or_takes_into_use_stays(vm: Vm) -> None:
     """A containerd of theirs by hand, and later the Docker that came with ours."""
     gone = "docker.io containerd runc"
     vm.sh("systemctl unmask docker.service docker.socket containerd.service")
+    vm.sh("cp /usr/bin/containerd* /usr/local/bin/")
     vm.sh(f"dpkg --purge {gone}; rm -rf /var/lib/docker /var/lib/containerd", timeout_s=200)
     vm.put(CONTAINERD.encode(), "/etc/systemd/system/containerd.service", 0o644)
     vm.sh("systemctl daemon-reload; systemctl enable --now containerd.service")

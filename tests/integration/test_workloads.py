@@ -29,7 +29,8 @@ class Machine(Client):
 
     def __init__(self, cp: ControlPlane, **changes: Any) -> None:
         super().__init__(cp)
-        self.register(cp.mint(approve_first_wallet=True), facts=facts(**changes))
+        made = self.register(cp.mint(approve_first_wallet=True), facts=facts(**changes))
+        self.host_id = made.host_id
         self.revision = 0
         self.wanted: dict[str, pb.Assignment] = {}
 
@@ -362,6 +363,36 @@ def test_drain_moves_the_work_and_undrain_takes_it_again(cp: ControlPlane, tenan
     assert (status, host["assignable"], host["drained_at"]) == (200, True, None)
     wait_placed(tenant, tenant.post(200, replicas=2), 2)
     assert first.beat()
+    for each in (first, second):
+        each.channel.close()
+
+
+def test_labels_say_where_a_copy_goes(cp: ControlPlane, tenant: Tenant) -> None:
+    first, second = Machine(cp), Machine(cp)
+    first.beat()
+    second.beat()
+    workload = tenant.post(201, labels={"region": "eu", "disk": "ssd"})
+    assert workload["labels"] == {"region": "eu", "disk": "ssd"}
+    why = "hosts is as asked: disk=ssd, region=eu"
+    wait_for("the reason", lambda: why in "".join(tenant.get(workload)["reasons"]) or None)
+    done = cp.command("label", second.host_id, "region=eu", "disk=ssd", "extra=1")
+    assert done.stdout == f"host {second.host_id} has the labels disk=ssd extra=1 region=eu\n"
+    wait_placed(tenant, workload)
+    assert len(second.obey()) == 1
+    assert first.beat() == {}
+    # Taken away again, it stays where it is; the same order is still the same.
+    path = f"/api/v1/admin/hosts/{second.host_id}/labels"
+    assert cp.call("POST", path, {"labels": {"region": "us"}})[1]["labels"] == {"region": "us"}
+    assert tenant.post(200, labels={"disk": "ssd", "region": "eu"})["revision"] == 1
+    assert len(second.obey()) == 1
+    assert tenant.post(200)["labels"] == {}  # another order: anywhere
+    sql = "SELECT detail FROM audit_log WHERE action = 'host.label' ORDER BY audit_id"
+    details = [row["detail"] for row in cp.query(sql)]
+    assert details == [{"region": "eu", "disk": "ssd", "extra": "1"}, {"region": "us"}]
+    for bad in (["region"], ["=eu"], ["a=b", "a=c"], ["A=b"], ["a=" + "b" * 64]):
+        done = cp.command("label", second.host_id, *bad)
+        assert (done.returncode, done.stdout) == (2, ""), bad
+    assert cp.command("label", second.host_id).stdout == f"host {second.host_id} has none\n"
     for each in (first, second):
         each.channel.close()
 

@@ -22,6 +22,7 @@ from install_agent import (
     CA,
     CONTAINERD,
     DISK,
+    DOCKER_KEY,
     DROP_IN,
     ENGINE,
     ENGINE_IMAGE,
@@ -1092,14 +1093,18 @@ def test_the_docker_that_was_there_is_left_alone() -> None:
     )
 
 
-def test_what_every_dockerd_makes_goes_where_there_was_none() -> None:
-    facts = installed()
+def test_what_every_dockerd_makes_goes_where_it_was_not() -> None:
+    there = replace(FRESH, others=Others({}, has_key=True))
+    facts = play(there, plan(there, ANSWERS, RELEASE, KEYS))
     assert not any("docker" in word or word == "key.json" for word in words(plan_removal(facts)))
-    ours = replace(facts, manifest=replace(facts.manifest, packages=("docker.io",)))
-    said = words(plan_removal(ours))
+    facts = installed()
+    # The engine has made it by the second run.
+    facts = replace(facts, others=Others({}, has_key=True))
+    assert plan(facts, ANSWERS, RELEASE, KEYS) == []
+    said = words(plan_removal(facts))
     places = "( -path /etc/docker -o -path /run/docker* )"
     find = f"find /etc /run -maxdepth 2 -type d -empty {places} -delete"
-    assert said[said.index("key.json") + 1] == find
+    assert said.index("key.json") < said.index(find)
 
 
 # Uninstall.
@@ -1136,7 +1141,7 @@ def test_all_that_is_ours_is_removed() -> None:
     ]
     assert "userdel openinfra-engine" in words(steps)
     removed = {step.path for step in steps if isinstance(step, Remove)}
-    assert removed == {*facts.files, MANIFEST}
+    assert removed == {*facts.files, MANIFEST, DOCKER_KEY}
     assert CA in removed
     assert words(steps)[-5:] == [
         NOTED,

@@ -144,6 +144,16 @@ def test_an_image_by_its_tag(image: str, kept: str) -> None:
         ("arch", "riscv64", "no known value"),
         ("provider", "kuma", "no namespace of a provider"),
         ("provider", "solana:x", "not a Solana address"),
+        ("labels", ["region=eu"], "wrong type"),
+        ("labels", {"region": 1}, "wrong type"),
+        ("labels", {"region": ""}, "out of range"),
+        ("labels", {"": "eu"}, "no label"),
+        ("labels", {"Region": "eu"}, "no label"),
+        ("labels", {"region": "eu west"}, "no label"),
+        ("labels", {"region": "-eu"}, "no label"),
+        ("labels", {"region\n": "eu"}, "no label"),
+        ("labels", {"a" * 64: "eu"}, "no label"),
+        ("labels", {str(n): "x" for n in range(17)}, "out of range"),
         *[
             (name, True, "unknown field")
             for name in (
@@ -157,7 +167,7 @@ def test_an_image_by_its_tag(image: str, kept: str) -> None:
                     "user",
                     "security_opt",
                 ),
-                *("binds", "runtime", "labels", "sysctls", "host_ip", "host_port", "secrets"),
+                *("binds", "runtime", "sysctls", "host_ip", "host_port", "secrets"),
             )
         ],
     ],
@@ -253,6 +263,7 @@ def make_place(host_no: int, **changes: Any) -> Place:
         "memory_bytes": 1 << 30,
         "assignments": 0,
         "port_slots": set(),
+        "labels": {},
     }
     return Place(**{**values, **changes})
 
@@ -284,6 +295,7 @@ def place(demands: list[Demand], places: list[Place]) -> tuple[dict[tuple[int, i
 
 
 OTHER_PROVIDER = {"provider": "solana:2"}
+EU = {"region": "eu"}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +315,11 @@ OTHER_PROVIDER = {"provider": "solana:2"}
         # As asked.
         (make_demand(spec={"arch": "aarch64"}), [make_place(1)], None),
         (make_demand(spec={"arch": "aarch64"}), [make_place(1), make_place(2, arch="aarch64")], 2),
+        (make_demand(spec={"labels": EU}), [make_place(1)], None),
+        (make_demand(spec={"labels": EU}), [make_place(1, labels=EU | {"disk": "ssd"})], 1),
+        (make_demand(spec={"labels": EU | {"disk": "ssd"}}), [make_place(1, labels=EU)], None),
+        (make_demand(spec={"labels": EU}), [make_place(1, labels={"region": "us"})], None),
+        (make_demand(), [make_place(1, labels=EU)], 1),
         (make_demand(spec=OTHER_PROVIDER), [make_place(1), make_place(2, memory_bytes=1 << 27)], 2),
         # Who rejected it of late comes last, but comes.
         (make_demand(rejected_by=frozenset({1})), [make_place(1), make_place(2, cpu_milli=600)], 2),
