@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ import pytest
 import agent as agent_script
 from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
+from tests.cis import list_broken
 from tests.engine import REGISTRY, Engine
 from tests.harness import ROOT, Agent, Netns, inside, make_netns, wait_for
 
@@ -270,6 +272,55 @@ def test_an_assignment_runs_in_its_sandbox_until_it_leaves_the_list(world: World
     plane.post()
     wait_for("gone", lambda: not engine.containers() and not engine.networks(), 5)
     wait_for("empty", lambda: not plane.observed.assignments and plane.observed.revision == 2)
+
+
+# What would break each rule, in the body of a container.
+LOOSE: dict[str, dict[str, Any]] = {
+    "5.2": {"HostConfig": {"SecurityOpt": ["no-new-privileges", "apparmor=unconfined"]}},
+    "5.4": {"HostConfig": {"CapAdd": ["NET_RAW"]}},
+    "5.5": {"HostConfig": {"Privileged": True, "UsernsMode": "host"}},
+    "5.6": {"HostConfig": {"Binds": ["/etc:/host:ro"]}},
+    "5.8": {"HostConfig": {"PortBindings": {"80/tcp": [{"HostIp": ADDRESS, "HostPort": "80"}]}}},
+    "5.9": {"HostConfig": {"PublishAllPorts": True}},
+    "5.10": {"HostConfig": {"NetworkMode": "none"}, "NetworkingConfig": {}},
+    "5.11": {"HostConfig": {"MemorySwap": -1}},
+    "5.12": {"HostConfig": {"NanoCpus": 0}},
+    "5.13": {"HostConfig": {"ReadonlyRootfs": False}},
+    "5.14": {"HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "20009"}]}}},
+    "5.15": {"HostConfig": {"RestartPolicy": {"Name": "always"}}},
+    "5.16": {"HostConfig": {"PidMode": "host", "UsernsMode": "host"}},
+    "5.17": {"HostConfig": {"IpcMode": "shareable"}},
+    "5.18": {"HostConfig": {"DeviceCgroupRules": ["c 1:3 rwm"]}},
+    "5.19": {"HostConfig": {"Ulimits": []}},
+    "5.20": {"HostConfig": {"Binds": ["/tmp:/host:rshared"]}},
+    "5.21": {"HostConfig": {"UTSMode": "host"}},
+    "5.22": {"HostConfig": {"SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]}},
+    "5.26": {"HostConfig": {"SecurityOpt": []}},
+    "5.29": {"HostConfig": {"PidsLimit": 0}},
+    "5.30": {"HostConfig": {"NetworkMode": "default"}, "NetworkingConfig": {}},
+    "5.31": {"HostConfig": {"UsernsMode": "host"}},
+    "5.32": {"HostConfig": {"Binds": ["/run/x.sock:/x.sock:ro"]}},
+    "nobody": {"User": "0"},
+    "": {},
+}
+
+
+def test_the_rules_of_the_cis_benchmark_are_met_and_seen_to_be_broken(world: World) -> None:
+    """By a container of the agent's, and each by the same with one thing else in its body."""
+    made = world.run(SLEEP, ports=[pb.Port(container_port=80, host_port=20_008)])
+    assert list_broken(world.container(made)) == []
+    wish = agent_script.parse_assignment(made, agent_script.Limits(2000, 200 << 20))
+    for rule, change in LOOSE.items():
+        body = agent_script.render_container(wish, ADDRESS)
+        body |= {key: value for key, value in change.items() if key != "HostConfig"}
+        body["HostConfig"] |= change.get("HostConfig", {})
+        body["HostConfig"]["Tmpfs"]["/data"] = ""  # the image's volume, as the agent has it
+        body["Labels"] = {}
+        status, told = world.engine.call("POST", f"/containers/create?name=loose-{rule}", body)
+        assert status == 201, (rule, told)
+        seen = world.engine.containers("")[f"loose-{rule}"]
+        broken = [re.split("[ ,]", name)[0] for name in list_broken(seen)]
+        assert (rule in broken) if rule else (broken == []), (rule, broken)
 
 
 def test_slow_ends_and_slow_pulls_hold_up_nobody(world: World) -> None:
