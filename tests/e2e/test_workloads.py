@@ -7,20 +7,25 @@ router, a machine of the internet behind it, and the customer's.
 from __future__ import annotations
 
 import json
+import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from cp_server import LEASE_S
+from tests.cis import list_broken
 from tests.e2e import disk
 from tests.e2e.fleet import AGENT, CP_LAN, HOME_LAN, Operator, find_server, join_fleet
-from tests.e2e.home import ADDRESS, CA_FILE
+from tests.e2e.home import ADDRESS, CA_FILE, TOKEN_FILE, give_token, list_answers
 from tests.e2e.home import install as run_installer
 from tests.e2e.network import Network
 from tests.e2e.scripts import said, wait_table
 from tests.e2e.vm import Snapshot, Vm
 from tests.e2e.vps import HOSTNAME, Vps, probe
+from tests.engine import sha256
 from tests.harness import WALLET, wait_for
 
 MakeVm = Callable[..., Vm]
@@ -88,6 +93,27 @@ class Customer:
         start_docker(vm)
         vm.sh(IMAGE)
 
+    def order(self, name: str, image: str, command: list[str], **more: Any) -> Any:
+        """Post a small workload."""
+        body = {"name": name, "image": image, "command": command, **more}
+        return self.call("POST", "", {"cpu_milli": 50, "memory_bytes": 16 << 20, **body})
+
+    def upload(self, path: str, blob: bytes, kind: str = "application/octet-stream") -> None:
+        """Put a blob (or a manifest) into the registry as it is, without Docker."""
+        self.vm.put(blob, "/run/blob")
+        ask = f"curl -sSf --cacert {CA_FILE} -u kuma:{self.key}"
+        where = f"https://{HOSTNAME}/v2/kuma/{path}"
+        if path.endswith("/uploads/"):
+            location = f"{ask} -X POST -o /dev/null -D - {where} | tr -d '\\r'"
+            place = self.vm.sh(f"{location} | sed -n 's/^[Ll]ocation: //p'").strip()
+            joint = "&" if "?" in place else "?"
+            where = f"{place}{joint}digest={sha256(blob)}"
+            where = where if where.startswith("http") else f"https://{HOSTNAME}{where}"
+        self.vm.sh(
+            f"{ask} -X PUT -H 'Content-Type: {kind}' --data-binary @/run/blob '{where}'",
+            timeout_s=300,
+        )
+
     def push(self) -> str:
         """Push the image; gives back its name with its digest."""
         name = f"{HOSTNAME}/kuma/web:1"
@@ -117,6 +143,14 @@ class Customer:
         except AssertionError as error:
             found = self.call("GET", f"/{workload['workload_id']}")
             raise AssertionError(f"{error}: {found}") from None
+
+
+def inspect(home: Vm) -> list[dict[str, Any]]:
+    """What the engine says of each workload that runs."""
+    ids = home.sh(f"{ENGINE} ps -q --filter=label=openinfra.assignment").split()
+    found = json.loads(home.sh(f"{ENGINE} inspect {' '.join(ids)}")) if ids else []
+    assert isinstance(found, list)
+    return found
 
 
 def list_pids(home: Vm) -> list[str]:
@@ -184,10 +218,9 @@ class Scene:
         assert machine.sh("iptables -S; iptables -t nat -S") == rules
         self.check_own()
         self.customer = Customer(router, operator)
-        order: dict[str, Any] = {"name": "web", "image": self.customer.push(), "command": HTTPD}
-        order |= {"replicas": 2, "ports": [8080], "cpu_milli": 50, "memory_bytes": 16 << 20}
+        self.image = self.customer.push()
         began = time.monotonic()
-        self.workload = self.customer.call("POST", "", order)
+        self.workload = self.customer.order("web", self.image, HTTPD, replicas=2, ports=[8080])
         found = self.customer.wait(self.workload, "running")
         print(f"both copies ran {time.monotonic() - began:.1f} s after the order, with the pull")
         self.addresses = [each["endpoints"][0]["address"] for each in found["assignments"]]
@@ -240,9 +273,163 @@ def scene(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> Scene:
     return Scene(operator, machine, router)
 
 
+# What a workload may try; the end that its state then names, and what is looked at meanwhile.
+BOMBS = {
+    "fork": (["/bin/sh", "-c", "bomb() { bomb | bomb & }; bomb; bomb; exec /bin/sleep 999"], ""),
+    "memory": (["/bin/sh", "-c", "x=aaaaaaaa; while :; do x=$x$x; done"], "out of memory"),
+    "flood": (["/bin/cat", "/dev/zero"], ""),
+    "tmpfs": (["/bin/sh", "-c", "/bin/cat /dev/zero > /tmp/x"], "exit code 1"),
+}
+LAYER_BYTES = 6 << 30
+
+
+def make_layer_bomb() -> bytes:
+    """A layer of some megabytes that is 6 GiB of zeros in one file."""
+    info = tarfile.TarInfo("zeros")
+    info.size = LAYER_BYTES
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    zeros = bytes(16 << 20)
+    parts = [packer.compress(info.tobuf())]
+    parts += [packer.compress(zeros) for _ in range(LAYER_BYTES // len(zeros))]
+    return b"".join([*parts, packer.compress(bytes(1024)), packer.flush()])
+
+
+def push_bomb(customer: Customer) -> str:
+    """Push it without unpacking it anywhere; gives back the image's name."""
+    layer = make_layer_bomb()
+    config = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{'0' * 64}"]},
+        }
+    ).encode()
+    kind = "application/vnd.docker"
+    rows = [
+        {"mediaType": f"{kind}.{suffix}", "size": len(blob), "digest": sha256(blob)}
+        for blob, suffix in (
+            (config, "container.image.v1+json"),
+            (layer, "image.rootfs.diff.tar.gzip"),
+        )
+    ]
+    form = f"{kind}.distribution.manifest.v2+json"
+    body = {"schemaVersion": 2, "mediaType": form, "config": rows[0], "layers": rows[1:]}
+    manifest = json.dumps(body).encode()
+    for blob in (config, layer):
+        customer.upload("bomb/blobs/uploads/", blob)
+    customer.upload("bomb/manifests/1", manifest, form)
+    return f"kuma/bomb@{sha256(manifest)}"
+
+
+def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
+    """The machine answers, the identity's disk has its room, and the end has its reason."""
+    machine, customer = scene.machine, scene.customer
+    room = "df --output=avail -B1M /var/lib/openinfra | sed -n 2p"
+    free = int(machine.sh(room))
+
+    def check_machine() -> None:
+        began = time.monotonic()
+        machine.sh("true")
+        assert time.monotonic() - began < 5
+        scene.operator.wait_heartbeat(60)
+        assert abs(int(machine.sh(room)) - free) < 32
+        assert scene.answers()
+
+    for name, (command, why) in BOMBS.items():
+        made = customer.order(name, scene.image, command, restart="never", memory_bytes=32 << 20)
+        if why:
+            found = customer.wait(made, "failed", 180)
+            assert why in " ".join(found["reasons"]), found
+        else:
+            customer.wait(made, "running", 180)
+            time.sleep(20)
+        check_machine()
+        group = "/sys/fs/cgroup/openinfra.slice/docker-*.scope"
+        if name == "fork":
+            assert "max 0" not in machine.sh(f"cat {group}/pids.events | sort | sed -n '$p'")
+            assert int(machine.sh(f"cat {group}/pids.current | sort -n | tail -1")) <= 128
+        if name == "flood":
+            logs = "/var/cache/openinfra/*/*/containers/*/local-logs"
+            sizes = [int(line.split()[0]) for line in machine.sh(f"du -sm {logs}").splitlines()]
+            assert 0 < max(sizes) <= 12
+        customer.call("DELETE", f"/{made['workload_id']}")
+        customer.wait(made, "deleted", 60)
+
+    made = customer.order("bomb", push_bomb(customer), ["/x"])
+    reason = "no space left"
+
+    def is_full() -> bool:
+        return reason in " ".join(customer.call("GET", f"/{made['workload_id']}")["reasons"])
+
+    wait_for("the full disk", lambda: is_full() or None, 600)
+    check_machine()
+    customer.call("DELETE", f"/{made['workload_id']}")
+    used = "df --output=pcent /var/cache/openinfra | sed -n 2p"
+    wait_for("its room again", lambda: int(machine.sh(used).strip(" %\n")) < 80 or None, 120)
+    # And its next image is pulled and runs.
+    made = customer.order("after", scene.image, ["/bin/sleep", "9999"])
+    customer.wait(made, "running")
+    scene.operator.check()
+
+
+def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> None:
+    """Of one of two homes: the copy moves once its right is over, and comes back nowhere else."""
+    cp = make_vm("cp", snapshot=vps.snapshot)
+    cp.join(network, f"{CP_LAN}/24")
+    operator = Operator(cp)
+    homes: dict[str, Vm] = {}
+    for number, address in ((2, ADDRESS), (3, "10.77.0.43")):
+        machine = make_vm(f"home{number}", snapshot=home)
+        machine.join(network, f"192.0.2.{number}/24")
+        find_server(machine)
+        machine.put(operator.ca, CA_FILE)
+        give_token(machine, operator.mint(payout_pubkey=WALLET))
+        cp_key = operator.vm.sh("wg show wg0 public-key").strip()
+        answers = (*list_answers(WALLET, cp_key), f"--token-file={TOKEN_FILE}")
+        done = run_installer(machine, *answers, f"--wg-address={address}")
+        assert done.code == 0, said(done)
+        key = machine.sh("cat /etc/wireguard/openinfra.pub").strip()
+        operator.vm.sh(f"wg set wg0 peer {key} allowed-ips {address}/32; wg-quick save wg0")
+        homes[address] = machine
+    customer = Customer(homes[ADDRESS], operator)
+    image = customer.push()
+    count = "openinfra-cp hosts | grep -c 'online.*yes'"
+    wait_for(
+        "both homes", lambda: operator.vm.exec(["sh", "-c", count]).stdout == b"2\n" or None, 90
+    )
+    made = customer.order("web", image, HTTPD, ports=[8080])
+    found = customer.wait(made, "running")
+    (address,) = {each["endpoints"][0]["address"] for each in found["assignments"]}
+    dark = homes[address.partition(":")[0]]
+    (other,) = (each for each in homes.values() if each is not dark)
+    customer.vm = other
+    other.put(operator.ca, CA_FILE)
+    dark.power_cut()
+    began = time.monotonic()
+    wait_for("the copy elsewhere", lambda: list_pids(other) or None, LEASE_S + 150)
+    took_s = time.monotonic() - began
+    print(f"the copy ran elsewhere {took_s:.0f} s after the plug was pulled")
+    assert took_s >= LEASE_S - 30  # a right that was renewed 30 s before
+    dark.boot(wait=False)
+    disk.wait_locked(dark)
+    disk.unlock_late(dark)
+    wait_for(
+        "both again", lambda: operator.vm.exec(["sh", "-c", count]).stdout == b"2\n" or None, 200
+    )
+    until = time.monotonic() + 40
+    while time.monotonic() < until:
+        assert list_pids(dark) == []
+        assert len(list_pids(other)) == 1
+    assert dark.sh(f"{ENGINE} ps -aq --filter=label=openinfra.assignment") == ""
+    operator.check()
+
+
 def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     machine = scene.machine
     pids = list_pids(machine)
+    for one in inspect(machine):
+        assert (list_broken(one), one["AppArmorProfile"]) == ([], "docker-default")
     assert set(probe(scene.router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
     scene.check_fence()
     machine.sh("iptables -F; nft flush ruleset")
