@@ -656,9 +656,19 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
         raise Error(f"{what}\nnothing was changed", "mend that, then run this again", code)
     steps: list[Step] = [*plan_places(facts), *plan_files(config, facts)]
     written = {step.path for step in steps if isinstance(step, WriteFile)}
-    if any(UNITS in path.parents for path in written) or any(
-        unit.outdated for unit in facts.units.values()
-    ):
+    wanted = (FIREWALL, WG_UNIT, REGISTRY_DISK, *SERVICES)
+    units = {name: facts.units.get(name, Unit()) for name in wanted}
+    # Before systemd reads the units: after a cut in between they are outdated, and linked again.
+    ours = [
+        name
+        for name in wanted
+        if UNITS / name in config.laid
+        and (UNITS / name in written or units[name].outdated or not units[name].enabled)
+    ]
+    if ours:
+        steps.append(Run(("systemctl", "--no-reload", "reenable", *ours), "at each boot"))
+    outdated = any(unit.outdated for unit in facts.units.values())
+    if ours or outdated or any(UNITS in path.parents for path in written):
         steps.append(Run(("systemctl", "daemon-reload"), "it reads the units"))
     steps += plan_registry(facts)
     if facts.missing:
@@ -666,11 +676,8 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
     if facts.registry_owner != REGISTRY_OWNER:
         own = ("--mode=0700", "--owner=docker-registry", "--group=docker-registry")
         steps.append(Run(("install", "--directory", *own, str(REGISTRY_ROOT)), "the registry's"))
-    wanted = (FIREWALL, WG_UNIT, REGISTRY_DISK, *SERVICES)
     disabled = [
-        name
-        for name in wanted
-        if not facts.units.get(name, Unit()).enabled or UNITS / name in written
+        name for name in wanted if UNITS / name not in config.laid and not units[name].enabled
     ]
     if disabled:
         steps.append(Run(("systemctl", "enable", *disabled), "at each boot"))

@@ -281,8 +281,8 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
             replace(DONE, files={**DONE.files, UNITS / "openinfra-wg.socket": File(b"old", 0o644)}),
             [
                 f"write {UNITS}/openinfra-wg.socket (mode 0644)",
+                "systemctl --no-reload reenable openinfra-wg.socket",
                 "systemctl daemon-reload",
-                "systemctl enable openinfra-wg.socket",
                 "systemctl stop openinfra-wg.service",
                 "systemctl restart openinfra-wg.socket",
             ],
@@ -293,7 +293,12 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
         ),
         (
             replace(DONE, units={**DONE.units, FIREWALL: Unit(False, False, True, 0.0)}),
-            ["systemctl daemon-reload", f"systemctl enable {FIREWALL}"],
+            [f"systemctl --no-reload reenable {FIREWALL}", "systemctl daemon-reload"],
+        ),
+        # Cut after the file was written: it may be linked as the one before it.
+        (
+            replace(DONE, units={**DONE.units, FIREWALL: Unit(True, True, True, 0.0)}),
+            [f"systemctl --no-reload reenable {FIREWALL}", "systemctl daemon-reload"],
         ),
         (
             replace(DONE, files={**DONE.files, DSN: File(DSN_TEXT, 0o644)}),
