@@ -1160,9 +1160,8 @@ def plan_removal(facts: Facts) -> list[Step]:
     gone = [name for name in ours if Path(name) not in kept]
     steps += [Remove(Path(name), "ours") for name in gone if is_unused or Path(name) != DOCKER_KEY]
     if str(DOCKER_KEY) in ours and is_unused:  # every dockerd makes these
-        which = ("-path", "/etc/docker", "-o", "-path", "/run/docker*")
-        argv = ("find", "/etc", "/run", "-maxdepth", "2", "-type", "d", "-empty")
-        steps.append(Run((*argv, "(", *which, ")", "-delete"), "if nothing is in them"))
+        argv = ("find", "/run", "-maxdepth", "2", "-path", "/run/docker*", "-type", "d", "-empty")
+        steps.append(Run((*argv, "-delete"), "if nothing is in them"))
     steps.append(Run(("systemctl", "daemon-reload"), "the units are gone"))
     if mine:  # a guard that was just at work counts as failed, and would stay listed
         patterns = [f"{name.rpartition('.')[0]}.*" for name in UNITS]
