@@ -516,6 +516,64 @@ class Observed(google.protobuf.message.Message):
 global___Observed = Observed
 
 @typing.final
+class LogRequest(google.protobuf.message.Message):
+    """Asks for the end of what an assignment of this host printed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
+    TAIL_LINES_FIELD_NUMBER: builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    request_id: builtins.int
+    """Random; the answer repeats it."""
+    assignment_id: builtins.str
+    tail_lines: builtins.int
+    """The last lines, as many as this, ..."""
+    limit_bytes: builtins.int
+    """... and of these the last bytes, as many as this."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.int = ...,
+        assignment_id: builtins.str = ...,
+        tail_lines: builtins.int = ...,
+        limit_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "limit_bytes", b"limit_bytes", "request_id", b"request_id", "tail_lines", b"tail_lines"]) -> None: ...
+
+global___LogRequest = LogRequest
+
+@typing.final
+class LogAnswer(google.protobuf.message.Message):
+    """What an assignment printed: bytes of a stranger."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    TRUNCATED_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    request_id: builtins.int
+    content: builtins.bytes
+    """stdout and stderr as they came."""
+    truncated: builtins.bool
+    """True when limit_bytes cut off the beginning."""
+    reason: builtins.str
+    """Why there is none, a sentence."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.int = ...,
+        content: builtins.bytes = ...,
+        truncated: builtins.bool = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "reason", b"reason", "request_id", b"request_id", "truncated", b"truncated"]) -> None: ...
+
+global___LogAnswer = LogAnswer
+
+@typing.final
 class RegisterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -660,6 +718,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
     DESIRED_REVISION_FIELD_NUMBER: builtins.int
     OBSERVED_FIELD_NUMBER: builtins.int
     NUDGE_PORT_FIELD_NUMBER: builtins.int
+    LOGS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """32 bytes; says which host this is."""
     seq: builtins.int
@@ -680,6 +739,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
     def observed(self) -> global___Observed:
         """Only when it is not what the last accepted heartbeat said."""
 
+    @property
+    def logs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LogAnswer]:
+        """As many as the message has room for (the control plane takes 64 KiB); never sent again."""
+
     def __init__(
         self,
         *,
@@ -691,9 +754,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
         desired_revision: builtins.int = ...,
         observed: global___Observed | None = ...,
         nudge_port: builtins.int = ...,
+        logs: collections.abc.Iterable[global___LogAnswer] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["facts", b"facts", "observed", b"observed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "desired_revision", b"desired_revision", "facts", b"facts", "nudge_port", b"nudge_port", "observed", b"observed", "paused", b"paused", "seq", b"seq", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "desired_revision", b"desired_revision", "facts", b"facts", "logs", b"logs", "nudge_port", b"nudge_port", "observed", b"observed", "paused", b"paused", "seq", b"seq", "session", b"session"]) -> None: ...
 
 global___HeartbeatRequest = HeartbeatRequest
 
@@ -705,6 +769,7 @@ class HeartbeatReply(google.protobuf.message.Message):
     STANDING_FIELD_NUMBER: builtins.int
     DESIRED_FIELD_NUMBER: builtins.int
     LEASE_S_FIELD_NUMBER: builtins.int
+    LOG_REQUESTS_FIELD_NUMBER: builtins.int
     next_heartbeat_ms: builtins.int
     """Milliseconds until the next heartbeat: about 30 s with jitter, at most 60 s."""
     lease_s: builtins.int
@@ -715,6 +780,10 @@ class HeartbeatReply(google.protobuf.message.Message):
     def desired(self) -> global___Desired:
         """Only when its revision is not the request's `desired_revision`."""
 
+    @property
+    def log_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LogRequest]:
+        """All that is asked for now, in each reply until it is answered. Nothing depends on it."""
+
     def __init__(
         self,
         *,
@@ -722,8 +791,9 @@ class HeartbeatReply(google.protobuf.message.Message):
         standing: global___Standing | None = ...,
         desired: global___Desired | None = ...,
         lease_s: builtins.int = ...,
+        log_requests: collections.abc.Iterable[global___LogRequest] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["desired", b"desired", "standing", b"standing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["desired", b"desired", "lease_s", b"lease_s", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["desired", b"desired", "lease_s", b"lease_s", "log_requests", b"log_requests", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
 
 global___HeartbeatReply = HeartbeatReply
