@@ -12,6 +12,7 @@ What it does to this machine
   `run` starts no program: it tells the container engine what to pull, run and remove, and only of
   what carries its label `openinfra.assignment` and a name `oi-…`. It stops all of that when the
   control plane is silent for long, and leaves it running when it is itself stopped or upgraded.
+  When the control plane asks what one of these printed, it reads the end of that and sends it.
   When the engine's disk is nearly full it has images removed that nothing uses, but only by an
   engine whose own label says `openinfra.engine=1`.
   Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a
@@ -181,8 +182,10 @@ HOST_PORTS = range(20_000, 28_192)
 # Command and environment of one workload; of what came, no more than this is named in a refusal.
 COMMAND_MAX_BYTES = 65_536
 NAMED_MAX = 64
-# The control plane takes 64 KiB in one message; beyond this the reasons are cut.
+# The control plane takes 64 KiB in one message; beyond this the reasons are cut, and logs have to
+# wait for the next.
 OBSERVED_MAX_BYTES = 48_000
+BEAT_MAX_BYTES = 60_000
 # Docker makes no container with less memory; the kernel takes no smaller share of a processor.
 MEMORY_MIN_BYTES = 6 << 20
 CPU_MIN_MILLI = 10
@@ -217,11 +220,17 @@ TIDY_S, USED_MAX_S = 60.0, 30 * 86_400.0
 ENGINE_TIMEOUT_S = 30.0
 ENGINE_VERSION_TIMEOUT_S = 2.0
 ENGINE_VERSION_AGE_S = 10.0
-# Pulls at once, other work at once, and threads in all: stops never wait for the others.
+# Pulls at once, other work, reads of logs, and threads in all: stops never wait for the others.
 PULLS_MAX = 4
 STEPS_MAX = 4
 STOPS_MAX = 6
-THREADS_MAX = PULLS_MAX + STEPS_MAX + STOPS_MAX + 2
+LOG_READS_MAX = 2
+THREADS_MAX = PULLS_MAX + STEPS_MAX + STOPS_MAX + LOG_READS_MAX + 2
+# Logs asked for at once, and what is read of one, whatever is asked.
+LOGS_MAX = 32
+LOG_LINES_MAX = 1_000
+LOG_MAX_BYTES = 32_768
+LOG_TIMEOUT_S = 3.0
 # While it pulls, the engine says something this often; the digits of one line are a few hundred.
 PULL_SILENCE_S = 60.0
 ENGINE_LINE_MAX_BYTES = 65_536
@@ -671,6 +680,7 @@ class Workloads:
     pulls: asyncio.Semaphore
     quick: asyncio.Semaphore
     stops: asyncio.Semaphore
+    log_reads: asyncio.Semaphore
     # Set when there is something to look at.
     stirred: asyncio.Event
 
@@ -714,6 +724,8 @@ class Workloads:
     acknowledged: pb.Observed | None = None
     last_states: dict[str, tuple[int, int]] = field(default_factory=dict)
     last_trouble: str = ""
+    # What the control plane asks for, by its request_id, until the answer went out once.
+    logs: dict[int, asyncio.Task[pb.LogAnswer]] = field(default_factory=dict)
 
     nudge: socket.socket | None = None
     nudge_address: str = ""
@@ -1412,6 +1424,33 @@ def render_progress(layers: Mapping[str, tuple[int, int]]) -> str:
     """Say how far a pull is."""
     done, total = (sum(each) for each in zip(*layers.values(), strict=True))
     return f"{done // 1_000_000} of {-(-total // 1_000_000)} MB"
+
+
+def parse_frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """Take what was printed out of the engine's stream: frames of a number, 3 zeros, and a length.
+
+    From the first bytes on that begin no frame, all is printed: so it is with a terminal.
+    """
+    is_raw = False
+    while part := read(LOG_MAX_BYTES if is_raw else 8):
+        is_raw = is_raw or part[0] > 2 or any(part[1:4])
+        if is_raw:
+            yield part
+            continue
+        left = int.from_bytes(part[4:], "big")
+        while left and (part := read(min(left, LOG_MAX_BYTES))):
+            left -= len(part)
+            yield part
+
+
+def cut_log(parts: Iterator[bytes], limit_bytes: int) -> tuple[bytes, bool]:
+    """Keep the last bytes; tell whether there were others."""
+    kept, is_cut = b"", False
+    for part in parts:
+        kept += part
+        is_cut = is_cut or len(kept) > limit_bytes
+        kept = kept[-limit_bytes:]
+    return kept, is_cut
 
 
 def plan_images(
@@ -2604,6 +2643,16 @@ class Engine:
                 if layers:
                     note(render_progress(layers))
 
+    def read_log(self, container_id: str, lines: int, limit_bytes: int) -> tuple[bytes, bool]:
+        """The end of what a container printed, and whether the limit cut it."""
+        query = {"stdout": "1", "stderr": "1", "tail": str(lines)}
+        path = f"/containers/{container_id}/logs"
+        with self.open("GET", path, query, None, LOG_TIMEOUT_S) as (connection, _):
+            answer = connection.getresponse()
+            if answer.status != 200:
+                parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
+            return cut_log(parse_frames(answer.read), limit_bytes)
+
     def create(self, wish: Wish, address: str, network: str) -> None:
         """Make a workload's container, and its network unless it is there."""
         volumes = parse_volumes(self.read_image(wish.image))
@@ -2832,6 +2881,7 @@ async def beat(agent: Agent) -> None:
     observed = render_observed(workloads, facts.unready) if workloads.looks else None
     if observed is not None and observed != workloads.acknowledged:
         request.observed.CopyFrom(observed)
+    request.logs.extend(pop_logs(workloads, BEAT_MAX_BYTES - request.ByteSize()))
     failpoint("Heartbeat.before_send")
     sent_s = read_boot_s()
     reply = await call(agent, agent.stub.Heartbeat, request)
@@ -2842,6 +2892,7 @@ async def beat(agent: Agent) -> None:
     agent.acknowledged_facts = facts
     workloads.acknowledged = observed
     take_reply(agent, reply, sent_s)
+    begin_logs(agent, reply.log_requests)
     agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
     agent.last_heartbeat_s = read_boot_s()
     note_accepted(agent)
@@ -2877,6 +2928,49 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
     kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
     ensure_lease(agent, decide_right_s(sent_s, reply.lease_s), kept)
     workloads.stirred.set()
+
+
+def pop_logs(workloads: Workloads, room_bytes: int) -> Iterator[pb.LogAnswer]:
+    """Take the answers that are there and for which there is room."""
+    for request_id, task in [*workloads.logs.items()]:
+        size_bytes = task.result().ByteSize() + 8 if task.done() else room_bytes + 1
+        if size_bytes <= room_bytes:
+            room_bytes -= size_bytes
+            yield workloads.logs.pop(request_id).result()
+
+
+def begin_logs(agent: Agent, asked: Sequence[pb.LogRequest]) -> None:
+    """Read what the control plane asks for; forget what it asks for no more."""
+    wanted, logs = {one.request_id: one for one in asked[:LOGS_MAX]}, agent.workloads.logs
+    for request_id, task in [*logs.items()]:
+        if task.done() and request_id in wanted:
+            agent.wake.set()  # there was no room for it
+        elif task.done():
+            del logs[request_id]
+    for request_id, one in wanted.items():
+        if request_id not in logs and len(logs) < LOGS_MAX:
+            logs[request_id] = asyncio.create_task(read_log(agent, one))
+
+
+async def read_log(agent: Agent, request: pb.LogRequest) -> pb.LogAnswer:
+    """Read the end of what a container printed, and let the control plane have it soon."""
+    workloads, answer = agent.workloads, pb.LogAnswer(request_id=request.request_id)
+    name = request.assignment_id
+    is_held = any(wish.assignment_id == name for wish in workloads.wishes or ())
+    found = [each.id for each in workloads.containers if each.name == f"oi-{name}" and is_held]
+    lines = min(max(request.tail_lines, 1), LOG_LINES_MAX)
+    limit_bytes = min(max(request.limit_bytes, 1), LOG_MAX_BYTES)
+    try:
+        if not found:
+            raise EngineError(404, "its host has no container of it now")
+        async with workloads.log_reads:
+            answer.content, answer.truncated = await in_thread(
+                workloads, workloads.engine.read_log, found[0], lines, limit_bytes
+            )
+    except EngineError as error:
+        answer.reason = str(error)
+    agent.wake.set()
+    return answer
 
 
 def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
@@ -3556,6 +3650,7 @@ def make_workloads(config: Config, limits: Limits) -> Workloads:
         pulls=asyncio.Semaphore(PULLS_MAX),
         quick=asyncio.Semaphore(STEPS_MAX),
         stops=asyncio.Semaphore(STOPS_MAX),
+        log_reads=asyncio.Semaphore(LOG_READS_MAX),
         stirred=asyncio.Event(),
     )
 

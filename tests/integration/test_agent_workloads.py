@@ -55,6 +55,9 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         self.next_ms = 30_000
         self.refusal = ""
         self.is_silent = False
+        self.log_requests: dict[int, pb.LogRequest] = {}
+        self.logs: list[pb.LogAnswer] = []
+        self.losses = 0  # heartbeats with logs that will get lost
         self.beats: list[tuple[float, pb.HeartbeatRequest]] = []
         self.observed = pb.Observed()
         self.facts = pb.Facts()
@@ -96,6 +99,13 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         reply = pb.HeartbeatReply(
             next_heartbeat_ms=self.next_ms, standing=standing, lease_s=self.lease_s
         )
+        if request.logs and self.losses:
+            self.losses -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+        for answer in request.logs:
+            self.log_requests.pop(answer.request_id, None)
+            self.logs.append(answer)
+        reply.log_requests.extend(self.log_requests.values())
         if request.desired_revision != self.desired.revision:
             reply.desired.CopyFrom(self.desired)
         return reply
@@ -110,6 +120,26 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         if self.beats and self.beats[-1][1].nudge_port:
             with inside(self.netns), socket.socket(type=socket.SOCK_DGRAM) as sock:
                 sock.sendto(b"", (ADDRESS, self.beats[-1][1].nudge_port))
+
+    def ask(self, assignment_id: str, lines: int = 100, limit_bytes: int = 32_768) -> None:
+        """Ask for a log with the next reply."""
+        number = len(self.logs) + len(self.log_requests) + 2**63
+        self.log_requests[number] = pb.LogRequest(
+            request_id=number,
+            assignment_id=assignment_id,
+            tail_lines=lines,
+            limit_bytes=limit_bytes,
+        )
+
+    def read_log(self, assignment_id: str, *limits: int) -> pb.LogAnswer:
+        """What the host answers; it may be no more than one answer."""
+        before = len(self.logs)
+        self.ask(assignment_id, *limits)
+        self.nudge()
+        wait_for("an answer", lambda: len(self.logs) > before, 15)
+        time.sleep(0.1)
+        (answer,) = self.logs[before:]
+        return answer
 
     def state(self, assignment: pb.Assignment) -> pb.ObservedAssignment | None:
         """What the host said last of an assignment."""
@@ -453,8 +483,31 @@ def make_workloads(path: Path) -> agent_script.Workloads:
         pulls=asyncio.Semaphore(1),
         quick=asyncio.Semaphore(1),
         stops=asyncio.Semaphore(1),
+        log_reads=asyncio.Semaphore(1),
         stirred=asyncio.Event(),
     )
+
+
+def test_answers_go_out_as_far_as_there_is_room() -> None:
+    async def pop(*rooms: int) -> list[list[int]]:
+        one = make_workloads(Path("none"))
+        sizes = {1: 50_000, 2: 20_000, 3: 5_000}
+
+        async def answer(number: int) -> pb.LogAnswer:
+            if number == 4:
+                await asyncio.sleep(9)
+            return pb.LogAnswer(request_id=number, content=b"x" * sizes[number])
+
+        one.logs = {number: asyncio.create_task(answer(number)) for number in (1, 2, 3, 4)}
+        await asyncio.sleep(0)
+        popped = [[each.request_id for each in agent_script.pop_logs(one, room)] for room in rooms]
+        assert 4 in one.logs
+        one.logs[4].cancel()
+        one.threads.shutdown()
+        return popped
+
+    assert asyncio.run(pop(60_000, 60_000, 60_000)) == [[1, 3], [2], []]
+    assert asyncio.run(pop(10, 5_020, -1, 20_020)) == [[], [3], [], [2]]
 
 
 def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
@@ -675,15 +728,100 @@ def test_a_nudge_brings_one_heartbeat_a_second_and_many_workloads_little_memory(
     assert "observed" not in [field.name for field, _ in world.plane.beats[-1][1].ListFields()]
 
 
+def test_a_log_is_what_its_own_container_printed(world: World) -> None:
+    made = world.run(["sh", "-c", "for n in 1 2 3; do echo $n; done; exec sleep 1000"])
+    name, plane = made.assignment_id, world.plane
+    answer = plane.read_log(name)
+    assert (answer.content, answer.truncated, answer.reason) == (b"1\n2\n3\n", False, "")
+    assert plane.read_log(name, 2).content == b"2\n3\n"
+    cut = plane.read_log(name, 2**32 - 1, 3)
+    assert (cut.content, cut.truncated) == (b"\n3\n", True)
+    assert plane.read_log(name, 0, 0).content == b"\n"
+    # What left the list, or never began, has none; and nobody else's container is read.
+    ours = world.container(made)
+    deaf = "trap '' TERM; echo gone; while :; do sleep 0.1; done"
+    leaves = world.run(["sh", "-c", deaf])
+    (world.agent.directory / "guard.json").unlink()
+    waits = world.assignment(SLEEP)
+    plane.post(made, waits)
+    plane.wait_state(waits, "PULLING")
+    plane.wait_state(leaves, "STOPPING")
+    for each in (leaves, waits):
+        answer = plane.read_log(each.assignment_id)
+        assert answer.reason == "its host has no container of it now"
+    assert world.container(leaves)["State"]["Running"]
+    stranger = {"Image": world.image, "Labels": {}, "Cmd": ["echo", "secret"]}
+    world.engine.call("POST", f"/containers/create?name=oi-{uuid.uuid4()}", stranger)
+    for other in ("", "../x", ours["Id"], ours["Name"], str(uuid.uuid4())):
+        answer = plane.read_log(other)
+        assert answer.reason == "its host has no container of it now"
+        assert (answer.content, answer.truncated) == (b"", False)
+
+
+def test_a_log_that_was_lost_is_read_again_while_it_is_asked_for(world: World) -> None:
+    made = world.run(["sh", "-c", "echo hello; exec sleep 1000"])
+    plane = world.plane
+    plane.losses = 2
+    assert plane.read_log(made.assignment_id).content == b"hello\n"
+    assert plane.losses == 0
+    world.engine.kill()
+    try:
+        assert "no container engine answers" in plane.read_log(made.assignment_id).reason
+    finally:
+        world.engine.start()
+
+
+def test_logs_hasten_one_heartbeat_a_second_and_take_little_memory(world: World) -> None:
+    flood = "n=0; while [ $n -lt 10000 ]; do echo $n; n=$((n+1)); done"
+    made = world.run(["sh", "-c", f"{flood}; dd if=/dev/zero bs=1000 count=2000; exec sleep 999"])
+    plane = world.plane
+    assert len(plane.read_log(made.assignment_id, 1000).content) == 32_768
+    for _ in range(2):
+        plane.ask(made.assignment_id, 1000)
+    plane.nudge()
+    wait_for("both, one after the other", lambda: len(plane.logs) == 3, 5)
+    status = Path(f"/proc/{world.agent.process.child.pid}/status")
+    began, resident_kb = len(plane.beats), read_resident_kb(status)
+    until_s = time.monotonic() + 8
+    while time.monotonic() < until_s:
+        while len(plane.log_requests) < 40:
+            plane.ask(made.assignment_id, 1000, 2**32 - 1)
+        plane.nudge()
+        time.sleep(0.05)
+    plane.log_requests.clear()
+    until_s, asked_for = time.monotonic() + 3, len(plane.beats)
+    while time.monotonic() < until_s:
+        plane.nudge()
+        time.sleep(0.05)
+    # One may have been on its way; the others are forgotten.
+    assert sum(len(request.logs) for _, request in plane.beats[asked_for:]) <= 1
+    del plane.beats[asked_for:]
+    beats = plane.beats[began:]
+    gaps = [later[0] - first[0] for first, later in itertools.pairwise(beats)]
+    assert min(gaps) >= 0.99
+    assert 5 <= len(gaps) <= 8
+    assert [len(request.logs) for _, request in beats[2:]] == [1] * len(beats[2:])
+    assert max(request.ByteSize() for _, request in beats) < 60_000
+    grown_kb = read_resident_kb(status) - resident_kb
+    print(f"{len(beats)} heartbeats with 32 KiB each: the agent grew by {grown_kb} KB")
+    assert grown_kb < 6_000
+
+
+def read_resident_kb(status: Path) -> int:
+    """Resident memory of a process."""
+    return int(status.read_text().split("VmRSS:")[1].split()[0])
+
+
 @pytest.mark.parametrize(
     ("answer", "readable"),
     [
         (b"", 0),
         (b"SSH-2.0-OpenSSH\r\n", 0),
-        # An empty list is one of no containers; an empty object a version without words.
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", 1),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", 2),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull", 0),
+        # An empty list is one of no containers; an empty object a version without words; and each
+        # is what a container may have printed.
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", 2),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", 3),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull", 1),
         (b"HTTP/1.1 500 No\r\nContent-Length: 99\r\n\r\n{", 0),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 0),
     ],
@@ -713,6 +851,7 @@ def test_what_is_no_engine_is_no_crash(tmp_path: Path, answer: bytes, readable: 
         engine = agent_script.Engine(path)
         found = [can(engine.read_version), can(engine.read_image, "x")]
         found.append(can(engine.read_workloads, {}, frozenset()))
+        found.append(can(engine.read_log, "x", 1, 1))
         thread.join()
     assert found.count(True) == readable
 

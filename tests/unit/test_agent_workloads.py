@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from typing import Any
@@ -428,6 +429,53 @@ def test_a_registry_that_says_no(words: str, expected: bool) -> None:
 )
 def test_a_newer_engine_is_spoken_to_as_it_wants(minimum: str, expected: str) -> None:
     assert agent.decide_api(minimum) == expected
+
+
+def frame(text: bytes, stream: int = 1) -> bytes:
+    """What a container printed at once, as the engine sends it."""
+    return bytes([stream, 0, 0, 0]) + len(text).to_bytes(4, "big") + text
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", b""),
+        (frame(b"out\n") + frame(b"err\n", 2) + frame(b"in\n", 0), b"out\nerr\nin\n"),
+        (frame(b"") + frame(b"a\n") + frame(b""), b"a\n"),
+        (frame(b"x" * 100_000), b"x" * 100_000),
+        (frame(b"a\n") + frame(b"lost")[:3], b"a\n"),  # a head that is cut
+        (frame(b"a\n") + frame(b"lost")[:8], b"a\n"),
+        (frame(b"a\n") + frame(b"kept")[:10], b"a\nke"),
+        (b"\1\0\0\0\xff\xff\xff\xffto the end", b"to the end"),  # a length that is a lie
+        (b"hi\n", b"hi\n"),  # of a terminal
+        (b"\x1b[1mlonger than a head\n", b"\x1b[1mlonger than a head\n"),
+        (frame(b"a\n") + b"\1\0\0\7" + b"no frame", b"a\n\1\0\0\7no frame"),
+        (frame(b"a\n") + b"\3\0\0\0\0\0\0\1x", b"a\n\3\0\0\0\0\0\0\1x"),
+    ],
+)
+def test_what_was_printed_is_taken_out_of_its_frames(raw: bytes, expected: bytes) -> None:
+    assert b"".join(agent.parse_frames(io.BytesIO(raw).read)) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([], (b"", False)),
+        ([b"abcd"], (b"abcd", False)),
+        ([b"abcde"], (b"bcde", True)),
+        ([b"a", b"bcd", b"ef"], (b"cdef", True)),
+        ([b"abcde", b""], (b"bcde", True)),
+    ],
+)
+def test_the_end_of_a_log_is_kept(parts: list[bytes], expected: tuple[bytes, bool]) -> None:
+    assert agent.cut_log(iter(parts), 4) == expected
+
+
+@given(st.binary(max_size=200), st.integers(1, 50))
+def test_no_stream_gives_more_than_is_asked_for(raw: bytes, limit_bytes: int) -> None:
+    kept, is_cut = agent.cut_log(agent.parse_frames(io.BytesIO(raw).read), limit_bytes)
+    assert kept in raw or not is_cut
+    assert len(kept) <= limit_bytes
 
 
 def test_images_go_that_nothing_uses_the_oldest_first() -> None:
