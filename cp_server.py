@@ -2,7 +2,8 @@
 """cp_server.py - the control plane (CP) of an OpenInfra fleet, in one file.
 
 What it does
-  serve     answers agents (gRPC), operator and customers (HTTP, JSON); keeps all in PostgreSQL
+  serve     answers agents (gRPC), operator and customers (HTTP, JSON); keeps all in PostgreSQL,
+            but for what workloads printed: that passes from host to customer and is not kept
   migrate   makes or upgrades the database schema; the only command that needs the owner's rights
   token     mints a JWT for the operator's HTTP API (--new-key adds a signing key first)
   invite    mints a single-use invite for a host
@@ -341,6 +342,11 @@ PLACE_S = 5.0  # between two looks for replicas without a place, when nothing wa
 PLACE_REST_S = 0.2  # and at least this when something does
 REJECTED_S = 3600  # a host that rejected a workload comes last for it this long
 NUDGE_AFTER_S = (0.0, 0.3, 0.9)  # packets get lost
+LOG_LINES = 100
+LOG_LINES_MAX = 1_000
+LOG_BYTES = 32_768  # of all copies that are asked of one host at once: a heartbeat has twice that
+LOG_S = 5.0  # the longest that a customer waits for hosts; an agent answers in one or two
+LOG_READERS_MAX = 2  # customers that wait at once, each for one answer: each takes an HTTP worker
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
@@ -565,6 +571,7 @@ class Assignment:
     workload_no: int
     revision: int
     replica: int
+    host_no: int
     host_id: uuid.UUID
     wg_ip: str | None
     host_status: str
@@ -578,6 +585,15 @@ class Assignment:
     created_at: dt.datetime
     state_at: dt.datetime
     ended_at: dt.datetime | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """The end of what a copy printed, or why it is not known."""
+
+    lines: Sequence[str] = ()
+    truncated: bool = False
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1155,6 +1171,14 @@ def check_ports(ports: list[int], field: str) -> list[int]:
     return ports
 
 
+def check_uuid(text: str, field: str) -> str:
+    """A UUID as this API writes it; raises Refusal."""
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise Refusal("BAD_REQUEST", f"{field} is not a UUID", "copy it again", field) from None
+
+
 def check_provider(text: str, field: str) -> str:
     """A provider's namespace, `solana:<wallet>`; raises Refusal."""
     prefix, _, wallet = text.partition(":")
@@ -1350,10 +1374,11 @@ LINE = {"format": "line"}
 WALLET = {"format": "solana-pubkey"}
 WG_IP = {"pattern": rf"^(?!10\.77\.(0\.[01]|255\.255)$)10\.77\.{_OCTET}\.{_OCTET}$"}
 WG_PUBKEY = {"pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
+UUID = {"format": "uuid"}
 PATH_FORMS: dict[str, Mapping[str, str]] = {
-    "host_id": {"format": "uuid"},
-    "customer_id": {"format": "uuid"},
-    "workload_id": {"format": "uuid"},
+    "host_id": UUID,
+    "customer_id": UUID,
+    "workload_id": UUID,
 }
 INVITE_FIELDS = (
     Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
@@ -1465,6 +1490,10 @@ WORKLOAD_FILTERS = (
     Field("namespace", "string", "of this one", 2, 40, None, check_namespace, form=NAMESPACE),
     Field("name", "string", "with this name", 1, 63, None, check_name, form=NAME),
     Field("deleted", "boolean", "those too that were deleted", default=False),
+)
+LOG_FILTERS = (
+    Field("tail", "integer", "lines of each copy to give", 1, LOG_LINES_MAX, LOG_LINES),
+    Field("assignment_id", "string", "only of this copy", 36, 36, None, check_uuid, form=UUID),
 )
 PAGE_FIELDS = (
     Field("limit", "integer", "rows to give", 1, PAGE_MAX, PAGE_DEFAULT),
@@ -1678,6 +1707,19 @@ def parse_observed(observed: pb.Observed) -> Observed:
             each.exit_code if each.HasField("exit_code") else None,
         )
     return Observed(parse_revision(observed.revision), tuple(found.values()))
+
+
+_BARE_CONTROLS = re.compile(r"[\x7f-\x9f]")  # a terminal obeys them, JSON does not escape them
+
+
+def parse_log(answer: pb.LogAnswer, request: pb.LogRequest) -> Log:
+    """What a host answers, no more than was asked for; the bytes may be anything."""
+    content = answer.content[-request.limit_bytes :]
+    text = _BARE_CONTROLS.sub("\ufffd", content.decode("utf-8", "replace"))
+    lines = text.removesuffix("\n").split("\n")
+    is_cut = answer.truncated or len(content) < len(answer.content)
+    reason = parse_said(answer.reason, 300)
+    return Log(lines[-request.tail_lines :] if content else [], is_cut, reason)
 
 
 def decide_redemption(
@@ -2029,6 +2071,29 @@ def explain_copy(copy: Assignment) -> str:
     )
 
 
+def explain_no_log(copy: Assignment) -> str:
+    """Why a copy's host is not asked what it printed; empty when it is."""
+    if copy.ended_at is not None:
+        return "it has ended, and nothing of it is kept"
+    if copy.host_status in ("offline", "quarantined", "revoked"):
+        return f"its host is {copy.host_status}"
+    return ""
+
+
+def render_log_requests(copies: Sequence[Assignment], tail_lines: int) -> list[pb.LogRequest]:
+    """What to ask hosts for, in the order of copies: what is of one host shares a heartbeat."""
+    of_host = collections.Counter(copy.host_no for copy in copies)
+    return [
+        pb.LogRequest(
+            request_id=secrets.randbits(64),
+            assignment_id=str(copy.assignment_id),
+            tail_lines=tail_lines,
+            limit_bytes=LOG_BYTES // of_host[copy.host_no],
+        )
+        for copy in copies
+    ]
+
+
 def decide_hold(
     due: float, now: float, calls_s: float, burst: float, hold_s: float
 ) -> tuple[float, float]:
@@ -2246,6 +2311,12 @@ def render_copy(copy: Assignment) -> dict[str, Any]:
         "state_at": render_time(copy.state_at),
         "ended_at": render_time(copy.ended_at),
     }
+
+
+def render_log(copy: Assignment, log: Log) -> dict[str, Any]:
+    """What a copy printed, as the HTTP API shows it."""
+    about = {"assignment_id": str(copy.assignment_id), "host_id": str(copy.host_id)}
+    return {**about, "replica": copy.replica, **dataclasses.asdict(log)}
 
 
 def render_row(row: Mapping[str, Any], without: str = "") -> dict[str, Any]:
@@ -3278,8 +3349,8 @@ FROM due WHERE w.workload_no = due.workload_no AND w.unplaced_reason <> due.reas
 """
 
 ASSIGNMENT_COLUMNS = """a.assignment_no, a.assignment_id, a.workload_no, a.revision, a.replica,
-  h.host_id, host(h.wg_ip) AS wg_ip, h.status AS host_status, a.state, a.reason, a.restarts,
-  a.exit_code, a.stop_reason, a.port_slot, ARRAY(
+  h.host_no, h.host_id, host(h.wg_ip) AS wg_ip, h.status AS host_status, a.state, a.reason,
+  a.restarts, a.exit_code, a.stop_reason, a.port_slot, ARRAY(
     SELECT jsonb_array_elements_text(a.spec->'ports')::integer) AS container_ports,
   a.created_at, a.state_at, a.ended_at"""
 
@@ -5125,6 +5196,78 @@ class Placer:
             self._socket.sendto(b"openinfra", self._nudges[host_no])
 
 
+AskedLog = tuple[pb.LogRequest, "asyncio.Future[Log]"]
+
+
+class Logs:
+    """What customers ask hosts for; in memory only, and for LOG_S at most."""
+
+    def __init__(self, placer: Placer) -> None:
+        self._placer = placer
+        # By host_no, then request_id: only the host that is asked can answer.
+        self._asked: dict[int, dict[int, AskedLog]] = {}
+        self._readers: set[int] = set()  # customer_no of those that wait
+        self._is_over = False
+
+    async def read(
+        self, customer_no: int, copies: Sequence[Assignment], tail_lines: int
+    ) -> list[Log]:
+        """The end of what each copy printed; raises Refusal when too many wait."""
+        if self._is_over:
+            raise Refusal("TRY_LATER", "the control plane is stopping", "try again in a moment")
+        if customer_no in self._readers or len(self._readers) >= LOG_READERS_MAX:
+            what = "too many logs are being read at once"
+            raise Refusal("TOO_MANY_REQUESTS", what, "ask again in a moment")
+        self._readers.add(customer_no)
+        live = [copy for copy in copies if not explain_no_log(copy)]
+        requests = render_log_requests(live, tail_lines)
+        futures: dict[uuid.UUID, asyncio.Future[Log]] = {}
+        try:
+            for copy, request in zip(live, requests, strict=True):
+                futures[copy.assignment_id] = future = asyncio.get_running_loop().create_future()
+                self._asked.setdefault(copy.host_no, {})[request.request_id] = (request, future)
+            for host_no in {copy.host_no for copy in live}:
+                self._placer.nudge(host_no)
+            if futures:
+                await asyncio.wait(futures.values(), timeout=LOG_S)
+        finally:
+            self._readers.remove(customer_no)
+            for copy, request in zip(live, requests, strict=True):
+                self._forget(copy.host_no, request.request_id)
+        late = f"its host did not answer within {LOG_S:g} s"
+        found = {key: future.result() for key, future in futures.items() if future.done()}
+        return [
+            found.get(copy.assignment_id) or Log(reason=explain_no_log(copy) or late)
+            for copy in copies
+        ]
+
+    def requests(self, host_no: int) -> list[pb.LogRequest]:
+        """What a host is asked for now."""
+        return [request for request, _ in self._asked.get(host_no, {}).values()]
+
+    def take(self, host_no: int, answers: Sequence[pb.LogAnswer]) -> None:
+        """Take what a host answers to what it was asked for; all else is nothing."""
+        for answer in answers if host_no in self._asked else ():
+            asked = self._forget(host_no, answer.request_id)
+            if asked is not None and not asked[1].done():
+                asked[1].set_result(parse_log(answer, asked[0]))
+
+    def _forget(self, host_no: int, request_id: int) -> AskedLog | None:
+        of_host = self._asked.get(host_no, {})
+        found = of_host.pop(request_id, None)
+        if not of_host:
+            self._asked.pop(host_no, None)
+        return found
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        self._is_over = True
+        for of_host in self._asked.values():
+            for _, future in of_host.values():
+                if not future.done():
+                    future.set_result(Log(reason="the control plane was stopping; ask again"))
+
+
 class ControlPlane:
     """One serving process: what its edges and loops share.
 
@@ -5160,6 +5303,7 @@ class ControlPlane:
         self._wake = asyncio.Event()
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self.placer = Placer(beat_db, self._judging, self.metrics)
+        self.logs = Logs(self.placer)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -5230,6 +5374,7 @@ class ControlPlane:
     def stop(self) -> None:
         """Refuse new calls; the heartbeats that wait are committed at once."""
         self.stopping = True
+        self.logs.stop()
         self._wake.set()
 
     async def flush_forever(self) -> None:
@@ -5504,11 +5649,13 @@ class AgentEdge:
         beat = parse_heartbeat(request, peer, self.cp.next_interval_ms())
         accepted = await self.cp.heartbeat(beat)
         self.cp.placer.host_listens(accepted.host_no, peer, request.nudge_port % 65_536)
+        self.cp.logs.take(accepted.host_no, request.logs)
         return pb.HeartbeatReply(
             next_heartbeat_ms=beat.interval_ms,
             standing=render_standing(accepted.standing),
             desired=accepted.desired,
             lease_s=LEASE_S,
+            log_requests=self.cp.logs.requests(accepted.host_no),
         )
 
 
@@ -5759,6 +5906,20 @@ async def http_get_workload(cp: ControlPlane, request: Request) -> Answer:
     return 200, render_workload(*await get_workload(cp.customer_db, *which))
 
 
+async def http_read_logs(cp: ControlPlane, request: Request) -> Answer:
+    customer, only = request.of_customer(), request.values["assignment_id"]
+    _, copies = await get_workload(cp.customer_db, customer, request.workload_id())
+    if only is None:
+        copies = [each for each in copies if each.ended_at is None]
+    else:
+        copies = [each for each in copies if str(each.assignment_id) == only]
+        if not copies:
+            what, todo = "this workload has no such assignment", "leave it out for those it has"
+            raise Refusal("NOT_FOUND", what, todo, "assignment_id")
+    logs = await cp.logs.read(customer.customer_no, copies, request.values["tail"])
+    return 200, {"logs": [render_log(*each) for each in zip(copies, logs, strict=True)]}
+
+
 async def http_delete_workload(cp: ControlPlane, request: Request) -> Answer:
     customer, workload_id = request.of_customer(), request.workload_id()
     await delete_workload(cp.customer_db, request.actor, customer, workload_id)
@@ -5974,6 +6135,15 @@ ROUTES = (
         "Workload",
     ),
     Route(
+        "GET",
+        "/api/v1/workloads/{workload_id}/logs",
+        "customer",
+        "The last lines that each copy of a workload printed, or why they are not known",
+        http_read_logs,
+        "Logs",
+        query=LOG_FILTERS,
+    ),
+    Route(
         "DELETE",
         "/api/v1/workloads/{workload_id}",
         "customer",
@@ -6134,6 +6304,15 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "assignments": "[Assignment]",
     },
     "Workloads": {"workloads": "[Workload]", "next_cursor": "integer?"},
+    "Log": {
+        "assignment_id": "uuid",
+        "host_id": "uuid",
+        "replica": "integer",
+        "lines": "strings",
+        "truncated": "boolean",
+        "reason": "string",
+    },
+    "Logs": {"logs": "[Log]"},
     "Object": {},
 }
 SCHEMAS["NewInvite"] = {"token": "string", **SCHEMAS["Invite"]}
@@ -6302,6 +6481,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                 headers["Docker-Distribution-Api-Version"] = "registry/2.0"
             if refusal.code == "UNAUTHORIZED":
                 headers["WWW-Authenticate"] = f'{scheme} realm="openinfra"'
+            if refusal.code == "TOO_MANY_REQUESTS":
+                headers["Retry-After"] = "1"
             if refusal.code == "METHOD_NOT_ALLOWED":
                 headers["Allow"] = refusal.todo.removeprefix("use ").replace(" or ", ", ")
         except Error as error:  # a database without its schema or rights

@@ -18,7 +18,9 @@ import pytest
 
 from tests.engine import REGISTRY, Engine
 from tests.harness import WALLET, Agent, ControlPlane, inside, make_netns, wait_for
+from tests.integration.test_http_api import check_shape
 from tests.integration.test_workloads import Tenant
+from tests.readme import block
 
 HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/bin"]
 
@@ -140,6 +142,68 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
     past = [each for each in fleet.tenant.get(gone)["assignments"] if each["ended_at"]]
     assert past[0]["state"] == "rejected"
     assert past[0]["reason"]
+
+
+def read_logs(fleet: Fleet, workload: dict[str, Any], query: str = "") -> dict[str, Any]:
+    """What the one copy of a workload printed, over the API."""
+    status, answer = fleet.tenant.call("GET", f"/{workload['workload_id']}/logs{query}")
+    assert status == 200, answer
+    check_shape("Logs", answer)
+    (log,) = answer["logs"]
+    return dict(log)
+
+
+def test_a_customer_reads_what_its_container_printed(fleet: Fleet) -> None:
+    script = "for n in 1 2 3; do echo out $n; echo err $n >&2; done; exec sleep 1000"
+    workload = fleet.post(command=["/bin/sh", "-c", script])
+    found = fleet.tenant.wait(workload, "running")
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        log = read_logs(fleet, workload)
+        took.append(time.monotonic() - began)
+    print(f"logs over the API after {[f'{s:.2f}' for s in took]} s")
+    assert max(took) < 3
+    assert sorted(log["lines"]) == [f"{kind} {n}" for kind in ("err", "out") for n in (1, 2, 3)]
+    about = {key: found["assignments"][0][key] for key in ("assignment_id", "host_id", "replica")}
+    assert log == {**about, "lines": log["lines"], "truncated": False, "reason": ""}
+    assert read_logs(fleet, workload, "?tail=2")["lines"] == log["lines"][-2:]
+    # As the README says it.
+    url = f"http://127.0.0.1:{fleet.cp.http_port}/api"
+    script = block("customer-logs").replace("https://cp.coledex.com/api", url)
+    names = {"OPENINFRA_KEY": fleet.tenant.key, "WORKLOAD_ID": workload["workload_id"]}
+    argv = ["env", *(f"{key}={value}" for key, value in names.items()), "bash", "-euc", script]
+    shown = json.loads(subprocess.check_output(argv, timeout=15))
+    assert shown == {key: log[key] for key in ("replica", "lines", "truncated", "reason")}
+    only = f"?assignment_id={log['assignment_id']}"
+    assert read_logs(fleet, workload, only) == log
+
+
+def test_whatever_a_container_prints_is_an_answer(fleet: Fleet) -> None:
+    """A megabyte, with and without lines, and bytes that are no text; of jobs that ended."""
+    text = "x" * 100
+    flood = f"n=0; while [ $n -lt 10000 ]; do echo {text} $n; n=$((n+1)); done"
+    strange = r"echo -ne '\x1b[2J\x00\xff\xc2\x9b\r\n'; echo -n last"
+    long = "dd if=/dev/zero bs=1000 count=1000 2>/dev/null"
+    jobs = {
+        name: fleet.post(
+            name=name, command=["/bin/sh", "-c", script], restart="never", cpu_milli=300
+        )
+        for name, script in (("flood", flood), ("strange", strange), ("long", long))
+    }
+    for job in jobs.values():
+        fleet.tenant.wait(job, "finished")
+    log = read_logs(fleet, jobs["flood"])
+    assert log["lines"] == [f"{text} {n}" for n in range(9_900, 10_000)]
+    assert log["truncated"] is False
+    log = read_logs(fleet, jobs["flood"], "?tail=1000")
+    assert log["lines"][-1] == f"{text} 9999"
+    assert log["truncated"] is True
+    assert sum(len(line) + 1 for line in log["lines"]) == 32_768
+    log = read_logs(fleet, jobs["strange"])
+    assert log["lines"] == ["\x1b[2J\0\ufffd\ufffd\r", "last"]
+    log = read_logs(fleet, jobs["long"])
+    assert ("".join(log["lines"]), log["truncated"]) == ("\0" * 32_768, True)
 
 
 def test_a_job_that_ended_is_not_run_again(fleet: Fleet) -> None:

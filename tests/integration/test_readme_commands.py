@@ -113,6 +113,9 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         posted = shell.run("customer-post", OPENINFRA_KEY=key)
         assert posted.count('"pending"') == 2
         assert "replica 1: " in posted
+        workload_id = re.findall(r'"workload_id": "([0-9a-f-]{36})"', posted)[0]
+        logs = {"OPENINFRA_KEY": key, "WORKLOAD_ID": workload_id}
+        assert shell.run("customer-logs", **logs) == ""  # no copy has a host yet
         jwt = (shell.directory / "admin.jwt").read_text().strip()
         printed = shell.run("operator-http", ADMIN_JWT=jwt)
         assert re.match(r"oi1_\S+\n", printed)

@@ -485,6 +485,7 @@ def make_assignment(replica: int = 0, **changes: Any) -> Assignment:
         "workload_no": 1,
         "revision": 1,
         "replica": replica,
+        "host_no": 7,
         "host_id": uuid.UUID(int=7),
         "wg_ip": "10.77.0.42",
         "host_status": "online",
@@ -628,6 +629,59 @@ def test_what_a_host_has_is_read() -> None:
 
 def one_more_than_fit() -> pb.Observed:
     return observe(*({"assignment_id": str(uuid.UUID(int=n))} for n in range(402)))
+
+
+ASKED = pb.LogRequest(request_id=1, assignment_id="a", tail_lines=3, limit_bytes=20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "lines", "truncated", "reason"),
+    [
+        ({}, [], False, ""),
+        ({"reason": "no \x1b[1mcontainer"}, [], False, "no ?[1mcontainer"),
+        ({"reason": "x" * 301}, [], False, "x" * 299 + "…"),
+        ({"content": b"a\nb\n"}, ["a", "b"], False, ""),
+        ({"content": b"a\nb"}, ["a", "b"], False, ""),
+        ({"content": b"\n\n"}, ["", ""], False, ""),
+        ({"content": b"a\nb\nc\nd\n"}, ["b", "c", "d"], False, ""),
+        ({"content": b"a\n", "truncated": True}, ["a"], True, ""),
+        ({"content": b"x" * 10 + b"\n" + b"y" * 19 + b"\n"}, ["y" * 19], True, ""),
+        ({"content": b"\xff\xc3\n"}, ["\ufffd\ufffd"], False, ""),
+        ({"content": "ü\r\t\x1b[2J\0".encode()}, ["ü\r\t\x1b[2J\0"], False, ""),  # JSON's to escape
+        ({"content": "\x7f\x9b2J\x85\n".encode()}, ["\ufffd\ufffd2J\ufffd"], False, ""),
+        ({"content": "a\u2028b\x0b\x0cc".encode()}, ["a\u2028b\x0b\x0cc"], False, ""),  # one line
+    ],
+)
+def test_a_log_is_what_was_asked_for(
+    answer: dict[str, Any], lines: list[str], truncated: bool, reason: str
+) -> None:
+    found = cp_server.parse_log(pb.LogAnswer(request_id=1, **answer), ASKED)
+    assert found == cp_server.Log(lines, truncated, reason)
+
+
+def test_logs_of_one_host_share_a_heartbeat() -> None:
+    copies = [make_assignment(0), make_assignment(1), make_assignment(2, host_no=8)]
+    requests = cp_server.render_log_requests(copies, 5)
+    assert [each.assignment_id for each in requests] == [str(c.assignment_id) for c in copies]
+    assert [each.limit_bytes for each in requests] == [16_384, 16_384, 32_768]
+    assert {each.tail_lines for each in requests} == {5}
+    assert len({each.request_id for each in requests}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        *[({"host_status": status}, "") for status in ("online", "paused", "pending")],
+        *[
+            ({"host_status": status}, f"its host is {status}")
+            for status in ("offline", "quarantined", "revoked")
+        ],
+        ({"state": "assigned"}, ""),
+        ({"ended_at": AT}, "it has ended, and nothing of it is kept"),
+    ],
+)
+def test_whose_host_is_not_asked(changes: dict[str, Any], reason: str) -> None:
+    assert cp_server.explain_no_log(make_assignment(0, **changes)) == reason
 
 
 @pytest.mark.parametrize(
