@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import random
+import re
 import sys
 import time
 import uuid
@@ -64,6 +65,9 @@ EDGES = (  # what a mutation seldom comes to
     pb.Facts(hostname="a\x1bb", arch="\u00e9", kernel=" ", agent_version="\0", disk_bytes=2**63),
     pb.Facts(hostname="a", arch="a", kernel="a", agent_version="a", memory_bytes=2**64 - 1),
     pb.Facts(hostname="a", arch="a", kernel="a", agent_version="a", cpu_count=2**32 - 1),
+)
+LOG_REQUEST = pb.LogRequest(
+    request_id=2**64 - 1, assignment_id=HOST_ID, tail_lines=3, limit_bytes=20
 )
 STANDING = pb.Standing(status=pb.HOST_STATUS_ONLINE, reasons=["its wallet is not approved"])
 
@@ -137,6 +141,12 @@ def heartbeat(data: bytes) -> None:
     assert str(uuid.UUID(str(beat.boot_id))) == str(beat.boot_id)  # as PostgreSQL reads it
     if beat.facts:
         check_facts(beat.facts)
+    for answer in request.logs:
+        log = cp_server.parse_log(answer, LOG_REQUEST)
+        check_plain(log.reason)
+        assert len(log.lines) <= LOG_REQUEST.tail_lines
+        assert len("\n".join(log.lines).encode()) <= 3 * LOG_REQUEST.limit_bytes  # U+FFFD has 3
+        assert not re.search("[\n\x7f-\x9f]", "".join(log.lines))
 
 
 class Stub:
@@ -285,6 +295,12 @@ def request(data: bytes) -> None:
         check_plain(str(error))
 
 
+def log_stream(data: bytes) -> None:
+    """What the engine sends of a container's log."""
+    kept, _ = agent.cut_log(agent.parse_frames(io.BytesIO(data).read), 20)
+    assert len(kept) <= 20
+
+
 IDENTITY = agent.Identity(HEX, HOST_ID, "abcdefghij234567", HEX, None)
 SECRETS: dict[str, Any] = {"host_secret": b"h" * 32, "session": b"s" * 32}
 BOTH: dict[str, Any] = {"payout_pubkey": WALLET, "wg_pubkey": WG_KEY}
@@ -310,6 +326,17 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
             ).SerializeToString()
             for facts in (FACTS, *EDGES)
             for seq in (7, 2**63, 2**64 - 1)
+        ]
+        + [
+            pb.HeartbeatRequest(
+                session=b"s" * 32,
+                seq=7,
+                boot_id=BOOT_ID,
+                logs=[
+                    pb.LogAnswer(request_id=1, content=b"a\n\xff\xc2\x9b\n" * 9, truncated=True),
+                    pb.LogAnswer(request_id=2, reason="its host has no container of it now"),
+                ],
+            ).SerializeToString()
         ],
     ),
     "register_reply": (
@@ -334,7 +361,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     ),
     "heartbeat_reply": (
         heartbeat_reply,
-        [pb.HeartbeatReply(next_heartbeat_ms=30_000, standing=STANDING).SerializeToString()],
+        [
+            pb.HeartbeatReply(
+                next_heartbeat_ms=30_000, standing=STANDING, log_requests=[LOG_REQUEST]
+            ).SerializeToString()
+        ],
     ),
     "refusal": (refusal, [f"{name}\nwhy; what to do".encode() for name in agent.REFUSALS]),
     "env_file": (
@@ -347,6 +378,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     ),
     "identity": (identity, [agent.render_identity(IDENTITY)]),
     "request": (request, [b'{"cmd": "status"}\n']),
+    "log_stream": (log_stream, [b"\1\0\0\0\0\0\0\3out\2\0\0\0\0\0\0\4err\n", b"of a terminal\n"]),
 }
 DIRECTORY = Path()
 
