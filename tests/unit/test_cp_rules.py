@@ -1244,6 +1244,7 @@ def make_host(**changes: Any) -> Host:
         "offered_cpu_milli": 3000,
         "offered_memory_bytes": 6 << 30,
         "drained_at": None,
+        "labels": {},
         "assignments": 0,
         "created_at": AT,
         "revoked_at": None,
