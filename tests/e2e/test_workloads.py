@@ -7,6 +7,7 @@ router, a machine of the internet behind it, and the customer's.
 from __future__ import annotations
 
 import json
+import shlex
 import tarfile
 import time
 import zlib
@@ -45,7 +46,7 @@ echo hello > /srv/image/www/index.html
 for name in sh sleep httpd cat; do ln -sf busybox /srv/image/bin/$name; done
 tar -C /srv/image -c . | docker import - web:latest
 """
-HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/www"]
+HTTPD = ["/bin/sh", "-c", "echo at your service; exec /bin/httpd -f -p 8080 -h /www"]
 ENGINE = "docker --host=unix:///run/openinfra/engine.sock"
 # IPv6, and IPv4 as IPv6 writes it, from inside a workload; each that answers is printed.
 PROBE_6 = """
@@ -131,6 +132,12 @@ class Customer:
         )
         return json.loads(told)
 
+    def read_logs(self, workload: Any) -> list[list[str]]:
+        """What each copy printed last."""
+        found = self.call("GET", f"/{workload['workload_id']}/logs")["logs"]
+        assert [each["reason"] for each in found] == [""] * len(found)
+        return [each["lines"] for each in found]
+
     def wait(self, workload: Any, state: str, timeout_s: float = 120) -> Any:
         """The workload, once it is in this state."""
 
@@ -210,7 +217,7 @@ class Scene:
         start_docker(machine)
         machine.sh(IMAGE)
         run = "docker run --detach --name=mine --restart=always --publish=8081:8080 web:latest"
-        machine.sh(f"{run} {' '.join(HTTPD)}")
+        machine.sh(f"{run} {shlex.join(HTTPD)}")
         self.check_own()
         rules = machine.sh("iptables -S; iptables -t nat -S")
         join_fleet(machine, operator, payout_pubkey=WALLET)
@@ -348,6 +355,8 @@ def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
             customer.wait(made, "running", 180)
             time.sleep(20)
         check_machine()
+        if name == "tmpfs":
+            assert "No space left on device" in str(customer.read_logs(made))
         group = "/sys/fs/cgroup/openinfra.slice/docker-*.scope"
         if name == "fork":
             assert "max 0" not in machine.sh(f"cat {group}/pids.events | sort | sed -n '$p'")
@@ -432,6 +441,7 @@ def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
 def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     machine = scene.machine
     pids = list_pids(machine)
+    assert scene.customer.read_logs(scene.workload) == [["at your service"]] * 2
     for one in inspect(machine):
         assert (list_broken(one), one["AppArmorProfile"]) == ([], "docker-default")
     assert set(probe(scene.router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
