@@ -5,6 +5,8 @@
                      assigned as containers (systemd starts it)
   agent.py status    what the running agent says: exit 0 when this host is online, else 1
   agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
+  agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
+  agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
                      its address changed; once, as root (a systemd timer starts it each 10 s)
 
@@ -31,6 +33,7 @@ Files (mode)
     identity.json                    0600  who this host is; losing it takes a fresh invite
     identity.json.broken-<n>         0600  an unreadable identity, moved aside, never deleted
     refused.json                     0600  why the control plane ended this agent, for `doctor`
+    paused.json                      0600  while it is there this host is paused, whatever it holds
     agent.lock                       0600  held while the agent runs
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
@@ -113,6 +116,7 @@ IDENTITY_FORMAT = 1
 IDENTITY_NAME = "identity.json"
 LOCK_NAME = "agent.lock"
 REFUSED_NAME = "refused.json"
+PAUSED_NAME = "paused.json"
 
 # Our own files are a few hundred bytes; more is not ours and is not read into memory.
 FILE_MAX_BYTES = 65_536
@@ -212,6 +216,11 @@ TEND_IDLE_S = 30.0
 ENGINE_API = (1, 41)  # of Docker 20.10; a newer engine may want a newer one
 ENGINE_START_S = 15.0
 NO_ENGINE = Path("none")
+# `pause` waits so long for the ends, and this for the heartbeat that says so; `leave` for the
+# control plane's round, its nudge (or the next heartbeat), and the heartbeat after it.
+PAUSE_WAIT_S = 30.0
+TELL_WAIT_S = 5.0
+LEAVE_WAIT_S = 90.0
 # Only an engine that says so with this label has images that are ours to remove: from this share of
 # its disk until that one.
 ENGINE_LABEL = "openinfra.engine=1"
@@ -484,6 +493,14 @@ STOP, RESUME, MINUTE, BACK_OFF = Action
 
 
 @dataclass(frozen=True)
+class Pause:
+    """What paused.json holds; empty `since`: it cannot be read, and is a pause all the same."""
+
+    since: str
+    is_leaving: bool = False
+
+
+@dataclass(frozen=True)
 class Refusal:
     """What a refusal means to a person."""
 
@@ -531,6 +548,7 @@ class Snapshot:
     status: Mapping[str, Any] | None
     # Why the control plane ended the agent, if it did: reason, what, todo.
     refused: Mapping[str, str] | None
+    pause: Pause | None
 
 
 @dataclass(frozen=True)
@@ -751,6 +769,11 @@ class Agent:
     workloads: Workloads
     # asyncio's clock at the last step of the main loop, for the watchdog.
     moved_s: float = 0.0
+
+    # While the provider wants no workloads; since when they are to end; what was heard of it.
+    pause: Pause | None = None
+    paused_s: float = 0.0
+    told_pause: Pause | None = None
 
     # The session: closed until Register or Resume was answered.
     is_open: bool = False
@@ -979,6 +1002,28 @@ def render_identity(identity: Identity) -> bytes:
         "next_session": identity.next_session,
     }
     return json.dumps(data, indent=1).encode() + b"\n"
+
+
+def parse_pause(raw: bytes) -> Pause:
+    """Read paused.json: that it is there pauses, so what cannot be read is a pause too."""
+    try:
+        data = json.loads(raw)
+        return Pause(parse_line(str(data["since"]), NAMED_MAX), data["leaving"] is True)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Pause("")
+
+
+def render_pause(pause: Pause) -> bytes:
+    """Write paused.json; parse_pause reads it back."""
+    return json.dumps({"since": pause.since, "leaving": pause.is_leaving}).encode() + b"\n"
+
+
+def decide_pause(cmd: str, before: Pause | None, now: str) -> Pause | None:
+    """What follows on `pause`, `unpause` or `leave`; a host that leaves does so until unpaused."""
+    if cmd == "unpause":
+        return None
+    is_leaving = cmd == "leave" or (before is not None and before.is_leaving)
+    return Pause(before.since if before and before.since else now, is_leaving)
 
 
 def decide_start(identity: Identity | None, token: Token | None) -> None:
@@ -1701,9 +1746,11 @@ def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
 
 
 def decide_unready(
-    engine_error: str, firewall: str, lease_error: str, offered: Limits
+    is_leaving: bool, engine_error: str, firewall: str, lease_error: str, offered: Limits
 ) -> tuple[str, str]:
     """Say why the host can take no workload, and what to type; two empty texts when it can."""
+    if is_leaving:
+        return "its provider is leaving: revoke it when nothing runs there any more", UNPAUSE
     guard = "sudo systemctl start openinfra-guard.service openinfra-guard.timer"
     if engine_error:
         return engine_error, "sudo systemctl restart openinfra-engine"
@@ -1734,6 +1781,10 @@ def parse_handshakes(text: str) -> int | None:
     return max(times, default=0) or None
 
 
+UNPAUSE = "sudo openinfra-agent unpause"
+REQUESTS = ("status", "pause", "unpause", "leave")
+
+
 def parse_request(line: bytes) -> str:
     """Read one request of the control socket; raise BrokenError with what is wrong with it."""
     try:
@@ -1744,9 +1795,9 @@ def parse_request(line: bytes) -> str:
         raise BrokenError('request is not an object with a "cmd"')
     if data.keys() != {"cmd"}:
         raise BrokenError("request has unknown fields")
-    if data["cmd"] != "status":
-        raise BrokenError("unknown cmd, known: status")
-    return "status"
+    if data["cmd"] not in REQUESTS:
+        raise BrokenError(f"unknown cmd, known: {', '.join(REQUESTS)}")
+    return str(data["cmd"])
 
 
 def render_answer(
@@ -1758,6 +1809,7 @@ def render_answer(
     age = None if agent.last_heartbeat_s is None else round(now_s - agent.last_heartbeat_s, 1)
     return {
         "state": agent.state,
+        "paused": render_paused(agent.pause),
         "version": VERSION,
         "host_id": agent.identity.host_id,
         "control_plane": agent.config.control_plane,
@@ -1791,6 +1843,40 @@ def render_answer(
     }
 
 
+def render_paused(pause: Pause | None) -> str:
+    """Say that a host is paused, since when; empty when it is not."""
+    if pause is None:
+        return ""
+    what = "paused, its provider is leaving" if pause.is_leaving else "paused"
+    return f"{what}, since {pause.since}" if pause.since else f"{what}: {PAUSED_NAME} is unreadable"
+
+
+def render_change(cmd: str, answer: Mapping[str, Any]) -> str:
+    """Say what is true after `pause`, `unpause` or `leave`; raise Error while it is not all."""
+    uninstall = "sudo python3 -I install_agent.py --uninstall"
+    if not answer["has_ended"]:
+        why = parse_line(str(answer.get("unready") or "they take long to end"))
+        what = f"this host is paused, and workloads may still run here: {why}"
+        todo = "at once: sudo systemctl kill --signal=SIGKILL openinfra.slice; then type this again"
+        raise Error(what, todo, LATER)
+    hears = "the agent does not run; the control plane hears of it when it does"
+    if "state" in answer:
+        hears = "the control plane cannot be reached now, and hears of it later"
+    later = "" if answer["is_told"] else f" ({hears})"
+    if cmd == "leave" and later:
+        what = f"no workload runs here{later}, and something may still be assigned to this host"
+        todo = f"that ends by itself within 10 minutes; wait, and type this again, or: {uninstall}"
+        raise Error(what, todo, LATER)
+    if cmd == "leave":
+        said = "nothing is assigned to this host and nothing runs here; now type: "
+        return f"{said}{uninstall}; then tell the operator, who revokes host {answer['host_id']}"
+    if cmd == "unpause":
+        said = "not paused any more" if answer["is_new"] else "this host was not paused"
+        return f"{said}: workloads may come here{later}"
+    said = "paused" if answer["is_new"] else "already paused"
+    return f"{said}: no workload runs here{later}; `{UNPAUSE}` takes some again"
+
+
 def parse_state(state: int) -> str:
     """Name an AssignmentState in lower case."""
     return pb.AssignmentState.Name(cast("pb.AssignmentState.ValueType", state))[17:].lower()
@@ -1816,6 +1902,7 @@ def render_status(answer: Mapping[str, Any]) -> str:
     beats = f"{answer.get('heartbeats')} accepted, every {answer.get('interval_s')} s"
     rows = [
         ("state", answer.get("state")),
+        *((("", f"{answer['paused']}; {UNPAUSE}"),) if answer.get("paused") else ()),
         ("host_id", answer.get("host_id") or "none yet"),
         ("control plane", answer.get("control_plane")),
         ("connected", "yes" if answer.get("connected") else "no"),
@@ -2009,14 +2096,16 @@ def list_fleet_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
         said = f"{error['what']}; {error['todo']}" if error else f"it is {status.get('state')}"
         said = f"The agent runs, and this host is not online: {said}."
         yield "ERROR", said, "journalctl -u openinfra-agent -n 50"
-    if status.get("unready") and not seen.firewall:
+    if seen.pause is not None:
+        yield "INFO", f"This host takes no workload: {render_paused(seen.pause)}.", UNPAUSE
+    if status.get("unready") and not seen.firewall and seen.pause is None:
         said = f"This host can take no workload: {status['unready']}."
         # A control plane on this machine is for a try, which may do without.
         level = "INFO" if seen.wg == "skipped" else "ERROR"
         yield level, said, str(status.get("unready_todo"))
     if not seen.wallet and not status.get("onchain_payout"):
         yield "WARN", "No payout wallet is set (SOLANA_PAYOUT_PUBKEY): nothing is paid out.", edit
-    if is_online(status) and not status.get("assignable"):
+    if is_online(status) and not status.get("assignable") and seen.pause is None:
         why = "; ".join(status.get("reasons") or ["the control plane gave no reason"])
         heal = ""
         if seen.wallet and re.search("wallet|namespace|payout", why, re.IGNORECASE):
@@ -2210,6 +2299,15 @@ def read_identity(data_dir: Path) -> Identity | None:
     return parse_identity(raw)
 
 
+def sync_directory(path: Path) -> None:
+    """When this returns, a power cut cannot take back a rename or a removal."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def move_broken(data_dir: Path) -> Path:
     """Move a broken identity aside, never over an earlier one; the lock keeps others away."""
     path = data_dir / IDENTITY_NAME
@@ -2217,11 +2315,7 @@ def move_broken(data_dir: Path) -> Path:
     while os.path.lexists(aside := data_dir / f"{IDENTITY_NAME}.broken-{number}"):
         number += 1
     os.rename(path, aside)
-    directory = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(data_dir)
     return aside
 
 
@@ -2276,6 +2370,30 @@ def read_refused(data_dir: Path) -> dict[str, str] | None:
         return None
 
 
+def read_pause(data_dir: Path) -> Pause | None:
+    """Look whether the provider paused this host; what cannot be looked at counts as paused."""
+    try:
+        return parse_pause(read_small(data_dir / PAUSED_NAME, FILE_MAX_BYTES)[0])
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return Pause("")
+
+
+def save_pause(data_dir: Path, pause: Pause | None) -> None:
+    """Pause, or end that; when this returns, a power cut cannot take it back."""
+    path = data_dir / PAUSED_NAME
+    try:
+        if pause is not None:
+            write_file(path, render_pause(pause), 0o600)
+        else:
+            path.unlink(missing_ok=True)
+            sync_directory(data_dir)
+    except OSError as error:
+        todo = "is its disk unlocked, and not full? then type this again"
+        raise Error(f"cannot change {path}: {error.strerror}", todo) from None
+
+
 def read_text(path: str) -> str:
     """Read a file of /proc; empty when it cannot be read."""
     try:
@@ -2306,7 +2424,8 @@ def read_unready(agent: Agent) -> tuple[str, str]:
         if guard and now_s - guard.at_s > GUARD_OLD_S:
             firewall = "guard does not run"  # a sentence that stays the same
     error = workloads.engine_error if workloads.engine.path != NO_ENGINE else ""
-    return decide_unready(error, firewall, workloads.lease_error, workloads.limits)
+    is_leaving = agent.pause is not None and agent.pause.is_leaving
+    return decide_unready(is_leaving, error, firewall, workloads.lease_error, workloads.limits)
 
 
 def read_facts(agent: Agent) -> pb.Facts:
@@ -2415,13 +2534,13 @@ def open_control_socket(path: Path) -> socket.socket:
     return listener
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """Ask the running agent for its status."""
+def ask_agent(path: Path, cmd: str, timeout_s: float = SOCKET_TIMEOUT_S) -> dict[str, Any] | None:
+    """Ask the running agent for one thing; None when none answers."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(SOCKET_TIMEOUT_S)
+            sock.settimeout(timeout_s)
             sock.connect(str(path))
-            sock.sendall(b'{"cmd":"status"}\n')
+            sock.sendall(json.dumps({"cmd": cmd}).encode() + b"\n")
             raw = b""
             while len(raw) < SOCKET_ANSWER_MAX_BYTES and not raw.endswith(b"\n"):
                 part = sock.recv(SOCKET_ANSWER_MAX_BYTES)
@@ -2432,13 +2551,23 @@ def read_status(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise Error(f"{path} is for root only", "run this with sudo") from None
     except (OSError, ValueError):
-        raise Error(
-            f"no agent answers on {path}",
-            "is the service running? systemctl status openinfra-agent",
-        ) from None
+        return None
+    if isinstance(answer, dict) and "todo" in answer:
+        raise Error(str(answer.get("error")), str(answer["todo"]))
     if not isinstance(answer, dict) or "state" not in answer:
         raise Error(
             f"what answers on {path} is another version", "systemctl restart openinfra-agent"
+        )
+    return answer
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Ask the running agent for its status."""
+    answer = ask_agent(path, "status")
+    if answer is None:
+        raise Error(
+            f"no agent answers on {path}",
+            "is the service running? systemctl status openinfra-agent",
         )
     return answer
 
@@ -2871,9 +3000,11 @@ async def beat(agent: Agent) -> None:
         session=bytes.fromhex(agent.identity.session or ""),
         seq=agent.seq,
         boot_id=agent.boot_id,
+        paused=agent.pause is not None,
         desired_revision=workloads.revision,
         nudge_port=ensure_nudge(agent),
     )
+    pause = agent.pause
     agent.wake.clear()
     facts = read_facts(agent)
     if facts != agent.acknowledged_facts:
@@ -2890,6 +3021,7 @@ async def beat(agent: Agent) -> None:
     agent.session_heartbeats += 1
     agent.heartbeats += 1
     agent.acknowledged_facts = facts
+    agent.told_pause = pause
     workloads.acknowledged = observed
     take_reply(agent, reply, sent_s)
     begin_logs(agent, reply.log_requests)
@@ -2974,8 +3106,13 @@ async def read_log(agent: Agent, request: pb.LogRequest) -> pb.LogAnswer:
 
 
 def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
-    """Save the right to run, for the guard and for the next agent; it counts once it is saved."""
+    """Save the right to run, for the guard and for the next agent; it counts once it is saved.
+
+    While the host is paused there is none; the guard lets the copies have their time to end.
+    """
     workloads, path = agent.workloads, agent.config.lease_file
+    if agent.pause is not None:
+        until_s = min(until_s, agent.paused_s + STOP_S)
     if workloads.saved_lease == (until_s, kept):
         return
     try:
@@ -2990,7 +3127,27 @@ def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
         workloads.lease_error = why
         return
     workloads.lease_error, workloads.saved_lease = "", (until_s, kept)
-    workloads.right_until_s, workloads.memory.kept = until_s, kept
+    workloads.right_until_s = 0.0 if agent.pause else until_s
+    workloads.memory.kept = kept
+
+
+def note_pause(agent: Agent) -> None:
+    """See whether the provider paused this host: also by a file that was laid without this agent.
+
+    What runs then ends as if its right were over; the right comes back with a heartbeat.
+    """
+    pause, workloads = read_pause(agent.config.data_dir), agent.workloads
+    if pause == agent.pause:
+        return
+    if pause is None:
+        log("INFO", "not paused any more")
+    else:
+        agent.paused_s = agent.paused_s if agent.pause else read_boot_s()
+        log("INFO" if pause.since else "WARN", render_paused(pause), UNPAUSE)
+        workloads.right_until_s = 0.0
+    agent.pause = pause
+    ensure_lease(agent, *(workloads.saved_lease or (0.0, frozenset())))
+    agent.wake.set()
 
 
 def ensure_nudge(agent: Agent) -> int:
@@ -3113,7 +3270,8 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
         if step.verb is Verb.TERM:
             memory.stops[step.container_id] = now_s
         workloads.tasks[step.key] = asyncio.create_task(do_step(workloads, step))
-    for wish in workloads.sockets.keys() - {*(workloads.wishes or ())}:
+    wanted = {*(workloads.wishes or ())} if now_s < right_until_s else set[Wish]()
+    for wish in workloads.sockets.keys() - wanted:
         with contextlib.suppress(OSError):
             workloads.sockets[wish].shutdown(socket.SHUT_RDWR)
 
@@ -3227,17 +3385,91 @@ async def end_workloads(agent: Agent) -> None:
     ensure_lease(agent, 0.0, frozenset())
     workloads.right_until_s = 0.0
     workloads.stirred.set()
-    deadline_s, looks = read_boot_s() + STOP_S + LEASE_MARGIN_S, workloads.looks
+    await wait_for_end(workloads, has_any, STOP_S + LEASE_MARGIN_S)
+    if workloads.containers:
+        log("ERROR", "workloads are left", "sudo systemctl stop openinfra-engine")
+
+
+async def wait_for_end(
+    workloads: Workloads, is_left: Callable[[Workloads], bool], timeout_s: float
+) -> bool:
+    """Look again and again until nothing is left and nothing under way; False: not in time."""
+    deadline_s, looks = read_boot_s() + timeout_s, workloads.looks
     while read_boot_s() < deadline_s and not workloads.engine_error:
-        left = workloads.containers or workloads.networks or workloads.tasks
-        if not left and workloads.looks > looks + 1:
-            return
+        # The look that began before this one may have seen what was before.
+        if not workloads.tasks and not is_left(workloads) and workloads.looks > looks + 1:
+            return True
         if workloads.tasks:
             looks = workloads.looks
         workloads.stirred.set()
         await asyncio.sleep(0.1)
-    if workloads.containers:
-        log("ERROR", "workloads are left", "sudo systemctl stop openinfra-engine")
+    return workloads.engine.path == NO_ENGINE
+
+
+def has_running(workloads: Workloads) -> bool:
+    """Tell whether a container of ours runs."""
+    return any(each.is_running for each in workloads.containers)
+
+
+def has_any(workloads: Workloads) -> bool:
+    """Tell whether anything of ours is there."""
+    return bool(workloads.containers or workloads.networks)
+
+
+def is_told(agent: Agent, cmd: str) -> bool:
+    """Tell whether the control plane heard what `cmd` did, and for `leave` has nothing here."""
+    workloads, said = agent.workloads, agent.workloads.acknowledged
+    if agent.state != "running" or agent.told_pause != agent.pause:
+        return False
+    if cmd != "leave":
+        return True
+    is_heard = said is not None and said.revision == workloads.revision and not said.assignments
+    # An engine that was never seen has nothing to be heard of.
+    return workloads.wishes == () and (is_heard or workloads.looks == 0)
+
+
+def change_pause_file(data_dir: Path, cmd: str) -> tuple[Pause | None, bool]:
+    """Do what `pause`, `unpause` or `leave` asks to paused.json: how it is now, and if it was not.
+
+    First of all, so that it holds whatever comes: a crash of the agent's, or a power cut.
+    """
+    before = read_pause(data_dir)
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    pause = decide_pause(cmd, before, now)
+    if pause != before:
+        save_pause(data_dir, pause)
+    return pause, pause != before
+
+
+async def change_pause(agent: Agent, cmd: str) -> dict[str, object]:
+    """Do what `pause`, `unpause` or `leave` asks, and wait for what follows."""
+    workloads, has_ended = agent.workloads, True
+    pause, is_new = change_pause_file(agent.config.data_dir, cmd)
+    note_pause(agent)
+    if pause is not None:
+        has_ended = await wait_for_end(workloads, has_running, PAUSE_WAIT_S)
+    deadline_s = read_boot_s() + (LEAVE_WAIT_S if cmd == "leave" else TELL_WAIT_S)
+    while not is_told(agent, cmd) and agent.state != "retrying":
+        if read_boot_s() >= deadline_s:
+            break
+        workloads.stirred.set()
+        await asyncio.sleep(0.1)
+    return {"is_new": is_new, "has_ended": has_ended, "is_told": is_told(agent, cmd)}
+
+
+def change_pause_alone(config: Config, cmd: str) -> dict[str, Any]:
+    """The same while no agent runs: its workloads go on until their lease ends, so that is ended.
+
+    An agent that starts meanwhile finds the file; the guard ends what is missed here.
+    """
+    check_data_dir(config.data_dir, (os.geteuid(),))
+    pause, is_new = change_pause_file(config.data_dir, cmd)
+    trouble = ""
+    if pause is not None:
+        with contextlib.suppress(FileNotFoundError):
+            config.lease_file.unlink()
+        trouble = ensure_ended(Engine(config.engine_socket), config.lease_file)
+    return {"is_new": is_new, "has_ended": not trouble, "unready": trouble, "is_told": False}
 
 
 def ensure_saved(agent: Agent) -> None:
@@ -3399,6 +3631,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
         status=status,
         refused=read_refused(data_dir),
+        pause=read_pause(data_dir),
     )
 
 
@@ -3502,15 +3735,19 @@ async def read_request(agent: Agent, reader: asyncio.StreamReader) -> dict[str, 
     """Wait for one request and make its answer."""
     try:
         line = await asyncio.wait_for(reader.readline(), SOCKET_TIMEOUT_S)
-        parse_request(line)
+        cmd = parse_request(line)
     except asyncio.TimeoutError:
         return {"error": f"no request within {SOCKET_TIMEOUT_S:g} s"}
     except ValueError:
         return {"error": f"request is longer than {SOCKET_LINE_MAX_BYTES} bytes"}
     except BrokenError as broken:
         return {"error": str(broken)}
+    try:
+        done = {} if cmd == "status" else await change_pause(agent, cmd)
+    except Error as error:
+        return {"error": error.what, "todo": error.todo}
     token = read_token_state(agent.config.env_file)
-    return render_answer(agent, read_unready(agent), token, os.getpid(), read_boot_s())
+    return render_answer(agent, read_unready(agent), token, os.getpid(), read_boot_s()) | done
 
 
 async def answer_client(
@@ -3589,10 +3826,11 @@ async def tend(agent: Agent) -> NoReturn:
         await ask_version(workloads)
         try:
             await look(workloads)
+            workloads.engine_error = ""
         except EngineError as error:
             workloads.engine_error = str(error)
-        else:
-            workloads.engine_error = ""
+        note_pause(agent)
+        if not workloads.engine_error:
             begin_steps(workloads, read_unready(agent)[0])
             await tidy(workloads)
         note_engine(workloads)
@@ -3687,6 +3925,7 @@ async def serve(
         moved_s=loop.time(),
     )
     ensure_lease(agent, *read_lease(config.lease_file, agent.boot_id))
+    note_pause(agent)
     await ask_version(agent.workloads)
     server = await asyncio.start_unix_server(
         lambda reader, writer: answer_client(agent, reader, writer),
@@ -3762,6 +4001,27 @@ def command_doctor(args: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
+def command_pause(args: argparse.Namespace) -> int:
+    """End the workloads here at once, and take none until `unpause`."""
+    path = Path(args.socket or DEFAULTS["socket"])
+    wait_s = PAUSE_WAIT_S + (LEAVE_WAIT_S if args.command == "leave" else TELL_WAIT_S)
+    answer = ask_agent(path, args.command, wait_s + SOCKET_TIMEOUT_S)
+    if answer is None:
+        answer = change_pause_alone(read_config(args), args.command)
+    print(render_change(args.command, answer))
+    return 0
+
+
+def command_unpause(args: argparse.Namespace) -> int:
+    """Take workloads again."""
+    return command_pause(args)
+
+
+def command_leave(args: argparse.Namespace) -> int:
+    """Pause, and wait until the control plane has nothing assigned here; then uninstall."""
+    return command_pause(args)
+
+
 def command_guard(args: argparse.Namespace) -> int:
     """Put the firewall in place, and find the control plane again; once, as root."""
     path = Path(args.guard_file or DEFAULTS["guard_file"])
@@ -3833,6 +4093,9 @@ COMMANDS = {
     "run": command_run,
     "status": command_status,
     "doctor": command_doctor,
+    "pause": command_pause,
+    "unpause": command_unpause,
+    "leave": command_leave,
     "guard": command_guard,
 }
 

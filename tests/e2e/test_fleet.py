@@ -120,7 +120,7 @@ def test_a_wallet_an_identity_and_the_way_out(operator: Operator, provider: Vm) 
     assert operator.wait_host("status", "online")["host_id"] == host_id
 
     # README's commands of each day, and of the last.
-    home.sh(f"rm {TOKEN_FILE}; cd /root\n" + block("provider-daily"))
+    home.sh(f"rm {TOKEN_FILE}; cd /root\n" + block("provider-daily") + block("provider-pause"))
     home.sh("cd /root\n" + block("provider-leave"))
     assert home.exec(["systemctl", "cat", AGENT]).code == 1
     home.sh(f"test -e {IDENTITY}; ! ip link show openinfra 2>/dev/null")

@@ -605,6 +605,168 @@ def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:
     subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
 
 
+def is_running(world: World, assignment: pb.Assignment) -> bool:
+    return bool(world.container(assignment).get("State", {}).get("Running"))
+
+
+def pause(world: World, command: str = "pause", *more: str) -> tuple[int, str, float]:
+    """Run `pause`, `unpause` or `leave`: exit code, words and time."""
+    began_s = time.monotonic()
+    done = world.agent.run_command(command, "--allow-unencrypted", world.guard, *more)
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began_s
+
+
+def test_a_pause_ends_what_runs_at_once_and_outlives_the_agent(world: World) -> None:
+    made = world.run(LOOP)
+    code, said, took_s = pause(world)
+    print(f"pause: {took_s:.2f} s")
+    assert not is_running(world, made)
+    assert (code, said) == (
+        0,
+        "paused: no workload runs here; `sudo openinfra-agent unpause` takes some again\n",
+    )
+    assert took_s < 8
+    assert world.plane.beats[-1][1].paused
+    assert pause(world)[:2] == (0, f"already {said}")
+    assert (world.agent.data / "paused.json").stat().st_mode & 0o777 == 0o600
+    world.agent.process.stop(signal.SIGKILL)
+    world.start()
+    assert "INFO paused, since " in world.agent.log
+    assert world.plane.beats[-1][1].paused
+    world.plane.post(made, world.assignment(LOOP))
+    wait_for("the list", lambda: world.plane.observed.revision == 2)
+    time.sleep(2 * agent_script.TEND_S)
+    assert not any(one["State"]["Running"] for one in world.engine.containers().values())
+    assert "unpause" in world.agent.run_command("status").stdout
+    assert pause(world, "unpause")[:2] == (0, "not paused any more: workloads may come here\n")
+    wait_for("both", lambda: len(world.engine.containers()) == 2 and is_running(world, made), 15)
+    assert not world.plane.beats[-1][1].paused
+    assert "not paused: workloads may come" in pause(world, "unpause")[1]
+
+
+def test_a_pause_ends_the_deaf(world: World) -> None:
+    """And the guard leaves them the time to end."""
+    deaf = world.run(["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"])
+    began_s = agent_script.read_boot_s()
+    with ThreadPoolExecutor(1) as worker:
+        pausing = worker.submit(pause, world)
+        wait_for("told", lambda: world.plane.beats[-1][1].paused)
+        until_s = json.loads(world.agent.lease_file.read_text())["until_s"]
+        assert began_s + 10 < until_s < agent_script.read_boot_s() + 10
+        code, _, took_s = pausing.result()
+    assert not is_running(world, deaf)
+    assert (code, 10 < took_s < 16) == (0, True)
+
+
+def test_a_pause_ends_a_pull(world: World) -> None:
+    """From a registry that greets and then says no more."""
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        while True:
+            client = registry.accept()[0]
+            request = client.recv(65_536)
+            if request.startswith(b"GET /v2/ "):
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                request = client.recv(65_536)
+            if b"/manifests/" in request:
+                held.append(client)
+                return
+            client.close()
+
+    with inside(world.engine.netns):
+        registry = socket.create_server(("127.0.0.1", 5998))
+    with registry:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        image = f"127.0.0.1:5998/acme/box@sha256:{'0' * 64}"
+        world.plane.post(world.assignment(SLEEP, image=image))
+        thread.join()
+        code, said, took_s = pause(world)
+        held[0].close()
+    assert (code, took_s < 8) == (0, True), said
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 40])
+def test_a_broken_file_is_a_pause(world: World, content: bytes) -> None:
+    """Also one that was laid without the agent."""
+    made = world.run(LOOP)
+    path = world.agent.data / "paused.json"
+    path.write_bytes(content)
+    wait_for("its end", lambda: not is_running(world, made))
+    said = "WARN paused: paused.json is unreadable ; sudo openinfra-agent unpause"
+    assert said in world.agent.log
+    assert pause(world, "unpause")[0] == 0
+    assert not path.exists()
+    wait_for("running", lambda: is_running(world, made))
+
+
+def test_a_pause_needs_no_control_plane(world: World) -> None:
+    made = world.run(LOOP)
+    world.plane.is_silent = True
+    world.plane.nudge()
+    wait_for("trouble", lambda: "cannot take requests now" in world.agent.log)
+    code, said, took_s = pause(world)
+    assert (code, is_running(world, made), took_s < 8) == (0, False, True)
+    assert "(the control plane cannot be reached now, and hears of it later)" in said
+    code, said, _ = pause(world, "leave")
+    assert code == 75
+    assert "that ends by itself within 10 minutes" in said
+    world.plane.is_silent = False
+    wait_for("heard", lambda: world.plane.beats[-1][1].paused, 90)
+    assert world.plane.facts.unready.startswith("its provider is leaving")
+
+
+def test_a_pause_needs_no_agent(world: World) -> None:
+    made = world.run(LOOP)
+    world.agent.process.stop(signal.SIGKILL)
+    code, said, _ = pause(world)
+    assert (code, is_running(world, made)) == (0, False), said
+    assert "(the agent does not run; the control plane hears of it when it does)" in said
+    assert not world.agent.lease_file.exists()
+    assert pause(world, "leave")[0] == 75
+    world.start()
+    world.plane.nudge()
+    time.sleep(2 * agent_script.TEND_S)
+    assert not is_running(world, made)
+    assert world.plane.beats[-1][1].paused
+
+
+def test_a_pause_says_when_the_engine_does_not_answer(world: World) -> None:
+    made = world.run(LOOP)
+    world.engine.kill()
+    try:
+        wait_for("trouble", lambda: "container engine does not answer" in world.agent.log, 15)
+        code, said, _ = pause(world)
+        assert code == 75
+        assert "workloads may still run here: no container engine answers at" in said
+    finally:
+        world.engine.start()
+    wait_for("its end", lambda: not is_running(world, made), 20)
+
+
+def test_who_leaves_waits_until_nothing_is_assigned(world: World) -> None:
+    made = world.run(LOOP)
+
+    def take_back() -> None:
+        wait_for("a paused host", lambda: world.plane.beats[-1][1].paused)
+        time.sleep(1)
+        assert not leaving.done()
+        world.plane.post()
+
+    with ThreadPoolExecutor(1) as worker:
+        leaving = worker.submit(pause, world, "leave")
+        take_back()
+        code, said, took_s = leaving.result()
+    print(f"leave: {took_s:.2f} s")
+    assert code == 0, said
+    assert said.startswith("nothing is assigned to this host and nothing runs here; now type: ")
+    assert said.endswith(f"--uninstall; then tell the operator, who revokes host {HOST_ID}\n")
+    assert world.container(made) == {}
+    assert (world.plane.observed.revision, len(world.plane.observed.assignments)) == (2, 0)
+    assert pause(world, "leave")[:2] == (0, said)
+
+
 def test_workloads_end_before_their_lease_does(world: World) -> None:
     world.plane.lease_s = 20  # 15 of them are the margin
     world.plane.next_ms = 500

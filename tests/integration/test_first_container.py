@@ -94,6 +94,34 @@ def ask(engine: Engine, address: str) -> int:
     return connection.getresponse().status
 
 
+def test_a_provider_pauses_takes_work_again_and_leaves(fleet: Fleet) -> None:
+    """With one machine there is no other place: the copy waits for it."""
+    workload = fleet.post()
+    fleet.tenant.wait(workload, "running")
+    engine = f"--engine-socket={fleet.engine.socket}"
+    flags = [engine, f"--limits={fleet.agent.directory / 'limits.conf'}"]
+    done = fleet.agent.run_command("pause", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(each["State"]["Running"] for each in fleet.engine.containers().values())
+    fleet.gone()
+    (host,) = fleet.cp.hosts()
+    assert (host["status"], len(host["reasons"])) == ("paused", 1)
+    fleet.agent.run_command("unpause", *flags)
+    fleet.running(1)
+    began_s = time.monotonic()
+    done = fleet.agent.run_command("leave", *flags)
+    print(f"leave: {time.monotonic() - began_s:.2f} s")
+    assert done.returncode == 0, done.stderr
+    assert f"who revokes host {host['host_id']}" in done.stdout
+    assert fleet.engine.containers() == {}
+    (host,) = fleet.cp.hosts()
+    assert "its provider is leaving: revoke it" in host["reasons"][1]
+    found = fleet.tenant.get(workload)
+    assert {each["state"] for each in found["assignments"]} == {"stopped"}
+    (held,) = fleet.cp.hosts()
+    assert held["status"] == "paused"
+
+
 def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
     (host,) = fleet.cp.hosts()
     assert (host["assignable"], host["offered_memory_bytes"]) == (True, 2 << 30)

@@ -135,6 +135,12 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         assert '"status": "online"' in printed
         assert '"assignable": true' in printed
         assert "invariants hold" in shell.run("operator-daily")
+        paused, unpaused, left = shell.run("provider-hand").splitlines()
+        assert paused.startswith("paused: no workload runs here; ")
+        assert unpaused == "not paused any more: workloads may come here"
+        assert left.startswith("nothing is assigned to this host and nothing runs here; ")
+        printed = shell.run("operator-http", ADMIN_JWT=jwt)
+        assert "its provider is leaving: revoke it" in printed
     finally:
         for child in (running, serving):
             if child is not None:

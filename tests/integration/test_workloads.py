@@ -403,6 +403,8 @@ def test_a_paused_host_gives_its_work_back(cp: ControlPlane, tenant: Tenant) -> 
     workload = tenant.post()
     wait_placed(tenant, workload)
     (key,) = machine.obey()
+    second = Machine(cp)
+    second.beat()
     machine.heartbeat(desired_revision=machine.revision, paused=True)
     wait_for("stop", lambda: tenant.get(workload)["reasons"] or None)
 
@@ -414,7 +416,18 @@ def test_a_paused_host_gives_its_work_back(cp: ControlPlane, tenant: Tenant) -> 
     assert list(desired.assignments) == []
     assert "the provider paused its host" in tenant.get(workload)["reasons"][0]
     assert tenant.get(workload)["assignments"][0]["assignment_id"] == key
-    machine.channel.close()
+    # Never two copies of one replica: not before the host took the list, and has nothing of it.
+    row = pb.ObservedAssignment(assignment_id=key, state=STATES["waiting"])
+    for revision, rows in ((machine.revision, []), (desired.revision, [row])):
+        observed = pb.Observed(revision=revision, assignments=rows)
+        machine.heartbeat(desired_revision=desired.revision, paused=True, observed=observed)
+        time.sleep(1)
+        assert second.beat() == {}
+    observed = pb.Observed(revision=desired.revision)
+    machine.heartbeat(desired_revision=desired.revision, paused=True, observed=observed)
+    wait_for("elsewhere", lambda: second.obey() or None)
+    for each in (machine, second):
+        each.channel.close()
 
 
 def test_a_silent_host_keeps_its_copy_until_its_right_is_over(

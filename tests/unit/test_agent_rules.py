@@ -703,7 +703,7 @@ def test_foreign_words_stay_on_their_line(capsys: pytest.CaptureFixture[str]) ->
         (b"{}\n", "object"),
         (b'{"cmd":1}\n', "object"),
         (b'{"cmd":"status","x":1}\n', "fields"),
-        (b'{"cmd":"leave"}\n', "unknown cmd"),
+        (b'{"cmd":"fly"}\n', "unknown cmd, known: status, pause, unpause, leave"),
     ],
 )
 def test_bad_request_is_told(line: bytes, said: str) -> None:
@@ -712,7 +712,91 @@ def test_bad_request_is_told(line: bytes, said: str) -> None:
 
 
 def test_request() -> None:
-    agent.parse_request(b'{"cmd":"status"}\n')
+    assert agent.parse_request(b'{"cmd":"status"}\n') == "status"
+    assert agent.parse_request(b'{"cmd":"leave"}\n') == "leave"
+
+
+PAUSED = agent.Pause("2026-01-02 03:04 UTC")
+LEAVING = agent.Pause("2026-01-02 03:04 UTC", True)
+UNREADABLE = agent.Pause("")
+
+
+@pytest.mark.parametrize("pause", [PAUSED, LEAVING])
+def test_a_pause_is_read_back(pause: agent.Pause) -> None:
+    assert agent.parse_pause(agent.render_pause(pause)) == pause
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\0" * 60, b"{", b"[]", b"7", b'{"since": "x"}', b'{"leaving": true}', b"[" * 9999],
+)
+def test_what_cannot_be_read_is_a_pause_too(raw: bytes) -> None:
+    assert agent.parse_pause(raw) == UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("cmd", "before", "after"),
+    [
+        ("pause", None, agent.Pause("now")),
+        ("pause", PAUSED, PAUSED),
+        ("pause", LEAVING, LEAVING),
+        ("pause", UNREADABLE, agent.Pause("now")),
+        ("leave", None, agent.Pause("now", True)),
+        ("leave", PAUSED, LEAVING),
+        ("leave", LEAVING, LEAVING),
+        ("unpause", None, None),
+        ("unpause", LEAVING, None),
+        ("unpause", UNREADABLE, None),
+    ],
+)
+def test_pause(cmd: str, before: agent.Pause | None, after: agent.Pause | None) -> None:
+    assert agent.decide_pause(cmd, before, "now") == after
+
+
+DONE = {"state": "running", "host_id": HOST_ID, "is_new": True, "has_ended": True, "is_told": True}
+DEAF = {**DONE, "is_told": False}
+ALONE = {"is_new": True, "has_ended": True, "is_told": False}
+
+
+@pytest.mark.parametrize(
+    ("cmd", "answer", "said"),
+    [
+        ("pause", DONE, "paused: no workload runs here; `sudo openinfra-agent unpause` takes"),
+        ("pause", {**DONE, "is_new": False}, "already paused: no workload runs here; `sudo"),
+        ("pause", DEAF, "paused: no workload runs here (the control plane cannot be reached now"),
+        ("pause", ALONE, "paused: no workload runs here (the agent does not run; the control"),
+        ("unpause", DONE, "not paused any more: workloads may come here"),
+        ("unpause", {**DONE, "is_new": False}, "this host was not paused: workloads may come here"),
+        ("leave", DONE, "nothing is assigned to this host and nothing runs here; now type: sudo "),
+    ],
+)
+def test_what_pause_says(cmd: str, answer: dict[str, Any], said: str) -> None:
+    shown = agent.render_change(cmd, answer)
+    assert shown.startswith(said)
+    assert (HOST_ID in shown) is (cmd == "leave")
+
+
+@pytest.mark.parametrize(
+    ("cmd", "answer", "said"),
+    [
+        ("pause", {**DONE, "has_ended": False}, "paused, and workloads may still run here: they"),
+        (
+            "pause",
+            {**ALONE, "has_ended": False, "unready": "no engine"},
+            "here: no engine; at once",
+        ),
+        ("leave", {**DONE, "has_ended": False}, "systemctl kill --signal=SIGKILL openinfra.slice"),
+        ("leave", DEAF, "no workload runs here (the control plane cannot be reached now"),
+        ("leave", ALONE, "within 10 minutes; wait, and type this again, or: sudo python3 -I ins"),
+    ],
+)
+def test_what_is_not_done_yet_is_to_be_tried_again(
+    cmd: str, answer: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(agent.Error) as caught:
+        agent.render_change(cmd, answer)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 75
 
 
 ONLINE: dict[str, Any] = {
@@ -761,6 +845,9 @@ def test_status_table_is_safe_and_whole() -> None:
     assert "online" in shown
     assert "w; t" in shown
     assert agent.render_status({"state": "starting"})
+    assert "unpause" not in shown
+    paused = agent.render_status({**ONLINE, "paused": "paused, since then"})
+    assert "paused, since then; sudo openinfra-agent unpause" in paused
 
 
 CALM = agent.Snapshot(
@@ -780,6 +867,7 @@ CALM = agent.Snapshot(
     firewall="",
     status=ONLINE,
     refused=None,
+    pause=None,
 )
 LAST = {"last_error": {"reason": "HOST_QUARANTINED", "what": "quarantined", "todo": "ask"}}
 
@@ -850,6 +938,19 @@ def test_nothing_is_wrong_with_a_good_host() -> None:
             "no workloads: disk is full.",
             "restart openinfra-agent",
         ),
+        (
+            {"pause": PAUSED, "status": {**ONLINE, "assignable": False, "reasons": ["paused"]}},
+            "INFO",
+            "takes no workload: paused, since 2026-01-02 03:04 UTC.",
+            "sudo openinfra-agent unpause",
+        ),
+        (
+            {"pause": LEAVING, "status": {**ONLINE, "unready": "its provider is leaving"}},
+            "INFO",
+            "takes no workload: paused, its provider is leaving, since 2026-01-02 03:04 UTC.",
+            "sudo openinfra-agent unpause",
+        ),
+        ({"pause": UNREADABLE}, "INFO", "paused: paused.json is unreadable.", "agent unpause"),
     ],
 )
 def test_finding(change: dict[str, Any], level: str, sentence: str, command: str) -> None:

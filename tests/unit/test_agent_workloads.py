@@ -685,19 +685,28 @@ def test_a_lease_is_of_one_boot() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "firewall", "lease", "offered", "said", "todo"),
+    ("leaving", "engine", "firewall", "lease", "offered", "said", "todo"),
     [
-        ("", "", "", OFFERED, "", ""),
-        ("none answers", "x", "y", OFFERED, "none answers", "openinfra-engine"),
-        ("", "guard has not run", "y", OFFERED, "guard has not run", "openinfra-guard.timer"),
-        ("", "", "cannot write", OFFERED, "cannot write", "restart openinfra-agent"),
-        ("", "", "", Limits(5, 8 << 30), "lends too little", "limits.conf"),
+        (True, "none answers", "", "", OFFERED, "its provider is leaving", "unpause"),
+        (False, "", "", "", OFFERED, "", ""),
+        (False, "none answers", "x", "y", OFFERED, "none answers", "openinfra-engine"),
+        (
+            False,
+            "",
+            "guard has not run",
+            "y",
+            OFFERED,
+            "guard has not run",
+            "openinfra-guard.timer",
+        ),
+        (False, "", "", "cannot write", OFFERED, "cannot write", "restart openinfra-agent"),
+        (False, "", "", "", Limits(5, 8 << 30), "lends too little", "limits.conf"),
     ],
 )
 def test_unready(
-    engine: str, firewall: str, lease: str, offered: Limits, said: str, todo: str
+    leaving: bool, engine: str, firewall: str, lease: str, offered: Limits, said: str, todo: str
 ) -> None:
-    found = agent.decide_unready(engine, firewall, lease, offered)
+    found = agent.decide_unready(leaving, engine, firewall, lease, offered)
     assert (said in found[0], bool(found[0])) == (True, bool(said))
     assert todo in found[1]
 
