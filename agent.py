@@ -1960,6 +1960,8 @@ def render_table(homes: Sequence[str] = (), ports: Sequence[int] = ()) -> str:
     name = " ".join(NFT_TABLE)
     fenced = ", ".join([*map(str, FENCED), *homes])
     hub = parse_address(DEFAULTS["control_plane"])
+    # Not also the first side's packets: what began while there was no table would go on for good.
+    answers = "ct state established,related ct direction reply"
     to_ports = f"tcp dport {{ {', '.join(map(str, ports))} }} accept" if ports else "drop"
     return f"""\
 table {name}
@@ -1967,13 +1969,13 @@ delete table {name}
 table {name} {{
 \tchain input {{
 \t\ttype filter hook input priority -10; policy accept;
-\t\tiifname "{WG_INTERFACE}" ct state established,related accept
+\t\tiifname "{WG_INTERFACE}" {answers} accept
 \t\tiifname "{WG_INTERFACE}" icmp type echo-request limit rate 20/second accept
 \t\tiifname "{WG_INTERFACE}" ip saddr {hub} udp dport {NUDGE_PORT} limit rate 20/second accept
 \t\tiifname "{WG_INTERFACE}" ip saddr {hub} {to_ports}
 \t\tiifname "{WG_INTERFACE}" drop
-\t\tiifname "oi-*" ct state established,related accept
-\t\tiifname "ox-*" ct state established,related accept
+\t\tiifname "oi-*" {answers} accept
+\t\tiifname "ox-*" {answers} accept
 \t\tiifname "oi-*" drop
 \t\tiifname "ox-*" drop
 \t\tiifname != "lo" ip saddr {TUNNEL} drop
@@ -1983,7 +1985,7 @@ table {name} {{
 \t\ttype filter hook forward priority -10; policy accept;
 \t\tiifname "{WG_INTERFACE}" drop
 \t\toifname "{WG_INTERFACE}" drop
-\t\toifname "oi-*" ct state established,related accept
+\t\toifname "oi-*" {answers} accept
 \t\toifname "oi-*" drop
 \t\toifname "ox-*" drop
 \t\tiifname "ox-*" drop

@@ -337,6 +337,69 @@ def test_a_workload_reaches_the_internet_and_nothing_of_the_home(workloads: Work
     assert reach(home.netns, HUB_WG) == HOME_WG
 
 
+# Connects to argv[1] and says what comes back of each line of its input, until a second is silent.
+CALLER = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 8024), 1.5) as sock:
+    sock.settimeout(1)
+    for line in sys.stdin:
+        sock.sendall(line.encode())
+        try:
+            print(sock.recv(100).decode().strip(), flush=True)
+        except TimeoutError:
+            print("silence", flush=True)
+"""
+# Sends back what it gets, to one caller.
+ECHO = """
+import socket
+with socket.create_server(("0.0.0.0", 8024)) as server:
+    print("listening", flush=True)
+    sock = server.accept()[0]
+    while data := sock.recv(100):
+        sock.sendall(data)
+"""
+
+
+@pytest.mark.parametrize("caller", ["workload", "hub"])
+def test_what_began_while_there_was_no_table_ends_with_it(
+    workloads: Workloads, tmp_path: Path, caller: str
+) -> None:
+    """The kernel calls it established; and what this machine itself began goes on."""
+    home = workloads.home
+    # As on a machine where another table has the kernel follow connections.
+    chain = "chain c { type filter hook input priority 0; ct state established accept; }"
+    say(home.netns, "nft", f"table inet mine {{ {chain}; }}")
+    other = workloads.first if caller == "workload" else home.hub
+    there, here = (WORKLOAD, BRIDGE) if caller == "workload" else (HUB_WG, HOME_WG)
+
+    with contextlib.ExitStack() as stack:
+        calls: list[subprocess.Popen[str]] = []
+        for source, target, address in ((other, home.netns, here), (home.netns, other, there)):
+            argv = target.argv([sys.executable, "-c", ECHO])
+            server = Process(argv, tmp_path / f"echo{len(calls)}", {})
+            stack.callback(server.stop)
+            server.wait_log("listening")
+            argv = source.argv([sys.executable, "-c", CALLER, address])
+            pipe = subprocess.PIPE
+            call = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+            stack.enter_context(call)
+            stack.callback(call.kill)
+            calls.append(call)
+
+        def say_all(word: str) -> list[str]:
+            heard = []
+            for call in calls:
+                assert call.stdin is not None
+                assert call.stdout is not None
+                call.stdin.write(f"{word}\n")
+                heard.append(call.stdout.readline().strip())
+            return heard
+
+        assert say_all("before") == ["before"] * 2
+        assert home.guard().returncode == 0
+        assert say_all("after") == ["silence", "after"]
+
+
 def test_no_packet_comes_to_a_workload_that_it_did_not_ask_for(
     workloads: Workloads, tmp_path: Path
 ) -> None:
