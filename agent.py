@@ -8,7 +8,8 @@
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
-                     its address changed; once, as root (a systemd timer starts it each 10 s)
+                     its address changed; once, as root (a systemd timer starts it each 10 s);
+                     with --watch it stays, and holds a second copy that no flush removes
 
 What it does to this machine
   `run` starts no program: it tells the container engine what to pull, run and remove, and only of
@@ -18,10 +19,11 @@ What it does to this machine
   When the engine's disk is nearly full it has images removed that nothing uses, but only by an
   engine whose own label says `openinfra.engine=1`.
   Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a
-  unix socket. `doctor` starts `wg show`. `guard` starts `nft` and `wg`, and changes the nft table
-  `inet openinfra` and the endpoint of the interface openinfra; where the provider's own Docker
-  drops what workloads forward, it adds two rules to its chain DOCKER-USER with `iptables`. It stops
-  the workloads whose time is over when the agent does not. Nothing else.
+  unix socket. `doctor` starts `wg show`. `guard` starts `nft` and `wg`, and changes the nft tables
+  `inet openinfra` and `inet openinfra_held` and the endpoint of the interface openinfra; where the
+  provider's own Docker drops what workloads forward, it adds two rules to its chain DOCKER-USER
+  with `iptables`. It stops the workloads whose time is over when the agent does not, and freezes
+  them while it cannot put the firewall back. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -71,6 +73,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -83,7 +86,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import IO, Any, NoReturn, TypeVar, cast
 
 if sys.argv[1:2] != ["guard"]:  # it runs each 10 s and would spend most of its time on these
     import asyncio
@@ -161,6 +164,12 @@ GUARD_OLD_S = 45.0
 # The agent ends what has no right any more by itself; later than this it is dead or stuck.
 GUARD_LATE_S = 3.0
 NFT_TABLE = ("inet", "openinfra")
+# nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
+# The copy that the watch holds; what could not be put back is tried again so soon, and whether the
+# copy is still held is looked at so often.
+HELD_TABLE = "openinfra_held"
+WATCH_AGAIN_S, WATCH_S, HELD_WAIT_S = 1.0, 10.0, 5.0
 # Of workloads' bridges: a range for benchmarks (RFC 2544), so that no home's network is in it.
 WORKLOADS = ipaddress.IPv4Network("198.18.0.0/15")
 DOCKER_USER_RULES = (
@@ -2001,6 +2010,16 @@ table {name} {{
 """
 
 
+def render_held(table: str) -> str:
+    """The copy of the table that its maker owns, as one line: nobody else can change it then.
+
+    `flush ruleset` leaves it out, and the kernel removes it when its maker ends (Linux 5.12).
+    """
+    body = table.partition(" {\n")[2]
+    lines = [f"table {NFT_TABLE[0]} {HELD_TABLE} {{", "flags owner", *body.splitlines()]
+    return " ".join(line.strip() + ("" if line.endswith("{") else ";") for line in lines) + "\n"
+
+
 def parse_peer(conf: str) -> tuple[str, str]:
     """Take key and endpoint of the one peer from a wg-quick(8) file; raises Error."""
     found: dict[str, str] = {}
@@ -2635,7 +2654,6 @@ def read_guard(path: Path) -> Guard | None:
 def save_guard(path: Path, guard: Guard) -> None:
     """Leave what was found for the agent, `doctor` and the next run."""
     try:
-        path.parent.mkdir(mode=0o755, exist_ok=True)
         write_file(path, json.dumps(vars(guard)).encode() + b"\n", 0o600)
     except OSError as error:
         raise Error(f"cannot write {path}: {error.strerror}", "run this as root") from None
@@ -2648,6 +2666,75 @@ def read_table_sha256() -> str:
     except Error:
         return ""  # what is wrong with nft itself shows when the table is laid
     return hashlib.sha256(listed.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Be the only guard at work: the timer's, or the one that watches."""
+    try:
+        directory.mkdir(mode=0o755, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Error(f"cannot write {directory}: {error.strerror}", "run this as root") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def open_watch() -> socket.socket:
+    """Hear from the kernel of each change of nftables, whoever makes it."""
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    sock = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
+    sock.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
+    return sock
+
+
+def open_held(table: str) -> subprocess.Popen[bytes] | None:
+    """Lay the copy that this nft owns, for as long as it has something to read; None: it cannot."""
+    asked = f"{render_held(table)}list table {NFT_TABLE[0]} {HELD_TABLE}\n"
+    pipe, out = subprocess.PIPE, subprocess.STDOUT
+    env = {**os.environ, "LC_ALL": "C", "HOME": "/nonexistent"}  # it would write a history there
+    argv = ["nft", "--interactive"]
+    try:
+        nft = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=out, env=env)
+    except OSError:
+        return None
+    said, deadline_s = b"", read_boot_s() + HELD_WAIT_S
+    to_nft, from_nft = (cast("IO[bytes]", each).fileno() for each in (nft.stdin, nft.stdout))
+    with contextlib.suppress(OSError):
+        os.write(to_nft, asked.encode())
+        while (left_s := deadline_s - read_boot_s()) > 0 and b"Error" not in said:
+            if b"\tflags owner\n" in said:  # listed; an echo of what was asked has no tab
+                return nft
+            if select.select([from_nft], [], [], left_s)[0]:
+                part = os.read(from_nft, 65_536)
+                if not part:
+                    break
+                said += part
+    close_held(nft)
+    return None
+
+
+def close_held(nft: subprocess.Popen[bytes]) -> None:
+    """End it; its table goes with it."""
+    nft.kill()
+    nft.communicate()
+
+
+def wait_touched(sock: socket.socket, timeout_s: float) -> None:
+    """Wait until somebody touched our table, or the time is over."""
+    sock.settimeout(timeout_s)
+    named = f"{NFT_TABLE[1]}\0".encode()
+    try:
+        while named not in sock.recv(65_536):
+            pass
+    except TimeoutError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:  # there was too much to hear: it may have been ours
+            raise
 
 
 def read_endpoints() -> str:
@@ -3637,9 +3724,14 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
     )
 
 
+def read_wanted(ports: Sequence[int]) -> str:
+    """The table that is right now, for this home's networks."""
+    return render_table(parse_routes(read_text("/proc/net/route")), ports)
+
+
 def ensure_firewall(before: Guard | None, ports: Sequence[int] = ()) -> Guard:
     """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
-    wanted = render_table(parse_routes(read_text("/proc/net/route")), ports)
+    wanted = read_wanted(ports)
     wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
     found = read_table_sha256()
     guard = Guard(read_boot_s(), "", wanted_sha256, found)
@@ -3659,6 +3751,64 @@ def ensure_firewall(before: Guard | None, ports: Sequence[int] = ()) -> Guard:
     else:
         log("INFO", "firewall is in place")
     return replace(guard, listed_sha256=found)
+
+
+def ensure_frozen(engine: Engine, is_open: bool) -> str:
+    """Freeze the workloads while the firewall is not in place, and let them go on when it is.
+
+    Gives back what keeps it from that; without an engine there is nothing to freeze.
+    """
+    if not engine.path.exists():
+        return ""
+    verb = "pause" if is_open else "unpause"
+    try:
+        engine.read_version(ENGINE_START_S)
+        for row in engine.read_ours("/containers/json"):
+            if (row.get("State") == "paused") != is_open:
+                engine.ask_gone("POST", f"/containers/{row['Id']}/{verb}")
+                name = parse_container(row, None).name
+                log("WARN", "workload frozen" if is_open else "workload goes on", name=name)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
+    """One look at the firewall: what is not right is put right, and what was found is left."""
+    with alone(guard_file.parent):
+        before = read_guard(guard_file)
+        guard = ensure_firewall(before, read_ports(lease_file))
+        # Last time it may have been open, or nobody knows.
+        if guard.error or before is None or before.error:
+            trouble = ensure_frozen(engine, bool(guard.error))
+            if trouble:
+                log("WARN", "cannot freeze workloads, or let them go on", error=trouble)
+        guard = replace(guard, error=guard.error or ensure_docker_user())
+        # The name server's trouble is the last run's: it takes time, and the firewall needs none.
+        guard = replace(guard, endpoint_error=before.endpoint_error if before else "")
+        save_guard(guard_file, guard)
+    return guard
+
+
+def watch_firewall(keep: Callable[[], Guard], lease_file: Path) -> NoReturn:
+    """Put the firewall back as soon as somebody changed it, and hold a copy meanwhile."""
+    said, held, nft, was_held = "", "", None, False
+    with open_watch() as sock:
+        while True:
+            error, wanted = keep().error, read_wanted(read_ports(lease_file))
+            if error and error != said:
+                log("ERROR", "firewall is not in place", "see: openinfra-agent doctor", error=error)
+            said = error
+            if held != wanted or (nft is not None and nft.poll() is not None):
+                if nft is not None:
+                    close_held(nft)
+                nft, held = open_held(wanted), wanted
+                if nft is None:
+                    log("WARN", "firewall is not held: a flush opens it for some milliseconds")
+                elif not was_held:
+                    log("INFO", "firewall is held: no flush opens it")
+                was_held = nft is not None
+            wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)
 
 
 def ensure_ended(engine: Engine, lease_file: Path) -> str:
@@ -4027,24 +4177,25 @@ def command_leave(args: argparse.Namespace) -> int:
 def command_guard(args: argparse.Namespace) -> int:
     """Put the firewall in place, and find the control plane again; once, as root."""
     path = Path(args.guard_file or DEFAULTS["guard_file"])
-    before = read_guard(path)
     engine = Engine(Path(args.engine_socket or DEFAULTS["engine_socket"]))
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
-    guard = ensure_firewall(before, read_ports(lease_file))
-    guard = replace(guard, error=guard.error or ensure_docker_user())
+    keep = functools.partial(keep_firewall, path, lease_file, engine)
+    if args.watch:
+        watch_firewall(keep, lease_file)
+    guard = keep()
     late = ensure_ended(engine, lease_file)
     if late:
         log("WARN", "cannot look for workloads whose right to run is over", error=late)
-    # First this, since a dead name server takes time; the firewall is in place without it.
-    save_guard(path, replace(guard, endpoint_error=before.endpoint_error if before else ""))
     if guard.error:
         raise Error(f"firewall is not in place: {guard.error}", "is nftables installed? see above")
     # `wg` asks the name server 15 times by default, with longer and longer waits.
     os.environ["WG_ENDPOINT_RESOLUTION_RETRIES"] = "1"
     said = ensure_endpoint(Path(args.wg_conf or DEFAULTS["wg_conf"]))
-    if said and not (before and before.endpoint_error):
+    if said and not guard.endpoint_error:
         log("WARN", "cannot look up the control plane", "guard tries again", error=said)
-    save_guard(path, replace(guard, endpoint_error=said))
+    if said != guard.endpoint_error:
+        with alone(path.parent):
+            save_guard(path, replace(read_guard(path) or guard, endpoint_error=said))
     return 0
 
 
@@ -4088,6 +4239,10 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name in ("status", "doctor"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
+        if name == "guard":
+            command.add_argument(
+                "--watch", action="store_true", help="stay, and put it back at once"
+            )
     return parser
 
 

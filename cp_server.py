@@ -7374,6 +7374,7 @@ ARTIFACT_SOURCES = (
     "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-watch.service",
     "systemd/openinfra-workloads.service",
     "systemd/openinfra.slice",
     "systemd/var-cache-openinfra.mount",

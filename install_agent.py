@@ -93,6 +93,7 @@ UNIT_DIR = Path("/etc/systemd/system")
 LINK, TABLE = "openinfra", "openinfra"  # the interface; the nft table of family inet
 WG, AGENT = f"wg-quick@{LINK}.service", "openinfra-agent.service"
 GUARD, TIMER = "openinfra-guard.service", "openinfra-guard.timer"
+WATCH = "openinfra-watch.service"
 ENGINE, CONTAINERD = "openinfra-engine.service", "openinfra-containerd.service"
 WORKLOADS, SLICE, DISK = (
     "openinfra-workloads.service",
@@ -100,12 +101,12 @@ WORKLOADS, SLICE, DISK = (
     "var-cache-openinfra.mount",
 )
 # The files of these lie in the agent's zip, under systemd/.
-UNITS = (AGENT, GUARD, TIMER, ENGINE, CONTAINERD, WORKLOADS, SLICE, DISK)
+UNITS = (AGENT, GUARD, TIMER, WATCH, ENGINE, CONTAINERD, WORKLOADS, SLICE, DISK)
 ENGINE_FILES = {  # settings that lie beside them, by their name there
     "openinfra-containerd.toml": KEPT / "containerd.toml",
     "openinfra-engine.json": KEPT / "engine.json",
 }
-ENABLED = (GUARD, WG, TIMER, DISK, ENGINE, AGENT)
+ENABLED = (GUARD, WG, TIMER, WATCH, DISK, ENGINE, AGENT)
 # What workloads bring goes into a file system of its own: it cannot fill the identity's.
 ENGINE_IMAGE, ENGINE_ROOT = Path("/var/lib/openinfra/engine.img"), Path("/var/cache/openinfra")
 DOCKER_KEY = Path("/etc/docker/key.json")
@@ -1098,8 +1099,9 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         steps.append(Run(("ip", "link", "delete", "dev", LINK), f"it is not that of {WG}"))
     if new_tunnel:
         steps.append(Run(("systemctl", "restart", WG), "the firewall, which it needs; the tunnel"))
-    if is_due(TIMER) or units[TIMER].active != "active":
-        steps.append(Run(("systemctl", "restart", TIMER), "the firewall, from now on"))
+    is_up = units[TIMER].active == units[WATCH].active == "active"
+    if not is_up or is_due(TIMER) or is_due(WATCH, BINARY):
+        steps.append(Run(("systemctl", "restart", TIMER, WATCH), "the firewall, from now on"))
     if is_due(DISK) and units[DISK].active == "active":
         steps.append(Run(("systemctl", "restart", DISK), "the disk of the workloads"))
     is_up = units[CONTAINERD].active == "active"

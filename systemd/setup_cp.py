@@ -128,6 +128,7 @@ RELEASED = (
     "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-watch.service",
     "systemd/openinfra-workloads.service",
     "systemd/openinfra.slice",
     "systemd/var-cache-openinfra.mount",

@@ -230,11 +230,12 @@ def check_reach(operator: Operator, home: Vm) -> None:
     assert reached(*range(1, 1001), 2375, 5000, 8080, 9092, 51820) == []
     # Not by stopping the guard: that takes the tunnel down.
     state = "systemctl show --value --property=ActiveState openinfra-guard"
-    home.sh(f"systemctl stop openinfra-guard.timer; until {state} | grep -q inactive; do :; done")
+    both = "openinfra-guard.timer openinfra-watch"
+    home.sh(f"systemctl stop {both}; until {state} | grep -q inactive; do :; done")
     home.sh("nft delete table inet openinfra")
     without = {f"{ADDRESS}:22", f"{HOME_NET}.1:22", f"{HOME_NET}.7:80"}
     assert without <= set(reached(22, 80)), "this test would see nothing"
-    home.sh("systemctl start openinfra-guard.timer")
+    home.sh(f"systemctl start {both}")
     wait_table(home, "openinfra")  # how soon: see test_units.py, which runs alone
     assert reached(22, 80) == []
     cp.sh(f"ping -c 1 -W 5 {ADDRESS}")  # ping may come in

@@ -59,6 +59,7 @@ MODES = {
     "/etc/systemd/system/openinfra-engine.service": "644 root",
     "/etc/systemd/system/openinfra-guard.service": "644 root",
     "/etc/systemd/system/openinfra-guard.timer": "644 root",
+    "/etc/systemd/system/openinfra-watch.service": "644 root",
     "/etc/systemd/system/openinfra-workloads.service": "644 root",
     "/etc/systemd/system/openinfra.slice": "644 root",
     "/etc/systemd/system/var-cache-openinfra.mount": "644 root",
@@ -106,11 +107,11 @@ def check_installed(vm: Vm) -> str:
     assert dict(line.split(" ", 1) for line in found) == MODES
     left = vm.sh("find /etc/openinfra /etc/wireguard /etc/systemd/system -name '.*.new'")
     assert left == ""
-    units = [WG, "openinfra-guard.timer", DISK, ENGINE, AGENT]
+    units = [WG, "openinfra-guard.timer", "openinfra-watch", DISK, ENGINE, AGENT]
     assert vm.sh(f"systemctl is-enabled {' '.join(units)} openinfra-guard").split() == (
-        ["enabled"] * 6
+        ["enabled"] * 7
     )
-    assert vm.sh(f"systemctl is-active {' '.join(units)}").split() == ["active"] * 5
+    assert vm.sh(f"systemctl is-active {' '.join(units)}").split() == ["active"] * 6
     env = vm.sh("cat /etc/openinfra/agent.env").splitlines()
     assert [line.partition("=")[0] for line in env] == (
         ["INVITE_TOKEN", "SOLANA_PAYOUT_PUBKEY", "CONTROL_PLANE", "DATA_DIR"]

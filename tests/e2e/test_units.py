@@ -66,15 +66,41 @@ def check_sandbox(vm: Vm, pid: str) -> None:
 
 def check_fails_closed(vm: Vm) -> None:
     """Without the firewall there is no tunnel, and with it again there is."""
-    vm.sh(
-        "systemctl stop openinfra-guard.timer wg-quick@openinfra; mv /usr/sbin/nft /usr/sbin/away"
-    )
+    vm.sh("systemctl stop openinfra-guard.timer openinfra-watch wg-quick@openinfra")
+    vm.sh("mv /usr/sbin/nft /usr/sbin/away")
     assert vm.exec(["systemctl", "start", "wg-quick@openinfra"]).code
     assert vm.exec(["ip", "link", "show", "openinfra"]).code
     vm.sh(
         "mv /usr/sbin/away /usr/sbin/nft; systemctl start wg-quick@openinfra openinfra-guard.timer"
+        " openinfra-watch"
     )
     vm.sh("ip link show openinfra; systemctl reset-failed")
+
+
+def check_flushes(vm: Vm) -> None:
+    """The firewall stays, and comes back by itself."""
+    # A copy is held over a flush, and what was flushed is put back at once.
+    wait_active(vm, "openinfra-watch")
+    vm.sh("until journalctl -b -u openinfra-watch | grep -q 'no flush opens it'; do sleep 1; done")
+    vm.sh("nft flush ruleset; nft list table inet openinfra_held")
+    assert wait_table(vm, "openinfra") <= 1
+    assert "WARN firewall was changed or gone, and is in place again" in journal(
+        vm, "openinfra-watch"
+    )
+    vm.sh("systemctl stop openinfra-watch")
+    assert vm.exec(["nft", "list", "table", "inet", "openinfra_held"]).code
+
+    # The firewall comes back by itself, and the journal is not filled by the timer.
+    vm.sh("nft flush ruleset")
+    assert wait_table(vm, "openinfra") <= BACK_S
+    assert journal(vm, "openinfra-guard") == [
+        "INFO firewall is in place",
+        "WARN firewall was changed or gone, and is in place again",
+    ]
+    vm.sh("systemctl restart nftables")  # Debian's own way to lose it
+    assert wait_table(vm, "openinfra") <= BACK_S
+    vm.sh("systemctl stop nftables")
+    assert json.loads(vm.get("/run/openinfra/guard.json"))["error"] == ""
 
 
 def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> None:
@@ -101,18 +127,7 @@ def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> 
     answer = json.loads(vm.exec(["openinfra-agent", "status", "--json"]).stdout)
     assert answer["state"] == "retrying"
 
-    # The firewall comes back by itself, and the journal is not filled by the timer.
-    vm.sh("nft flush ruleset")
-    assert wait_table(vm, "openinfra") <= BACK_S
-    assert journal(vm, "openinfra-guard") == [
-        "INFO firewall is in place",
-        "WARN firewall was changed or gone, and is in place again",
-    ]
-    vm.sh("systemctl restart nftables")  # Debian's own way to lose it
-    assert wait_table(vm, "openinfra") <= BACK_S
-    vm.sh("systemctl stop nftables")
-    assert json.loads(vm.get("/run/openinfra/guard.json"))["error"] == ""
-
+    check_flushes(vm)
     check_fails_closed(vm)
 
     # A boot: firewall, then tunnel; the agent waits for the disk, and comes with it.

@@ -767,6 +767,47 @@ def test_who_leaves_waits_until_nothing_is_assigned(world: World) -> None:
     assert pause(world, "leave")[:2] == (0, said)
 
 
+def test_workloads_are_frozen_while_the_firewall_cannot_be_put_back(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is frozen can be ended."""
+    argv = [sys.executable, str(ROOT / "agent.py"), "guard", world.guard]
+    argv += [f"--engine-socket={world.engine.socket}", f"--lease-file={world.agent.lease_file}"]
+    argv = world.engine.netns.argv(argv)
+    broken = tmp_path / "nft"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+
+    def guard(is_broken: bool) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            if is_broken:
+                patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+            return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    def is_frozen(made: pb.Assignment) -> bool:
+        return bool(world.container(made)["State"]["Paused"])
+
+    made, other = world.assignment(LOOP), world.assignment(LOOP)
+    world.plane.post(made, other)
+    for each in (made, other):
+        world.plane.wait_state(each, "RUNNING")
+    assert guard(False).returncode == 0
+    assert not is_frozen(made)
+    for words in (["workload frozen"] * 2, []):
+        done = guard(True)
+        assert done.returncode == 1
+        assert re.findall("workload [a-z]+", done.stderr) == words
+        assert is_frozen(made)
+    wait_for("facts", lambda: "firewall is not known" in world.plane.facts.unready)
+    world.plane.post(made)
+    wait_for("its end", lambda: not world.container(other), 20)
+    assert guard(False).stderr.count("workload goes on") == 1
+    assert not is_frozen(made)
+    assert is_running(world, made)
+    wait_for("facts", lambda: not world.plane.facts.unready)
+    subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
+
+
 def test_workloads_end_before_their_lease_does(world: World) -> None:
     world.plane.lease_s = 20  # 15 of them are the margin
     world.plane.next_ms = 500

@@ -37,6 +37,7 @@ from install_agent import (
     TIMER,
     UNIT_DIR,
     UNITS,
+    WATCH,
     WG,
     WG_CONF,
     WG_DIR,
@@ -135,6 +136,7 @@ RUNNING = {
     AGENT: Unit("active", "enabled"),
     GUARD: Unit("inactive", "enabled"),
     TIMER: Unit("active", "enabled"),
+    WATCH: Unit("active", "enabled"),
     DISK: Unit("active", "enabled"),
     CONTAINERD: Unit("active", "static"),
     ENGINE: Unit("active", "enabled"),
@@ -677,8 +679,16 @@ MAKE_IMAGE = [
     f"mv --no-target-directory -- {NEW_IMAGE} {IMAGE}",
     f"sync --file-system {IMAGE}",
 ]
-ENABLE = [f"--no-reload reenable {GUARD} {WG} {TIMER} {DISK} {ENGINE} {AGENT}", "daemon-reload"]
-START = [f"restart {WG}", f"restart {TIMER}", f"start {ENGINE}", f"restart {AGENT}"]
+ENABLE = [
+    f"--no-reload reenable {GUARD} {WG} {TIMER} {WATCH} {DISK} {ENGINE} {AGENT}",
+    "daemon-reload",
+]
+START = [
+    f"restart {WG}",
+    f"restart {TIMER} {WATCH}",
+    f"start {ENGINE}",
+    f"restart {AGENT}",
+]
 NOTED = "install.json"
 
 
@@ -783,7 +793,8 @@ def test_a_run_that_is_cut_anywhere_goes_on(release: Release) -> None:
             {"units": {**RUNNING, AGENT: Unit("active", "disabled")}},
             [f"--no-reload reenable {AGENT}", "daemon-reload", f"start {GUARD}"],
         ),
-        ({"units": {**RUNNING, TIMER: Unit("inactive", "enabled")}}, [f"restart {TIMER}"]),
+        ({"units": {**RUNNING, TIMER: Unit("inactive", "enabled")}}, [f"restart {TIMER} {WATCH}"]),
+        ({"units": {**RUNNING, WATCH: Unit("failed", "enabled")}}, [f"restart {TIMER} {WATCH}"]),
         ({"has_table": False}, [f"start {GUARD}"]),
         ({"has_link": False}, [f"restart {WG}"]),
         (
@@ -805,7 +816,10 @@ def test_what_is_down_is_started_and_nothing_else(change: dict[str, Any], steps:
     ("path", "steps"),
     [
         (RELEASE_PUB, ["release.pub"]),
-        (BINARY, ["openinfra-agent", f"start {GUARD}", f"restart {AGENT}"]),
+        (
+            BINARY,
+            ["openinfra-agent", f"start {GUARD}", f"restart {TIMER} {WATCH}", f"restart {AGENT}"],
+        ),
         (WG_PUB, ["openinfra.pub", f"restart {AGENT}"]),
         (
             UNIT_DIR / AGENT,
@@ -881,13 +895,14 @@ def test_an_upgrade_restarts_the_agent() -> None:
         NOTED,
         "openinfra-agent",
         f"start {GUARD}",
+        f"restart {TIMER} {WATCH}",
         f"restart {AGENT}",
         NOTED,
     ]
     begun, final = (parse_manifest(steps[at].content) for at in (0, -1))  # type: ignore[union-attr]
     assert (begun.version, final.version) == ("0.2.0", "0.2.0")
     assert len(begun.files[str(BINARY)]) == 2
-    assert begun.pending == (GUARD, AGENT)
+    assert begun.pending == (GUARD, WATCH, AGENT)
     assert (len(final.files[str(BINARY)]), final.pending) == (1, ())
 
 
@@ -1134,8 +1149,8 @@ def test_all_that_is_ours_is_removed() -> None:
     steps = [*plan_removal(facts), *plan_forgetting(facts)]
     assert words(steps)[:4] == [
         f"stop {TIMER}",
-        f"stop {AGENT} {ENGINE} {CONTAINERD} {WORKLOADS} {DISK} {WG} {GUARD}",
-        f"disable {AGENT} {GUARD} {TIMER} {ENGINE} {DISK} {WG}",
+        f"stop {AGENT} {WATCH} {ENGINE} {CONTAINERD} {WORKLOADS} {DISK} {WG} {GUARD}",
+        f"disable {AGENT} {GUARD} {TIMER} {WATCH} {ENGINE} {DISK} {WG}",
         "nft delete table inet openinfra",
     ]
     assert "userdel openinfra-engine" in words(steps)
@@ -1188,7 +1203,7 @@ def test_nothing_of_others_is_removed() -> None:
         ({"units": {**RUNNING, WG: Unit("inactive", "enabled")}}, "ip link delete dev openinfra"),
         (
             {"units": {**RUNNING, AGENT: Unit("activating", "")}},  # its file is gone
-            f"disable {GUARD} {TIMER} {ENGINE} {DISK} {WG}",
+            f"disable {GUARD} {TIMER} {WATCH} {ENGINE} {DISK} {WG}",
         ),
         ({"dangling": (UNIT_DIR / "multi-user.target.wants" / AGENT,)}, AGENT),
     ],
