@@ -1957,7 +1957,9 @@ def parse_routes(text: str) -> tuple[str, ...]:
     return tuple(map(str, ipaddress.collapse_addresses(found)))
 
 
-def render_table(homes: Sequence[str] = (), ports: Sequence[int] = ()) -> str:
+def render_table(
+    homes: Sequence[str] = (), ports: Sequence[int] = (), is_router: bool = True
+) -> str:
     """Render the host's firewall for `nft -f`, nft(8): one transaction, whatever was there before.
 
     Nothing comes in through the tunnel but answers, ping, nudges, and the hub to the published
@@ -1965,6 +1967,8 @@ def render_table(homes: Sequence[str] = (), ports: Sequence[int] = ()) -> str:
     forwards; nobody else uses the tunnel's addresses. A workload reaches the internet by IPv4, and
     neither this machine nor the tunnel, a private network, one of `homes`, another workload or a
     mail server; one on a bridge ox-* reaches nothing. Only answers are forwarded to workloads.
+    Where this machine was no router before the engine made it one, it forwards for bridges only:
+    those of workloads, and of containers and machines that the provider has.
     """
     name = " ".join(NFT_TABLE)
     fenced = ", ".join([*map(str, FENCED), *homes])
@@ -1972,6 +1976,8 @@ def render_table(homes: Sequence[str] = (), ports: Sequence[int] = ()) -> str:
     # Not also the first side's packets: what began while there was no table would go on for good.
     answers = "ct state established,related ct direction reply"
     to_ports = f"tcp dport {{ {', '.join(map(str, ports))} }} accept" if ports else "drop"
+    bridges = ['meta iifkind "bridge" accept', 'meta oifkind "bridge" accept', "drop"]
+    others = "".join(f"\t\t{rule}\n" for rule in bridges if not is_router)
     return f"""\
 table {name}
 delete table {name}
@@ -2001,7 +2007,7 @@ table {name} {{
 \t\tiifname "oi-*" meta nfproto ipv6 drop
 \t\tiifname "oi-*" ip daddr {{ {fenced} }} drop
 \t\tiifname "oi-*" tcp dport {{ 25, 465, 587 }} drop
-\t}}
+{others}\t}}
 \tchain postrouting {{
 \t\ttype nat hook postrouting priority srcnat; policy accept;
 \t\tip saddr {WORKLOADS} oifname != "oi-*" masquerade
@@ -3724,14 +3730,16 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
     )
 
 
-def read_wanted(ports: Sequence[int]) -> str:
+def read_wanted(guard_file: Path, lease_file: Path) -> str:
     """The table that is right now, for this home's networks."""
-    return render_table(parse_routes(read_text("/proc/net/route")), ports)
+    homes, ports = parse_routes(read_text("/proc/net/route")), read_ports(lease_file)
+    # The engine's unit leaves here what it found before the engine began to forward.
+    is_router = read_text(str(guard_file.parent / "ip_forward")).strip() != "0"
+    return render_table(homes, ports, is_router)
 
 
-def ensure_firewall(before: Guard | None, ports: Sequence[int] = ()) -> Guard:
+def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
     """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
-    wanted = read_wanted(ports)
     wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
     found = read_table_sha256()
     guard = Guard(read_boot_s(), "", wanted_sha256, found)
@@ -3777,7 +3785,7 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
     """One look at the firewall: what is not right is put right, and what was found is left."""
     with alone(guard_file.parent):
         before = read_guard(guard_file)
-        guard = ensure_firewall(before, read_ports(lease_file))
+        guard = ensure_firewall(before, read_wanted(guard_file, lease_file))
         # Last time it may have been open, or nobody knows.
         if guard.error or before is None or before.error:
             trouble = ensure_frozen(engine, bool(guard.error))
@@ -3790,12 +3798,12 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
     return guard
 
 
-def watch_firewall(keep: Callable[[], Guard], lease_file: Path) -> NoReturn:
+def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoReturn:
     """Put the firewall back as soon as somebody changed it, and hold a copy meanwhile."""
     said, held, nft, was_held = "", "", None, False
     with open_watch() as sock:
         while True:
-            error, wanted = keep().error, read_wanted(read_ports(lease_file))
+            error, wanted = keep().error, read()
             if error and error != said:
                 log("ERROR", "firewall is not in place", "see: openinfra-agent doctor", error=error)
             said = error
@@ -4181,7 +4189,7 @@ def command_guard(args: argparse.Namespace) -> int:
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
     keep = functools.partial(keep_firewall, path, lease_file, engine)
     if args.watch:
-        watch_firewall(keep, lease_file)
+        watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
     guard = keep()
     late = ensure_ended(engine, lease_file)
     if late:

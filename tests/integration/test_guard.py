@@ -189,6 +189,31 @@ def test_a_packet_without_an_answer_does_not_pass_either(home: Home, tmp_path: P
         assert [process.log.split() for process in logs.values()] == [["listening", "before"]] * 3
 
 
+@pytest.mark.parametrize("before", ["0", "1", ""])
+def test_what_was_no_router_forwards_for_bridges_only(home: Home, before: str) -> None:
+    """What the engine's unit found before the engine began to forward; nothing: it was one."""
+    (home.guard_file.parent).mkdir()
+    if before:
+        (home.guard_file.parent / "ip_forward").write_text(f"{before}\n")
+    with make_netns() as other, make_netns() as guest:
+        ip(home.netns, f"link add other type veth peer name lan netns {other.name}")
+        ip(home.netns, "addr add 198.51.100.1/24 dev other", "link set other up")
+        ip(home.netns, "link add br0 type bridge", "link set br0 up")
+        ip(home.netns, f"link add port type veth peer name lan netns {guest.name}")
+        ip(home.netns, "link set port master br0 up", "addr add 203.0.113.1/24 dev br0")
+        for each, own, gateway in (
+            (other, "198.51.100.9", "198.51.100.1"),
+            (guest, "203.0.113.9", "203.0.113.1"),
+        ):
+            ip(each, f"addr add {own}/24 dev lan", "link set lan up")
+            ip(each, f"route add default via {gateway}")
+        ip(home.lan, f"route add default via {HOME_LAN}")
+        assert home.guard().returncode == 0
+        assert (reach(other, MACHINE_LAN) == "198.51.100.9") is (before != "0")
+        assert reach(guest, MACHINE_LAN) == "203.0.113.9"  # a container or machine of theirs
+        assert ping(home.lan, "203.0.113.9")  # and back to it
+
+
 def test_nobody_else_uses_the_tunnels_addresses(home: Home) -> None:
     ip(home.lan, "addr add 10.77.0.1/32 dev lan")
     ip(home.netns, f"route replace {HUB_WG} dev lan")  # so that the answer finds its way back
