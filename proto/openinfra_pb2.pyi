@@ -263,6 +263,7 @@ class Facts(google.protobuf.message.Message):
     UNREADY_FIELD_NUMBER: builtins.int
     OFFERED_CPU_MILLI_FIELD_NUMBER: builtins.int
     OFFERED_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    TAKES_SECRETS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     """The machine's host name, at most 253 printable ASCII characters."""
     arch: builtins.str
@@ -287,6 +288,8 @@ class Facts(google.protobuf.message.Message):
     """What the provider lends: thousandths of a logical processor, ..."""
     offered_memory_bytes: builtins.int
     """... and memory in bytes."""
+    takes_secrets: builtins.bool
+    """True when the agent knows secrets, and has a place in memory for them."""
     def __init__(
         self,
         *,
@@ -302,8 +305,9 @@ class Facts(google.protobuf.message.Message):
         unready: builtins.str = ...,
         offered_cpu_milli: builtins.int = ...,
         offered_memory_bytes: builtins.int = ...,
+        takes_secrets: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "arch", b"arch", "cpu_count", b"cpu_count", "disk_bytes", b"disk_bytes", "disk_encrypted", b"disk_encrypted", "engine_version", b"engine_version", "hostname", b"hostname", "kernel", b"kernel", "memory_bytes", b"memory_bytes", "offered_cpu_milli", b"offered_cpu_milli", "offered_memory_bytes", b"offered_memory_bytes", "unready", b"unready"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "arch", b"arch", "cpu_count", b"cpu_count", "disk_bytes", b"disk_bytes", "disk_encrypted", b"disk_encrypted", "engine_version", b"engine_version", "hostname", b"hostname", "kernel", b"kernel", "memory_bytes", b"memory_bytes", "offered_cpu_milli", b"offered_cpu_milli", "offered_memory_bytes", b"offered_memory_bytes", "takes_secrets", b"takes_secrets", "unready", b"unready"]) -> None: ...
 
 global___Facts = Facts
 
@@ -380,6 +384,22 @@ class Assignment(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SecretsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
     FENCE_FIELD_NUMBER: builtins.int
     WORKLOAD_ID_FIELD_NUMBER: builtins.int
@@ -392,6 +412,8 @@ class Assignment(google.protobuf.message.Message):
     EGRESS_FIELD_NUMBER: builtins.int
     RESTART_FIELD_NUMBER: builtins.int
     DONE_FIELD_NUMBER: builtins.int
+    SECRETS_FIELD_NUMBER: builtins.int
+    SECRETS_WITHHELD_FIELD_NUMBER: builtins.int
     assignment_id: builtins.str
     """UUID (RFC 9562, version 4)."""
     fence: builtins.int
@@ -408,6 +430,10 @@ class Assignment(google.protobuf.message.Message):
     restart: global___Restart.ValueType
     done: builtins.bool
     """The host said that it ended for good: it holds nothing, and is never started again."""
+    secrets_withheld: builtins.bool
+    """It has secrets, and the control plane cannot read them now: it is started with those that are
+    on the host from before, or not at all.
+    """
     @property
     def command(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The arguments in place of the image's command; none: the image's."""
@@ -418,6 +444,12 @@ class Assignment(google.protobuf.message.Message):
 
     @property
     def ports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Port]: ...
+    @property
+    def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """Its secrets, files in /run/secrets: at most 16, 16 KiB in all with their names. Those of one
+        assignment never change.
+        """
+
     def __init__(
         self,
         *,
@@ -433,8 +465,10 @@ class Assignment(google.protobuf.message.Message):
         egress: global___Egress.ValueType = ...,
         restart: global___Restart.ValueType = ...,
         done: builtins.bool = ...,
+        secrets: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+        secrets_withheld: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "command", b"command", "cpu_milli", b"cpu_milli", "done", b"done", "egress", b"egress", "env", b"env", "fence", b"fence", "image", b"image", "memory_bytes", b"memory_bytes", "ports", b"ports", "restart", b"restart", "workload_id", b"workload_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "command", b"command", "cpu_milli", b"cpu_milli", "done", b"done", "egress", b"egress", "env", b"env", "fence", b"fence", "image", b"image", "memory_bytes", b"memory_bytes", "ports", b"ports", "restart", b"restart", "secrets", b"secrets", "secrets_withheld", b"secrets_withheld", "workload_id", b"workload_id"]) -> None: ...
 
 global___Assignment = Assignment
 
