@@ -15,7 +15,7 @@ Files (mode)
   /opt/openinfra/                  0755  the code, and a virtualenv with hash-pinned packages
   /usr/local/bin/openinfra-cp      0755  runs cp_server.py
   /etc/openinfra/cp.env            0644  settings; yours to edit
-  /etc/openinfra/cp/               0700  dsn, owner-dsn, jwt-keys.json, each 0600
+  /etc/openinfra/cp/               0700  dsn, owner-dsn, jwt-keys.json, secrets.key, each 0600
   /etc/openinfra/release/key.pem   0600  signs releases, unless --dist brings one
   /etc/openinfra/                  0755  Caddyfile, cp.nft, registry.yml, ca.crt (--tls internal)
   /etc/wireguard/wg0.conf          0600  made once; afterwards only its [Interface] is looked at
@@ -65,6 +65,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 ETC, CODE, DIST = Path("/etc/openinfra"), Path("/opt/openinfra"), Path("/srv/openinfra/dist")
 SECRETS, RELEASE_KEY = ETC / "cp", ETC / "release" / "key.pem"
 DSN, OWNER_DSN, JWT_KEYS = SECRETS / "dsn", SECRETS / "owner-dsn", SECRETS / "jwt-keys.json"
+SECRETS_KEY = SECRETS / "secrets.key"
 CP_ENV, CADDYFILE, NFT, CA_FILE = (ETC / n for n in ("cp.env", "Caddyfile", "cp.nft", "ca.crt"))
 CADDY_ROOT = Path("/var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt")
 WG_CONF, WG_UNIT = Path("/etc/wireguard/wg0.conf"), "wg-quick@wg0.service"
@@ -183,6 +184,7 @@ SERVICES = {
         CP_ENV,
         DSN,
         JWT_KEYS,
+        SECRETS_KEY,
     ),
     "caddy.service": (CADDYFILE, CADDY_UNIT),
 }
@@ -446,6 +448,16 @@ class MakeHub:
 
 
 @dataclass(frozen=True)
+class MakeKey:
+    """A new key of workloads' secrets; made once, since another one cannot read them."""
+
+    path: Path = SECRETS_KEY
+
+    def __str__(self) -> str:
+        return f"write {self.path} (mode 0600)  # 256 random bits for workloads' secrets"
+
+
+@dataclass(frozen=True)
 class CopyCa:
     """Caddy's certificate authority, for everybody who shall trust it."""
 
@@ -453,7 +465,7 @@ class CopyCa:
         return f"write {CA_FILE} (mode 0644)  # the certificate authority that Caddy made"
 
 
-Step = Run | WriteFile | Install | MakeVenv | MakeHub | CopyCa
+Step = Run | WriteFile | Install | MakeVenv | MakeHub | MakeKey | CopyCa
 
 
 # ---------------------------------------------------------------------------------------------
@@ -656,7 +668,7 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
         code = max(each.exit_code for each in problems)
         raise Error(f"{what}\nnothing was changed", "mend that, then run this again", code)
     steps: list[Step] = [*plan_places(facts), *plan_files(config, facts)]
-    written = {step.path for step in steps if isinstance(step, WriteFile)}
+    written = {step.path for step in steps if isinstance(step, WriteFile | MakeKey)}
     wanted = (FIREWALL, WG_UNIT, REGISTRY_DISK, *SERVICES)
     units = {name: facts.units.get(name, Unit()) for name in wanted}
     # Before systemd reads the units: after a cut in between they are outdated, and linked again.
@@ -746,7 +758,9 @@ def plan_files(config: Config, facts: Facts) -> Iterator[Step]:
     settings = render_cp_env(env.content if env else None, config.hostname)
     if not env or settings != env.content:
         yield WriteFile(CP_ENV, settings, 0o644, "settings of the control plane")
-    for path in (DSN, OWNER_DSN, JWT_KEYS, RELEASE_KEY):
+    if SECRETS_KEY not in facts.files:
+        yield MakeKey()
+    for path in (DSN, OWNER_DSN, JWT_KEYS, SECRETS_KEY, RELEASE_KEY):
         if path in facts.files and facts.files[path].mode != 0o600:
             yield Run(("chmod", "0600", str(path)), "it is secret")
 
@@ -1084,13 +1098,15 @@ def apply(step: Step) -> None:
         lay(step)
 
 
-def lay(step: WriteFile | MakeHub | CopyCa) -> None:
+def lay(step: WriteFile | MakeHub | MakeKey | CopyCa) -> None:
     """Write a file."""
     try:
         if isinstance(step, WriteFile):
             write_file(step.path, step.content, step.mode)
         elif isinstance(step, MakeHub):
             write_file(WG_CONF, render_wg_conf(run(["wg", "genkey"]).strip()), 0o600)
+        elif isinstance(step, MakeKey):
+            write_file(step.path, secrets.token_hex(32).encode() + b"\n", 0o600)
         else:
             until = time.monotonic() + READY_S
             while not CADDY_ROOT.exists() and time.monotonic() < until:

@@ -36,6 +36,7 @@ from systemd.setup_cp import (
     RELEASE_KEY,
     RELEASED,
     SECRETS,
+    SECRETS_KEY,
     SERVICES,
     SOURCE,
     UNITS,
@@ -115,7 +116,12 @@ def settle(config: Config, facts: Facts) -> Facts:
         for step in plan(config, facts, PASSWORD)
         if isinstance(step, WriteFile)
     }
-    made = {JWT_KEYS: b"{}", RELEASE_KEY: b"key", DIST / "release.json": b'{"version": "0.1.0"}'}
+    made = {
+        JWT_KEYS: b"{}",
+        SECRETS_KEY: b"0",
+        RELEASE_KEY: b"key",
+        DIST / "release.json": b'{"version": "0.1.0"}',
+    }
     made |= {CADDY_ROOT: b"ca", CA_FILE: b"ca", VENV: b""}
     return replace(
         facts,
@@ -160,6 +166,7 @@ def test_a_fresh_machine_gets_everything_in_order() -> None:
     order = [
         f"write {CADDYFILE} (mode 0644)",  # before the packages, whose services start at once
         f"write {CADDY_UNIT} (mode 0644)",
+        f"write {SECRETS_KEY} (mode 0600)",
         "systemctl daemon-reload",
         "fallocate --length=15032385536 /var/lib/.openinfra-registry.img.new",
         f"mv --no-target-directory -- /var/lib/.openinfra-registry.img.new {REGISTRY_IMAGE}",
@@ -329,6 +336,10 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
         (
             replace(DONE, files=files_without(JWT_KEYS)),
             ["/usr/local/bin/openinfra-cp token --new-key"],
+        ),
+        (
+            replace(DONE, files=files_without(SECRETS_KEY)),
+            [f"write {SECRETS_KEY} (mode 0600)", "systemctl restart openinfra-cp.service"],
         ),
         (
             replace(DONE, venv="venv-old"),
