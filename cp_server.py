@@ -24,6 +24,7 @@ Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/cp/dsn              0600  read: PostgreSQL connection string of the CP's own role
   /etc/openinfra/cp/owner-dsn        0600  the same of the owner: migrate, backup, restore read it
   /etc/openinfra/cp/jwt-keys.json    0600  of operators' tokens; `token --new-key`, `restore` write
+  /etc/openinfra/cp/secrets.key      0600  read: encrypts workloads' secrets; in no backup
   /etc/wireguard/wg0.conf            0600  `backup` reads it, `restore` writes its key and peers
   /etc/openinfra/release/key.pem     0600  signs releases; `dist`, `backup` read, `restore` writes
   /etc/…/*.before-restore                  beside each of these: what `restore` found
@@ -334,6 +335,9 @@ PORTS_MAX = 8  # of one workload; an assignment has a slot of as many on its hos
 PORT_FIRST = 20_000  # of those on a host's tunnel address; up to PORT_FIRST + 8 * PORT_SLOTS - 1
 PORT_SLOTS = 1_024
 SPEC_BYTES = 16_384  # of a command and environment; a full host gets 3 MB of them in a reply
+SECRETS_MAX = 16  # of one workload
+SECRETS_BYTES = 16_384  # of them with their names; as much again in that reply
+SECRETS_LOST = "its secrets cannot be read here: set all of them again by the same POST"
 ASSIGNMENTS_MAX = 200  # of one host
 LEASE_S = 600  # from an accepted heartbeat on; the host stops what it runs 15 s before the end
 LEASE_GRACE_S = 30  # after that end a replica is placed again
@@ -542,11 +546,13 @@ class WorkloadOrder:
     name: str
     replicas: int
     spec: Mapping[str, Any]
+    # None: those that are there stay.
+    secrets: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A row of `workloads`."""
+    """A row of `workloads`; of its secrets the names, in `spec`, and whether they can be read."""
 
     workload_no: int
     workload_id: uuid.UUID
@@ -560,6 +566,7 @@ class Workload:
     created_at: dt.datetime
     changed_at: dt.datetime
     deleted_at: dt.datetime | None
+    secrets_lost: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -630,6 +637,7 @@ class Demand:
     copies: tuple[Copy, ...]
     rejections: Mapping[int, Rejections]  # by replica
     rejected_by: frozenset[int]  # hosts that rejected it of late
+    secrets_lost: bool = False
 
 
 @dataclasses.dataclass
@@ -644,6 +652,7 @@ class Place:
     assignments: int
     port_slots: set[int]
     labels: Mapping[str, str]
+    takes_secrets: bool = False  # its disk is encrypted, and its agent knows them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -717,6 +726,7 @@ class Host:
     unready: str
     offered_cpu_milli: int
     offered_memory_bytes: int
+    takes_secrets: bool
     drained_at: dt.datetime | None
     labels: Mapping[str, str]
     assignments: int
@@ -771,6 +781,7 @@ class Facts:
     unready: str
     offered_cpu_milli: int
     offered_memory_bytes: int
+    takes_secrets: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -919,6 +930,7 @@ IMAGE = {
 }
 LABEL = {"pattern": "^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$"}
 ENV_KEY = {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,99}$"}
+SECRET_NAME = {"pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"}
 _UUID = _BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -1146,6 +1158,21 @@ def check_words(value: Sequence[str] | Mapping[str, str], field: str) -> Any:
             what = f"{field} has a name that is none of a variable"
             todo = "begin with a letter or _, go on with letters, digits and _, at most 100"
             raise Refusal("BAD_REQUEST", what, todo, field)
+    return value
+
+
+def check_secrets(value: Mapping[str, str], field: str) -> Mapping[str, str]:
+    """Secrets by the names of their files; raises Refusal that never repeats a value."""
+    if not all(re.fullmatch(SECRET_NAME["pattern"], name) for name in value):
+        what = f"{field} has a name that is none of a file"
+        todo = "begin with a letter, digit or _, go on with these, . and -, at most 63"
+        raise Refusal("BAD_REQUEST", what, todo, field)
+    if not all(is_utf8(text) for text in value.values()):
+        what = f"{field} holds a broken character"
+        raise Refusal("BAD_REQUEST", what, "send text; what is none, in base64", field)
+    if sum(len(text.encode()) for pair in value.items() for text in pair) > SECRETS_BYTES:
+        what = f"{field} are larger than {SECRETS_BYTES} bytes together"
+        raise Refusal("BAD_REQUEST", what, "put what is large and no secret into the image", field)
     return value
 
 
@@ -1441,13 +1468,25 @@ WORKLOAD_FIELDS = (
     Field(
         "env",
         "map",
-        "environment; no secrets: the provider can read it",
+        "environment; it is shown again: passwords belong into `secrets`",
         0,
         64,
         {},
         check_words,
         form={"propertyNames": ENV_KEY},
         item=Field("env", "string", "", 0, 4096, form=NO_NUL),
+    ),
+    Field(
+        "secrets",
+        "map",
+        "files in /run/secrets by their names, never shown again, 16 KiB in all;"
+        " absent: those that are there stay; {}: none",
+        0,
+        SECRETS_MAX,
+        None,
+        check_secrets,
+        form={"propertyNames": SECRET_NAME, "writeOnly": True},
+        item=Field("secrets", "string", "", 0, SECRETS_BYTES),
     ),
     Field("cpu_milli", "integer", "thousandths of a processor", 10, 64_000, None, required=True),
     Field(
@@ -1583,6 +1622,7 @@ def parse_facts(facts: pb.Facts) -> Facts:
         parse_said(facts.unready, 300),
         facts.offered_cpu_milli,
         facts.offered_memory_bytes,
+        facts.takes_secrets,
     )
 
 
@@ -1894,7 +1934,7 @@ def plan_rollout(demand: Demand) -> tuple[list[int], list[int]]:
     """
     live = {copy.replica: copy for copy in demand.copies}
     missing = [number for number in range(demand.replicas) if number not in live]
-    if any(copy.is_stopping for copy in live.values()):
+    if demand.secrets_lost or any(copy.is_stopping for copy in live.values()):
         return [], missing
     old = sorted(
         (copy for copy in live.values() if copy.revision != demand.revision),
@@ -1929,6 +1969,9 @@ def decide_places(
     for demand in demands:
         _, missing = plan_rollout(demand)
         if not missing:
+            continue
+        if demand.secrets_lost:
+            reasons[demand.workload_no] = SECRETS_LOST
             continue
         held = collections.Counter(copy.host_no for copy in demand.copies)
         providers = collections.Counter(provider_of.get(copy.host_no) for copy in demand.copies)
@@ -1980,7 +2023,8 @@ def take_place(demand: Demand, replica: int, place: Place) -> Placement:
 def fits(spec: Mapping[str, Any], place: Place) -> bool:
     """True when a workload may run on this host at all, whatever is free."""
     is_asked = spec["arch"] in (None, place.arch) and spec["provider"] in (None, place.namespace)
-    return is_asked and spec.get("labels", {}).items() <= place.labels.items()
+    is_asked = is_asked and spec.get("labels", {}).items() <= place.labels.items()
+    return is_asked and ("secrets" not in spec or place.takes_secrets)
 
 
 def has_room(spec: Mapping[str, Any], place: Place) -> bool:
@@ -2001,6 +2045,7 @@ def explain_no_place(spec: Mapping[str, Any], places: Sequence[Place]) -> str:
     if not fitting:
         wishes = [text for text in (spec["arch"], spec["provider"]) if text]
         wishes += [f"{key}={value}" for key, value in sorted(spec.get("labels", {}).items())]
+        wishes += ["for its secrets an encrypted disk and a new agent"] * ("secrets" in spec)
         return f"none of {len(places)} hosts is as asked: {', '.join(wishes)}"
     cpu = max(place.cpu_milli for place in fitting)
     memory = max(place.memory_bytes for place in fitting)
@@ -2013,7 +2058,7 @@ def explain_no_place(spec: Mapping[str, Any], places: Sequence[Place]) -> str:
 
 def render_assignment(row: Row, registry: str) -> pb.Assignment:
     """An assignment as its host gets it."""
-    spec = row["spec"]
+    spec, opened = row["spec"], row["secrets"]
     first = PORT_FIRST + PORTS_MAX * (row["port_slot"] or 0)
     return pb.Assignment(
         assignment_id=str(row["assignment_id"]),
@@ -2031,6 +2076,8 @@ def render_assignment(row: Row, registry: str) -> pb.Assignment:
         egress=pb.Egress.Value(f"EGRESS_{spec['egress'].upper()}"),
         restart=pb.Restart.Value(f"RESTART_{spec['restart'].upper().replace('-', '_')}"),
         done=row["state"] in DONE_STATES,
+        secrets={name: text.encode() for name, text in json.loads(opened or "{}").items()},
+        secrets_withheld="secrets" in spec and opened is None,
     )
 
 
@@ -2048,6 +2095,7 @@ def decide_workload(workload: Workload, assignments: Sequence[Assignment]) -> tu
         for number in sorted({*range(workload.replicas), *live})
         if number not in live or explain_copy(live[number])
     ]
+    reasons = [SECRETS_LOST, *reasons] if workload.secrets_lost else reasons
     wanted = [live.get(number) for number in range(workload.replicas)]
     states = [each.state if each and not each.stop_reason else "none" for each in wanted]
     if any(each.revision != workload.revision for each in live.values()):
@@ -2218,6 +2266,7 @@ def render_host(host: Host) -> dict[str, Any]:
         "engine_version": host.engine_version,
         "offered_cpu_milli": host.offered_cpu_milli,
         "offered_memory_bytes": host.offered_memory_bytes,
+        "takes_secrets": host.takes_secrets,
         "assignments": host.assignments,
         "drained_at": render_time(host.drained_at),
         "labels": host.labels,
@@ -2283,6 +2332,7 @@ def render_workload(workload: Workload, assignments: Sequence[Assignment]) -> di
         "replicas": workload.replicas,
         **{key: workload.spec[key] for key in SPEC_KEYS},
         "labels": workload.spec.get("labels", {}),
+        "secrets": workload.spec.get("secrets", []),
         "created_by": workload.created_by,
         "created_at": render_time(workload.created_at),
         "changed_at": render_time(workload.changed_at),
@@ -2835,6 +2885,83 @@ COMMENT ON COLUMN hosts.labels IS 'What the operator says of the host, key to va
 GRANT UPDATE (labels) ON hosts TO @ROLE@;
 """,
     ),
+    (
+        10,
+        "workloads' secrets",
+        """
+CREATE EXTENSION IF NOT EXISTS pgcrypto WITH SCHEMA public;
+CREATE TABLE workload_secrets (
+  workload_no bigint NOT NULL REFERENCES workloads (workload_no),
+  revision integer NOT NULL CHECK (revision > 0),
+  sealed bytea NOT NULL,
+  key_sha256 bytea NOT NULL CHECK (length(key_sha256) = 32),
+  PRIMARY KEY (workload_no, revision)
+);
+COMMENT ON TABLE workload_secrets IS 'Workloads'' secrets, encrypted with a key that is not here';
+COMMENT ON COLUMN workload_secrets.workload_no IS 'Whose they are';
+COMMENT ON COLUMN workload_secrets.revision IS 'The first with them; later ones have the same';
+COMMENT ON COLUMN workload_secrets.sealed IS 'JSON object of names and values, OpenPGP (RFC 4880)';
+COMMENT ON COLUMN workload_secrets.key_sha256 IS 'SHA-256 of the key, 64 hex digits of 256 bits';
+CREATE FUNCTION secrets_key_sha256() RETURNS bytea LANGUAGE sql STABLE AS $$
+  SELECT sha256(convert_to(current_setting('openinfra.secrets_key', true), 'UTF8'))
+$$;
+COMMENT ON FUNCTION secrets_key_sha256 IS 'Of the key that this connection came with; null: none';
+CREATE FUNCTION seal_secrets() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  NEW.key_sha256 := public.secrets_key_sha256();
+  NEW.sealed := public.pgp_sym_encrypt_bytea(NEW.sealed,
+    current_setting('openinfra.secrets_key'), 'cipher-algo=aes256, s2k-mode=1');
+  RETURN NEW;
+END $$;
+COMMENT ON FUNCTION seal_secrets IS 'Nothing is stored as it comes; the key is random: hashed once';
+CREATE TRIGGER workload_secrets_seal BEFORE INSERT ON workload_secrets FOR EACH ROW
+  EXECUTE FUNCTION seal_secrets();
+CREATE FUNCTION open_secrets(no bigint, at integer) RETURNS bytea LANGUAGE plpgsql STABLE AS $$
+BEGIN
+  RETURN (SELECT public.pgp_sym_decrypt_bytea(sealed,
+      current_setting('openinfra.secrets_key', true))
+    FROM public.workload_secrets WHERE workload_no = no AND revision <= at
+    ORDER BY revision DESC LIMIT 1);
+EXCEPTION WHEN external_routine_invocation_exception THEN RETURN NULL;
+END $$;
+COMMENT ON FUNCTION open_secrets IS 'Those of a revision; null: there are none, or another key is';
+CREATE FUNCTION are_secrets_lost(no bigint, at integer) RETURNS boolean LANGUAGE sql STABLE AS $$
+  SELECT coalesce((SELECT key_sha256 <> public.secrets_key_sha256()
+    FROM public.workload_secrets WHERE workload_no = no AND revision <= at
+    ORDER BY revision DESC LIMIT 1), true)
+$$;
+COMMENT ON FUNCTION are_secrets_lost IS 'This connection''s key is not theirs, or there are none';
+CREATE FUNCTION prune_secrets() RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+  WITH needed AS (
+    SELECT workload_no, revision FROM public.workloads
+    WHERE deleted_at IS NULL AND spec ? 'secrets'
+    UNION SELECT workload_no, revision FROM public.assignments
+    WHERE ended_at IS NULL AND spec ? 'secrets'
+  ), gone AS (
+    DELETE FROM public.workload_secrets s WHERE NOT EXISTS (
+      SELECT FROM needed n WHERE n.workload_no = s.workload_no AND s.revision = (
+        SELECT max(revision) FROM public.workload_secrets
+        WHERE workload_no = n.workload_no AND revision <= n.revision))
+    RETURNING 1)
+  SELECT count(*)::integer FROM gone
+$$;
+COMMENT ON FUNCTION prune_secrets IS 'Deletes what no workload and no copy that lives has any more';
+COMMENT ON FUNCTION prune_sessions IS 'With prune_secrets all that the CP''s role may delete';
+REVOKE ALL ON FUNCTION prune_secrets FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION prune_secrets TO @ROLE@;
+GRANT SELECT, INSERT (workload_no, revision, sealed) ON workload_secrets TO @ROLE@;
+
+COMMENT ON COLUMN workloads.spec IS
+  'What a copy is made from: image, command, sizes, ports, names of secrets';
+ALTER TABLE hosts ADD takes_secrets boolean NOT NULL DEFAULT false;
+COMMENT ON COLUMN hosts.takes_secrets IS 'Fact: its agent knows secrets and keeps them in memory';
+GRANT INSERT (takes_secrets), UPDATE (takes_secrets) ON hosts TO @ROLE@;
+ALTER TABLE cp_state ADD secrets_key_sha256 bytea;
+COMMENT ON COLUMN cp_state.secrets_key_sha256 IS 'Of the key that `serve` had last; null: none';
+GRANT UPDATE (secrets_key_sha256) ON cp_state TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -2994,11 +3121,11 @@ SQL_HOST_INSERT = """
 -- a new host
 INSERT INTO hosts (host_id, invite_id, host_secret_sha256, wg_ip, wg_pubkey, payout_pubkey,
   namespace, hostname, arch, kernel, agent_version, cpu_count, memory_bytes, disk_bytes,
-  disk_encrypted, engine_version, unready, offered_cpu_milli, offered_memory_bytes)
+  disk_encrypted, engine_version, unready, offered_cpu_milli, offered_memory_bytes, takes_secrets)
 VALUES (%(host_id)s, %(invite_id)s, %(host_secret_sha256)s, %(wg_ip)s, %(wg_pubkey)s,
   %(payout_pubkey)s, %(namespace)s, %(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
   %(cpu_count)s, %(memory_bytes)s, %(disk_bytes)s, %(disk_encrypted)s, %(engine_version)s,
-  %(unready)s, %(offered_cpu_milli)s, %(offered_memory_bytes)s)
+  %(unready)s, %(offered_cpu_milli)s, %(offered_memory_bytes)s, %(takes_secrets)s)
 RETURNING host_no
 """
 
@@ -3036,13 +3163,15 @@ UPDATE hosts SET hostname = %(hostname)s, arch = %(arch)s, kernel = %(kernel)s,
   agent_version = %(agent_version)s, cpu_count = %(cpu_count)s, memory_bytes = %(memory_bytes)s,
   disk_bytes = %(disk_bytes)s, disk_encrypted = %(disk_encrypted)s,
   engine_version = %(engine_version)s, unready = %(unready)s,
-  offered_cpu_milli = %(offered_cpu_milli)s, offered_memory_bytes = %(offered_memory_bytes)s
+  offered_cpu_milli = %(offered_cpu_milli)s, offered_memory_bytes = %(offered_memory_bytes)s,
+  takes_secrets = %(takes_secrets)s
 WHERE host_no = %(host_no)s AND status <> 'revoked' AND (hostname, arch, kernel, agent_version,
   cpu_count, memory_bytes, disk_bytes, disk_encrypted, engine_version, unready, offered_cpu_milli,
-  offered_memory_bytes) IS DISTINCT FROM (%(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
+  offered_memory_bytes, takes_secrets) IS DISTINCT FROM (
+  %(hostname)s, %(arch)s, %(kernel)s, %(agent_version)s,
   %(cpu_count)s::integer, %(memory_bytes)s::bigint, %(disk_bytes)s::bigint, %(disk_encrypted)s,
   %(engine_version)s, %(unready)s, %(offered_cpu_milli)s::integer,
-  %(offered_memory_bytes)s::bigint)
+  %(offered_memory_bytes)s::bigint, %(takes_secrets)s)
 """
 
 HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
@@ -3050,7 +3179,7 @@ HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
   h.namespace, coalesce(n.approved_at IS NOT NULL, false) AS namespace_approved, h.ever_assigned,
   host(h.wg_ip) AS wg_ip, h.wg_pubkey, h.hostname, h.arch, h.kernel, h.agent_version, h.cpu_count,
   h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.engine_version, h.unready,
-  h.offered_cpu_milli, h.offered_memory_bytes, h.drained_at, h.labels,
+  h.offered_cpu_milli, h.offered_memory_bytes, h.takes_secrets, h.drained_at, h.labels,
   (SELECT count(*) FROM assignments a
     WHERE a.host_no = h.host_no AND a.ended_at IS NULL) AS assignments, h.created_at, h.revoked_at,
   l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
@@ -3293,7 +3422,8 @@ WHERE k.key_id = %(key_id)s AND k.revoked_at IS NULL
 """
 
 WORKLOAD_COLUMNS = """w.workload_no, w.workload_id, w.namespace, w.name, w.revision, w.replicas,
-  w.spec, w.unplaced_reason, w.created_by, w.created_at, w.changed_at, w.deleted_at"""
+  w.spec, w.unplaced_reason, w.created_by, w.created_at, w.changed_at, w.deleted_at,
+  w.spec ? 'secrets' AND are_secrets_lost(w.workload_no, w.revision) AS secrets_lost"""
 
 SQL_WORKLOAD_LOCK = f"""
 -- the workload of this name, for a change
@@ -3311,13 +3441,46 @@ SQL_WORKLOAD_INSERT = """
 -- a new workload
 INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)
 VALUES (%(workload_id)s, %(namespace)s, %(name)s, %(replicas)s, %(spec)s, %(actor)s)
+RETURNING workload_no, revision
 """
 
 SQL_WORKLOAD_CHANGE = """
--- another spec is another revision; another count of replicas alone is not
+-- another spec or secret is another revision; another count of replicas alone is not
 UPDATE workloads SET replicas = %(replicas)s, spec = %(spec)s, changed_at = now(),
-  revision = revision + CASE WHEN spec = %(spec)s::jsonb THEN 0 ELSE 1 END
-WHERE workload_no = %(workload_no)s
+  revision = revision + CASE WHEN spec = %(spec)s::jsonb AND NOT %(is_secret)s THEN 0 ELSE 1 END
+WHERE workload_no = %(workload_no)s RETURNING workload_no, revision
+"""
+
+SQL_SECRETS_OPEN = """
+-- the secrets of a revision, to compare with those of an order
+SELECT open_secrets(%(workload_no)s, %(revision)s) AS secrets
+"""
+
+SQL_SECRETS_INSERT = """
+-- the secrets of a revision, as they come: a trigger encrypts them
+COPY workload_secrets (workload_no, revision, sealed) FROM STDIN (FORMAT binary)
+"""
+
+SQL_SECRETS_PRUNE = """
+-- delete the secrets of what is gone
+SELECT prune_secrets() AS gone
+"""
+
+SQL_SECRETS_KEY = """
+-- with another key than the last time the hosts get their lists again: secrets were withheld
+WITH other AS (
+  UPDATE cp_state SET secrets_key_sha256 = secrets_key_sha256()
+  WHERE secrets_key_sha256 IS DISTINCT FROM secrets_key_sha256() RETURNING only_row
+)
+UPDATE liveness SET desired_revision = desired_revision + 1
+WHERE EXISTS (SELECT FROM other) AND host_no IN (
+  SELECT host_no FROM assignments WHERE ended_at IS NULL AND spec ? 'secrets')
+"""
+
+SQL_SECRETS_LOST = """
+-- how many workloads have secrets that cannot be read with this connection's key
+SELECT count(*) AS workloads FROM workloads
+WHERE deleted_at IS NULL AND spec ? 'secrets' AND are_secrets_lost(workload_no, revision)
 """
 
 SQL_WORKLOAD_DELETE = """
@@ -3408,12 +3571,15 @@ WITH gone AS (
       WHEN h.drained_at IS NOT NULL THEN 'the operator drains its host'
       WHEN h.status = 'paused' THEN 'the provider paused its host'
       WHEN h.status = 'revoked' THEN 'its host was removed from the fleet'
+      WHEN a.spec ? 'secrets' AND NOT (h.disk_encrypted AND h.takes_secrets)
+        THEN 'its host takes no secrets any more'
       ELSE 'its host''s namespace is not approved' END AS why
   FROM assignments a JOIN workloads w USING (workload_no) JOIN hosts h USING (host_no)
   LEFT JOIN namespaces n ON n.namespace = h.namespace
   WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND (w.deleted_at IS NOT NULL
     OR a.replica >= w.replicas OR a.assignment_no = ANY(%(replaced)s) OR h.drained_at IS NOT NULL
-    OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL)
+    OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL
+    OR (a.spec ? 'secrets' AND NOT (h.disk_encrypted AND h.takes_secrets)))
   FOR UPDATE OF a SKIP LOCKED
 ), told AS (
   UPDATE liveness l SET desired_revision = l.desired_revision + 1
@@ -3450,6 +3616,7 @@ WITH due AS (
   GROUP BY w.workload_id HAVING count(a.assignment_no) < w.replicas
 )
 SELECT w.workload_no, w.revision, w.replicas, w.spec,
+  w.spec ? 'secrets' AND are_secrets_lost(w.workload_no, w.revision) AS secrets_lost,
   coalesce(jsonb_agg(jsonb_build_object('assignment_no', a.assignment_no, 'replica', a.replica,
     'revision', a.revision, 'state', a.state, 'is_stopping', a.stop_at IS NOT NULL,
     'state_age_s', extract(epoch FROM now() - a.state_at), 'host_no', a.host_no))
@@ -3474,7 +3641,8 @@ SQL_PLACES = f"""
 SELECT h.host_no, h.arch, h.namespace, h.labels,
   (h.offered_cpu_milli - coalesce(u.cpu_milli, 0))::integer AS cpu_milli,
   (h.offered_memory_bytes - coalesce(u.memory_bytes, 0))::bigint AS memory_bytes,
-  coalesce(u.assignments, 0)::integer AS assignments, coalesce(u.port_slots, '{{}}') AS port_slots
+  coalesce(u.assignments, 0)::integer AS assignments, coalesce(u.port_slots, '{{}}') AS port_slots,
+  h.disk_encrypted AND h.takes_secrets AS takes_secrets
 FROM hosts h LEFT JOIN namespaces n ON n.namespace = h.namespace LEFT JOIN (
   SELECT host_no, count(*) AS assignments,
     sum(cpu_milli) FILTER (WHERE state NOT IN ('finished', 'failed')) AS cpu_milli,
@@ -3504,11 +3672,14 @@ WHERE h.host_no IN (SELECT host_no FROM made) AND NOT h.ever_assigned
 """
 
 SQL_DESIRED = """
--- all that these hosts are to run
-SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot, a.state
-FROM assignments a JOIN workloads w USING (workload_no)
+-- all that these hosts are to run; secrets for none that may not have them
+SELECT a.host_no, a.assignment_no, a.assignment_id, w.workload_id, a.spec, a.port_slot, a.state,
+  CASE WHEN a.spec ? 'secrets' AND a.state NOT IN ('finished', 'failed')
+    THEN open_secrets(a.workload_no, a.revision) END AS secrets
+FROM assignments a JOIN workloads w USING (workload_no) JOIN hosts h USING (host_no)
 WHERE a.host_no = ANY(%(host_nos)s) AND a.ended_at IS NULL AND a.stop_at IS NULL
   AND NOT a.restored
+  AND (NOT a.spec ? 'secrets' OR (h.disk_encrypted AND h.takes_secrets))
 ORDER BY a.assignment_no
 """
 
@@ -3748,6 +3919,12 @@ class Transaction:
         (found,) = await self.dicts(sql, **params)
         return found
 
+    async def copy_row(self, sql: str, types: Sequence[str], row: Sequence[object]) -> None:
+        """Store a row by COPY: other than parameters, its values are never in PostgreSQL's log."""
+        async with self._connection.cursor() as cursor, cursor.copy(sql.encode()) as copy:
+            copy.set_types(types)
+            await copy.write_row(row)
+
     async def execute(self, sql: str, **params: object) -> int:
         """Run a statement; give back how many rows it touched."""
         cursor = await self._connection.execute(sql.encode(), params or None)
@@ -3759,15 +3936,24 @@ class Database:
 
     A caller waits `wait_s` for a connection. When that was too short, callers of the next `rest_s`
     are sent away at once, so that a database that is away does not hold every worker.
+
+    The key of secrets comes with each connection, in its first message, which no log repeats.
     """
 
     def __init__(
-        self, dsn: str, size: int = 4, wait_s: float = 5, rest_s: float = 0, options: str = ""
+        self,
+        dsn: str,
+        size: int = 4,
+        wait_s: float = 5,
+        rest_s: float = 0,
+        options: str = "",
+        secrets_key: str = "",
     ) -> None:
         self._dsn = dsn
         self._rest_s = rest_s
         self._away_until = 0.0
         limits = "-c statement_timeout=8s -c lock_timeout=4s -c timezone=UTC"
+        options += f" -c openinfra.secrets_key={secrets_key}" if secrets_key else ""
         self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
             dsn,
             min_size=1,
@@ -4630,15 +4816,19 @@ async def put_workload(
     True when it was made.
     """
     names = {"namespace": order.namespace, "name": order.name}
-    values = {"replicas": order.replicas, "spec": Jsonb(dict(order.spec))}
     async with db.transaction() as tx:
         await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
         found = await tx.rows(SQL_WORKLOAD_LOCK, Workload, **names)
+        secret_names, is_secret = await _compare_secrets(tx, found, order.secrets)
+        spec = {**order.spec, **({"secrets": secret_names} if secret_names else {})}
+        values = {"replicas": order.replicas, "spec": Jsonb(spec)}
+        detail = {"replicas": order.replicas, "image": spec["image"], "secrets": secret_names}
+        row: Row = {}
         if found:
-            workload_id = found[0].workload_id
-            if (found[0].replicas, found[0].spec) != (order.replicas, dict(order.spec)):
-                await tx.execute(SQL_WORKLOAD_CHANGE, workload_no=found[0].workload_no, **values)
-                detail = {"replicas": order.replicas, "image": order.spec["image"]}
+            workload_id, workload_no = found[0].workload_id, found[0].workload_no
+            if is_secret or (found[0].replicas, found[0].spec) != (order.replicas, spec):
+                which = {"workload_no": workload_no, "is_secret": is_secret}
+                row = await tx.the(SQL_WORKLOAD_CHANGE, **which, **values)
                 await audit(tx, actor, "workload.change", str(workload_id), **detail)
         else:
             count = await tx.the(SQL_WORKLOAD_COUNT, customer_no=customer.customer_no)
@@ -4646,20 +4836,37 @@ async def put_workload(
                 what = f"you have {count['workloads']} workloads, which is the most"
                 raise Refusal("CONFLICT", what, "delete those that are not needed")
             workload_id = uuid.uuid4()
-            await tx.execute(
+            row = await tx.the(
                 SQL_WORKLOAD_INSERT,
                 workload_id=workload_id,
                 actor=actor.name,
                 **names,
                 **values,
             )
-            detail = {**names, "replicas": order.replicas, "image": order.spec["image"]}
-            await audit(tx, actor, "workload.add", str(workload_id), **detail)
+            await audit(tx, actor, "workload.add", str(workload_id), **names, **detail)
+        if is_secret:
+            text = json.dumps(order.secrets, ensure_ascii=False).encode()
+            columns = (row["workload_no"], row["revision"], text)
+            await tx.copy_row(SQL_SECRETS_INSERT, ("int8", "int4", "bytea"), columns)
         return not found, await _get_workload(tx, customer, workload_id)
 
 
+async def _compare_secrets(
+    tx: Transaction, found: Sequence[Workload], given: Mapping[str, str] | None
+) -> tuple[list[str], bool]:
+    """The names of the secrets that a workload is to have, and whether there is one to store."""
+    there = found[0].spec.get("secrets", []) if found else []
+    if given is None:
+        return there, False
+    opened = None
+    if given and there:
+        which = {"workload_no": found[0].workload_no, "revision": found[0].revision}
+        opened = (await tx.the(SQL_SECRETS_OPEN, **which))["secrets"]
+    return sorted(given), bool(given) and (opened is None or json.loads(opened) != given)
+
+
 def decide_order(
-    values: Mapping[str, Any], namespaces: Sequence[str], registry: str
+    values: Mapping[str, Any], namespaces: Sequence[str], registry: str, has_key: bool = True
 ) -> WorkloadOrder:
     """What a checked body asks for, in one of the customer's namespaces; raises Refusal."""
     if not registry:
@@ -4679,10 +4886,15 @@ def decide_order(
     if size > SPEC_BYTES:
         what = f"command and env are larger than {SPEC_BYTES} bytes together"
         raise Refusal("BAD_REQUEST", what, "put what is large into the image", "env")
+    if values["secrets"] and not has_key:
+        what = "this control plane has no key for secrets, so it takes none"
+        raise Refusal("CONFLICT", what, "ask the operator to run setup_cp.py", "secrets")
     spec = {key: values[key] for key in SPEC_KEYS} | {"image": image}  # its tag is still one
     if values["labels"]:
         spec["labels"] = values["labels"]
-    return WorkloadOrder(namespace, values["name"], values["replicas"], spec)
+    if values["secrets"]:
+        spec["secrets"] = sorted(values["secrets"])
+    return WorkloadOrder(namespace, values["name"], values["replicas"], spec, values["secrets"])
 
 
 async def _get_workload(
@@ -4786,6 +4998,7 @@ async def place(db: Database) -> Round:
         await tx.execute(
             SQL_WORKLOAD_UNPLACED, workload_nos=list(reasons), reasons=list(reasons.values())
         )
+        await tx.execute(SQL_SECRETS_PRUNE)
         if made:
             failpoint("place.before_commit")
     return Round(frozenset(touched), len(made), len(reasons), lost)
@@ -4818,6 +5031,14 @@ def parse_copy(row: Row) -> Copy:
     return Copy(**row, is_running=state == "running", is_done=state in DONE_STATES)
 
 
+async def count_lost_secrets(db: Database) -> int:
+    """How many workloads have secrets that cannot be read with the key at hand."""
+    async with db.transaction() as tx:
+        row = await tx.the(SQL_SECRETS_LOST)
+    count: int = row["workloads"]
+    return count
+
+
 async def list_audit(db: Database, values: Mapping[str, Any]) -> list[Row]:
     """A page of the audit log, newest first."""
     async with db.transaction() as tx:
@@ -4846,6 +5067,7 @@ class Settings:
     dsn_file: Path
     owner_dsn_file: Path
     jwt_keys_file: Path
+    secrets_key_file: Path
     grpc_listen: tuple[str, int]
     http_listen: tuple[str, int]
     peer_check: bool
@@ -5288,6 +5510,7 @@ class ControlPlane:
         self.beat_db = beat_db
         self.admin_db = admin_db
         self.customer_db = customer_db
+        self.has_key = False  # of workloads' secrets
         self.stopping = False
         self.busy = 0.0
         self.metrics = Metrics()
@@ -5504,6 +5727,17 @@ def read_secret_file(path: Path, what: str, make: str) -> bytes:
     return content
 
 
+def read_secrets_key(path: Path) -> str:
+    """The key of workloads' secrets; empty when there is none; raises Error."""
+    if not path.exists():
+        return ""
+    what, todo = "key of workloads' secrets", "put the right one back"
+    key = read_secret_file(path, what, todo).decode(errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{64}|", key):
+        raise Error(f"{path} ({what}) is not one line of 64 hex digits", todo)
+    return key
+
+
 DSN_EXAMPLE = "write for example: host=/run/postgresql dbname=openinfra user=openinfra"
 
 
@@ -5710,7 +5944,7 @@ class Request:
 
     actor: Actor
     path: Mapping[str, str]
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] = dataclasses.field(repr=False)  # there may be secrets
     customer: Customer | None = None  # whose key it came with
 
     def host_id(self) -> uuid.UUID:
@@ -5872,7 +6106,7 @@ async def http_label_host(cp: ControlPlane, request: Request) -> Answer:
 
 async def http_put_workload(cp: ControlPlane, request: Request) -> Answer:
     customer = request.of_customer()
-    order = decide_order(request.values, customer.namespaces, cp.settings.registry)
+    order = decide_order(request.values, customer.namespaces, cp.settings.registry, cp.has_key)
     image = order.spec["image"]
     if "@" not in image:
         image = await asyncio.to_thread(read_digest, cp.settings.registry_url, image)
@@ -6216,6 +6450,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "engine_version": "string",
         "offered_cpu_milli": "integer",
         "offered_memory_bytes": "integer",
+        "takes_secrets": "boolean",
         "assignments": "integer",
         "drained_at": "date-time?",
         "labels": "Object",
@@ -6297,6 +6532,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "arch": "string?",
         "provider": "string?",
         "labels": "Object",
+        "secrets": "strings",
         "created_by": "string",
         "created_at": "date-time",
         "changed_at": "date-time",
@@ -6849,12 +7085,15 @@ class HttpServer(http.server.HTTPServer):
 async def serve(settings: Settings) -> None:
     """Run the control plane until SIGTERM or SIGINT; a second signal kills."""
     read_jwt_keys(settings.jwt_keys_file)
-    dsn = read_dsn(settings.dsn_file)
+    dsn, key = read_dsn(settings.dsn_file), read_secrets_key(settings.secrets_key_file)
     # A plan made once for any filter reads the whole table for some of them (test_hosts_api.py).
-    admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options="-c plan_cache_mode=force_custom_plan")
-    beat_db = Database(dsn, 2, rest_s=1)  # batches and sweeps do not wait for it one by one
-    customer_db = Database(dsn, 2, wait_s=1, rest_s=1)
+    custom = "-c plan_cache_mode=force_custom_plan"
+    admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options=custom, secrets_key=key)
+    # Batches and sweeps do not wait for it one by one.
+    beat_db = Database(dsn, 2, rest_s=1, secrets_key=key)
+    customer_db = Database(dsn, 2, wait_s=1, rest_s=1, secrets_key=key)
     cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db, customer_db)
+    cp.has_key = bool(key)
     pools = (cp.db, beat_db, admin_db, customer_db)
     try:
         for pool in pools:
@@ -6892,6 +7131,7 @@ async def run_server(cp: ControlPlane) -> None:
     server = make_grpc_server(cp)
     async with cp.beat_db.transaction() as tx:  # both ports are ours: it will serve
         await tx.execute(SQL_SERVE_START)
+        await tx.execute(SQL_SECRETS_KEY)
     await server.start()
     threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
     flusher = asyncio.create_task(cp.flush_forever())
@@ -7031,6 +7271,7 @@ class PilotPlan:
             f"--env-file={os.devnull}",
             f"--dsn-file={self.cp_dir / 'dsn'}",
             f"--jwt-keys-file={self.cp_dir / 'jwt-keys.json'}",
+            f"--secrets-key-file={self.cp_dir / 'secrets.key'}",
             f"--grpc-listen=127.0.0.1:{self.grpc_port}",
             f"--http-listen=127.0.0.1:{self.http_port}",
             "--peer-check=off",
@@ -7048,6 +7289,7 @@ class PilotPlan:
             # The machine's own key, engine and limits are not ours.
             f"--wg-pubkey-file={self.agent_dir / 'openinfra.pub'}",
             f"--lease-file={self.agent_dir / 'lease.json'}",
+            f"--secrets-dir={self.agent_dir / 'secrets'}",
             "--engine-socket=none",
             f"--limits={self.agent_dir / 'limits.conf'}",
             "--allow-unencrypted",
@@ -7576,8 +7818,9 @@ DO $$ DECLARE command text; BEGIN
   END IF;
   FOR command IN SELECT format('DROP TABLE %s CASCADE', oid::regclass) FROM pg_class
       WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
-    UNION ALL SELECT format('DROP FUNCTION %s CASCADE', oid::regprocedure) FROM pg_proc
-      WHERE pronamespace = 'public'::regnamespace
+    UNION ALL SELECT format('DROP FUNCTION %s CASCADE', p.oid::regprocedure) FROM pg_proc p
+      WHERE pronamespace = 'public'::regnamespace AND NOT EXISTS (
+        SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')  -- an extension's
   LOOP EXECUTE command; END LOOP;
 END $$;
 """
@@ -8009,6 +8252,7 @@ OPTIONS = (
     Option("dsn-file", "/etc/openinfra/cp/dsn", "file with the CP's connection string"),
     Option("owner-dsn-file", "/etc/openinfra/cp/owner-dsn", "the same of the schema's owner"),
     Option("jwt-keys-file", "/etc/openinfra/cp/jwt-keys.json", "keys that sign operators' tokens"),
+    Option("secrets-key-file", "/etc/openinfra/cp/secrets.key", "key of workloads' secrets"),
     Option("grpc-listen", f"{HUB}:9092", "address and port for the agents"),
     Option("http-listen", "127.0.0.1:8080", "address and port for the operator's API"),
     Option("peer-check", "wg", "wg: a host must come from its own tunnel address; off: pilot only"),
@@ -8072,6 +8316,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         dsn_file=Path(chosen["dsn-file"]),
         owner_dsn_file=Path(chosen["owner-dsn-file"]),
         jwt_keys_file=Path(chosen["jwt-keys-file"]),
+        secrets_key_file=Path(chosen["secrets-key-file"]),
         grpc_listen=parse_address(chosen["grpc-listen"], "grpc-listen"),
         http_listen=parse_address(chosen["http-listen"], "http-listen"),
         peer_check=chosen["peer-check"] == "wg",
@@ -8116,9 +8361,11 @@ def mint_jwt(key: JwtKey, sub: str, scope: str, ttl_s: int) -> str:
     return render_jwt(key, {**claims, "jti": new_public_id(), "iat": now, "exp": now + ttl_s})
 
 
-async def with_database(dsn_file: Path, work: Callable[[Database], Awaitable[T]]) -> T:
+async def with_database(
+    dsn_file: Path, work: Callable[[Database], Awaitable[T]], secrets_key: str = ""
+) -> T:
     """Open the database, check its schema, run one operation, close it."""
-    db = Database(read_dsn(dsn_file), size=1)
+    db = Database(read_dsn(dsn_file), size=1, secrets_key=secrets_key)
     await db.open()
     try:
         async with db.transaction() as tx:
@@ -8263,7 +8510,11 @@ def command_workloads(args: argparse.Namespace, settings: Settings) -> int:
         {"limit": args.limit, **{k: v for k, v in filters.items() if v is not None}},
     )
     found = asyncio.run(
-        with_database(settings.dsn_file, lambda db: list_workloads(db, None, values))
+        with_database(
+            settings.dsn_file,
+            lambda db: list_workloads(db, None, values),
+            read_secrets_key(settings.secrets_key_file),
+        )
     )
     shown = [render_workload(*each) for each in found]
     if args.json:
@@ -8353,6 +8604,14 @@ async def diagnose(settings: Settings, invariants: bool) -> tuple[list[dict[str,
     except Error as error:
         problems.append(error)
     try:
+        key = read_secrets_key(settings.secrets_key_file)
+        count = await with_database(settings.dsn_file, count_lost_secrets, key)
+        if count:
+            what = (
+                f"the secrets of {count} workloads cannot be read with {settings.secrets_key_file}"
+            )
+            todo = "put the key there that they were set with, and restart openinfra-cp; without it"
+            problems.append(Error(what, f"{todo} their customers set them again"))
         found = await with_database(settings.dsn_file, find_violations if invariants else no_rows)
         for name, sentence, subject in found:
             what = f"{name}: it must hold that {sentence}, but not so for {subject}"

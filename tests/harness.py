@@ -261,6 +261,8 @@ class ControlPlane:
         self.dsn_file = directory / "dsn"
         self.keys_file = directory / "jwt-keys.json"
         self.set_dsn(postgres.dsn(self.database, "openinfra"))
+        self.secrets_key_file = directory / "secrets.key"
+        cp_server.write_file(self.secrets_key_file, secrets.token_hex(32).encode(), 0o600)
         self.key = cp_server.add_jwt_key(self.keys_file, [])
         self.token = cp_server.mint_jwt(self.key, "tester", "admin", 3600)
         self.grpc_port = 9092 if netns else free_port()
@@ -275,6 +277,7 @@ class ControlPlane:
         """A command line of cp_server.py on this database."""
         files = ["--env-file", os.devnull, "--dsn-file", str(self.dsn_file)]
         files += ["--jwt-keys-file", str(self.keys_file)]
+        files += ["--secrets-key-file", str(self.secrets_key_file)]
         script = [self.python, "-W", "error", str(self.scripts / "cp_server.py")]
         return [*script, command, *files, *more]
 
@@ -423,6 +426,7 @@ def facts(**changes: Any) -> pb.Facts:
         "engine_version": "20.10.24",
         "offered_cpu_milli": 3000,
         "offered_memory_bytes": 6 << 30,
+        "takes_secrets": True,
     }
     return pb.Facts(**{**values, **changes})
 
@@ -701,6 +705,7 @@ class Agent:
         self.socket = directory / "agent.sock"
         self.key_file = directory / "openinfra.pub"
         self.lease_file = directory / "lease.json"
+        self.secrets_dir = Path("/dev/shm", f"oi-secrets-{os.getpid()}-{secrets.token_hex(3)}")
         self.engine_socket = Path("none")  # no engine, unless a test says
         self.limits_file = directory / "limits.conf"
         if wg_key:
@@ -719,6 +724,7 @@ class Agent:
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
         flags += [f"--wg-pubkey-file={self.key_file}", f"--lease-file={self.lease_file}"]
         flags += [f"--engine-socket={self.engine_socket}", f"--limits={self.limits_file}"]
+        flags += [f"--secrets-dir={self.secrets_dir}"]
         argv = [self.python, "-W", "error", str(self.scripts / "agent.py"), command, *flags, *more]
         return self.netns.argv(argv) if self.netns else argv
 

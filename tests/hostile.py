@@ -36,7 +36,7 @@ from tests.harness import (
 ACTOR = cp_server.Actor("cli:tester")
 CROWD = "10.77.66.66"  # the address that all hostile calls come from
 _MACHINE = ("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
-FACTS = cp_server.Facts(*_MACHINE, "20.10.24", "", 3000, 6 << 30)
+FACTS = cp_server.Facts(*_MACHINE, "20.10.24", "", 3000, 6 << 30, True)
 
 
 class Job:

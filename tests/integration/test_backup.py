@@ -493,15 +493,20 @@ def test_an_older_schema_is_restored_and_migrated(
     spare_postgres: Postgres, target: Machine, source: Machine, tmp_path: Path
 ) -> None:
     old = Machine(spare_postgres, tmp_path / "old")
-    tables = "assignments, workloads, customer_keys, customer_namespaces, customers"
-    facts = ("engine_version", "unready", "offered_cpu_milli", "offered_memory_bytes", "drained_at")
+    tables = (
+        "workload_secrets, assignments, workloads, customer_keys, customer_namespaces, customers"
+    )
+    facts = "engine_version unready offered_cpu_milli offered_memory_bytes drained_at takes_secrets"
     for sql in (
         "DROP INDEX hosts_revoked",
         "DROP INDEX audit_log_wg_key",
         f"DROP TABLE {tables}",
-        f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
+        f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts.split())}",
         "ALTER TABLE liveness DROP desired_revision",
-        "ALTER TABLE cp_state DROP restored_at",
+        "ALTER TABLE cp_state DROP restored_at, DROP secrets_key_sha256",
+        "DROP FUNCTION secrets_key_sha256, seal_secrets, open_secrets, are_secrets_lost",
+        "DROP FUNCTION prune_secrets",
+        "DROP EXTENSION pgcrypto",
         "DELETE FROM schema_migrations WHERE number >= 4",
     ):
         spare_postgres.execute(old.cp.database, sql)

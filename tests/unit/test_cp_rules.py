@@ -877,6 +877,7 @@ def make_facts(**changes: Any) -> pb.Facts:
         "engine_version": "20.10.24",
         "offered_cpu_milli": 3000,
         "offered_memory_bytes": 6 << 30,
+        "takes_secrets": True,
     }
     return pb.Facts(**{**values, **changes})
 
@@ -884,7 +885,7 @@ def make_facts(**changes: Any) -> pb.Facts:
 def test_facts_are_read() -> None:
     facts = cp_server.parse_facts(make_facts())
     machine = ("lab", "x86_64", "6.1.0", "0.1.0", 4, 8 << 30, 100 << 30, True)
-    assert facts == cp_server.Facts(*machine, "20.10.24", "", 3000, 6 << 30)
+    assert facts == cp_server.Facts(*machine, "20.10.24", "", 3000, 6 << 30, True)
 
 
 @pytest.mark.parametrize(
@@ -1243,6 +1244,7 @@ def make_host(**changes: Any) -> Host:
         "unready": "",
         "offered_cpu_milli": 3000,
         "offered_memory_bytes": 6 << 30,
+        "takes_secrets": True,
         "drained_at": None,
         "labels": {},
         "assignments": 0,

@@ -51,6 +51,7 @@ def test_the_smallest_order() -> None:
         "arch": None,
         "provider": None,
     }
+    assert order.secrets is None
 
 
 @pytest.mark.parametrize(
@@ -167,9 +168,33 @@ def test_an_image_by_its_tag(image: str, kept: str) -> None:
                     "user",
                     "security_opt",
                 ),
-                *("binds", "runtime", "sysctls", "host_ip", "host_port", "secrets"),
+                *("binds", "runtime", "sysctls", "host_ip", "host_port"),
             )
         ],
+        ("secrets", True, "wrong type"),
+        ("secrets", None, "wrong type"),
+        ("secrets", {"a": 1}, "secrets[a] has the wrong type"),
+        ("secrets", {str(n): "" for n in range(17)}, "send 0 to 16 of them"),
+        *(
+            ("secrets", {name: ""}, "none of a file")
+            for name in (
+                "",
+                ".",
+                "..",
+                ".x",
+                "-x",
+                "a/b",
+                "/a",
+                "a\\b",
+                "a b",
+                "é",
+                "a\n",
+                "a" * 64,
+            )
+        ),
+        ("secrets", {"a": "\ud800"}, "broken character"),
+        ("secrets", {"a": "x" * 16_384}, "larger than 16384 bytes"),
+        ("secrets", {"a": "é" * 5000, "b": "é" * 3192}, "larger than 16384 bytes"),
     ],
 )
 def test_what_cannot_be_asked_for(field: str, value: Any, said: str) -> None:
@@ -178,6 +203,38 @@ def test_what_cannot_be_asked_for(field: str, value: Any, said: str) -> None:
     code = "FORBIDDEN" if "of yours" in said or "of your" in said else "BAD_REQUEST"
     assert (refused.value.code, refused.value.field.partition("[")[0]) == (code, field)
     assert said in str(refused.value)
+
+
+SECRETS = {"b_1.Key-x": "hunter2", "_": "", "0": "\0\n\u202eé", "big": "x" * 16_356}
+
+
+def test_secrets_are_a_part_of_an_order_and_not_of_its_spec() -> None:
+    order = parse(secrets=SECRETS)
+    assert order.secrets == SECRETS  # 16,384 bytes with their names
+    assert order.spec["secrets"] == ["0", "_", "b_1.Key-x", "big"]
+    assert "hunter2" not in repr(order)
+    assert "hunter2" not in json.dumps(order.spec)
+    assert parse(secrets={}).secrets == {}
+
+
+@pytest.mark.parametrize(
+    "secrets", [{"a/b": "hunter2"}, {"a": "hunter2" * 3000}, {"a": "hunter2\ud800"}, ["hunter2"]]
+)
+def test_a_refusal_repeats_no_secret(secrets: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        parse(secrets=secrets)
+    assert "hunter2" not in str(refused.value) + repr(refused.value)
+
+
+def test_without_a_key_no_secrets_are_taken() -> None:
+    values = cp_server.parse_fields(cp_server.WORKLOAD_FIELDS, {**ORDER, "secrets": {"a": "b"}})
+    with pytest.raises(Refusal, match="has no key for secrets") as refused:
+        cp_server.decide_order(values, ["kuma"], "cp.example.com", has_key=False)
+    assert (refused.value.code, refused.value.field) == ("CONFLICT", "secrets")
+    more: dict[str, Any]
+    for more in ({}, {"secrets": {}}):
+        values = cp_server.parse_fields(cp_server.WORKLOAD_FIELDS, {**ORDER, **more})
+        cp_server.decide_order(values, ["kuma"], "cp.example.com", has_key=False)
 
 
 json_values = st.recursive(
@@ -211,6 +268,7 @@ def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(body: dict[s
         "assignment_no": 1,
         "workload_id": uuid.UUID(int=2),
         "state": "running",
+        "secrets": None,
     }
     made = cp_server.render_assignment(row, "cp.example.com")
     assert pb.Assignment.FromString(made.SerializeToString()) == made
@@ -231,6 +289,7 @@ def test_an_assignment_as_its_host_gets_it() -> None:
         "assignment_no": 77,
         "workload_id": uuid.UUID(int=2),
         "state": "failed",
+        "secrets": None,
     }
     assert cp_server.render_assignment(row, "cp.example.com") == pb.Assignment(
         assignment_id=str(uuid.UUID(int=1)),
@@ -249,6 +308,13 @@ def test_an_assignment_as_its_host_gets_it() -> None:
         restart=pb.RESTART_ON_FAILURE,
         done=True,
     )
+    row["spec"] = parse(secrets={"a": "1", "b": "ä"}).spec
+    withheld = cp_server.render_assignment(row, "cp.example.com")
+    assert (dict(withheld.secrets), withheld.secrets_withheld) == ({}, True)
+    row["secrets"] = b'{"a": "1", "b": "\xc3\xa4"}'
+    opened = cp_server.render_assignment(row, "cp.example.com")
+    assert dict(opened.secrets) == {"a": b"1", "b": "ä".encode()}
+    assert not opened.secrets_withheld
 
 
 # Placement ---------------------------------------------------------------------------------------
@@ -296,6 +362,8 @@ def place(demands: list[Demand], places: list[Place]) -> tuple[dict[tuple[int, i
 
 OTHER_PROVIDER = {"provider": "solana:2"}
 EU = {"region": "eu"}
+WITH_SECRETS = {"secrets": ["token"]}
+PRIVATE = make_place(1, takes_secrets=True)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +382,9 @@ EU = {"region": "eu"}
         (make_demand(), [make_place(1, port_slots=set(range(1024)))], 1),
         # As asked.
         (make_demand(spec={"arch": "aarch64"}), [make_place(1)], None),
+        (make_demand(spec=WITH_SECRETS), [make_place(1)], None),
+        (make_demand(spec=WITH_SECRETS), [make_place(1), make_place(2, takes_secrets=True)], 2),
+        (make_demand(spec=WITH_SECRETS, secrets_lost=True), [PRIVATE], None),
         (make_demand(spec={"arch": "aarch64"}), [make_place(1), make_place(2, arch="aarch64")], 2),
         (make_demand(spec={"labels": EU}), [make_place(1)], None),
         (make_demand(spec={"labels": EU}), [make_place(1, labels=EU | {"disk": "ssd"})], 1),
@@ -370,6 +441,12 @@ def test_ports_of_one_host_are_not_given_twice() -> None:
     [
         (make_demand(), [], "no host is ready for work now"),
         (make_demand(spec={"arch": "aarch64"}), [make_place(1)], "none of 1 hosts is as asked"),
+        (
+            make_demand(spec=WITH_SECRETS),
+            [make_place(1)],
+            "none of 1 hosts is as asked: for its secrets an encrypted disk and a new agent",
+        ),
+        (make_demand(spec=WITH_SECRETS, secrets_lost=True), [PRIVATE], cp_server.SECRETS_LOST),
         (make_demand(), [make_place(1, cpu_milli=-5)], "the most of each is 0 and 1073741824"),
         (
             make_demand(rejections={0: Rejections(2, 9.0, "image not found")}),
@@ -432,6 +509,11 @@ def test_a_new_revision_replaces_one_copy_at_a_time(
 ) -> None:
     got = cp_server.plan_rollout(make_demand(replicas, *copies, revision=2))
     assert got == ([100 + replica for replica in stopped], missing)
+
+
+def test_what_runs_stays_when_its_secrets_cannot_be_read() -> None:
+    demand = make_demand(3, make_copy(0), make_copy(1, **IDLE), revision=2, secrets_lost=True)
+    assert cp_server.plan_rollout(demand) == ([], [2])
 
 
 @given(st.data())
@@ -561,7 +643,14 @@ WAITS: dict[str, Any] = {"state": "waiting", "reason": "ended with exit code 1"}
             "stopping",
             ["it is being stopped: fewer"],
         ),
-        (make_workload(deleted_at=AT), [], "deleted", []),
+        (make_workload(secrets_lost=True), [RUNS()], "running", [cp_server.SECRETS_LOST]),
+        (
+            make_workload(secrets_lost=True, unplaced_reason="why"),
+            [],
+            "pending",
+            [cp_server.SECRETS_LOST, "replica 0: why"],
+        ),
+        (make_workload(deleted_at=AT, secrets_lost=True), [], "deleted", []),
         (
             make_workload(deleted_at=AT),
             [RUNS(stop_reason="the workload was deleted")],
