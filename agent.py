@@ -41,6 +41,8 @@ Files (mode)
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
   /run/openinfra/lease.json          0600  which workloads may run, and until when
+  /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
+    <assignment>/<name>              0444  that workload sees its own in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
@@ -199,6 +201,9 @@ NAMED_MAX = 64
 # wait for the next.
 OBSERVED_MAX_BYTES = 48_000
 BEAT_MAX_BYTES = 60_000
+SECRETS_MAX = 16
+SECRETS_MAX_BYTES = 16_384
+SECRETS_TARGET = "/run/secrets"
 # Docker makes no container with less memory; the kernel takes no smaller share of a processor.
 MEMORY_MIN_BYTES = 6 << 20
 CPU_MIN_MILLI = 10
@@ -271,7 +276,7 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),
     # Not shared with anything else in the process, and no surprise in memory.
     ("grpc.use_local_subchannel_pool", 1),
-    # A hundred assignments with all the environment that they may have.
+    # ASSIGNMENTS_MAX with all the environment and all the secrets that the CP lets them have.
     ("grpc.max_receive_message_length", 8 << 20),
 )
 
@@ -289,6 +294,7 @@ IMAGE_RE = re.compile(
     r"(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*){2}@sha256:[0-9a-f]{64}"
 )
 WORKLOAD_ENV_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+SECRET_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 VOLUME_RE = re.compile(r"(?:/[A-Za-z0-9_.-]{1,64}){1,8}/?")
 HEX_32_RE = re.compile(r"[0-9a-f]{64}")
 WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
@@ -430,6 +436,7 @@ OPTIONS = (
     Option("wg_conf", "--wg-conf", "", "/etc/wireguard/openinfra.conf", "settings of the tunnel"),
     Option("guard_file", "--guard-file", "", "/run/openinfra/guard.json", "what guard found"),
     Option("lease_file", "--lease-file", "", "/run/openinfra/lease.json", "the right to run"),
+    Option("secrets_dir", "--secrets-dir", "", "/run/openinfra/secrets", "workloads' secrets"),
     Option(
         "engine_socket",
         "--engine-socket",
@@ -471,6 +478,7 @@ class Config:
     wg_pubkey_file: Path
     guard_file: Path
     lease_file: Path
+    secrets_dir: Path
     engine_socket: Path
     limits: Path
     wallet: str
@@ -579,6 +587,13 @@ class EngineError(Exception):
         self.status = status
 
 
+class NoSecretsError(EngineError):
+    """A workload's secrets are not here, so that it cannot be started."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(503, words)
+
+
 class Refuse(Exception):
     """Why this host does not take an assignment: the field, and what is wrong with it."""
 
@@ -617,6 +632,9 @@ class Wish:
     restart: Restart
     # It ended for good, as this host said once.
     is_done: bool = False
+    # Contents of files by their names; none when they are withheld, and it has some all the same.
+    has_secrets: bool = False
+    secrets: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
     sha256: str = ""
 
 
@@ -702,6 +720,7 @@ class Workloads:
     """All that the daemon knows of workloads. Times are seconds of CLOCK_BOOTTIME."""
 
     engine: Engine
+    secrets_dir: Path
     limits: Limits
     threads: ThreadPoolExecutor
     pulls: asyncio.Semaphore
@@ -766,6 +785,7 @@ class Agent:
     identity: Identity
     wg_pubkey: str
     disk_encrypted: bool
+    takes_secrets: bool
     boot_id: str
     started_s: float
     stub: openinfra_pb2_grpc.AgentApiAsyncStub
@@ -951,6 +971,7 @@ def decide_config(args: argparse.Namespace, env: EnvFile) -> Config:
         wg_pubkey_file=Path(value["wg_pubkey_file"]),
         guard_file=Path(value["guard_file"]),
         lease_file=Path(value["lease_file"]),
+        secrets_dir=Path(value["secrets_dir"]),
         engine_socket=Path(value["engine_socket"]),
         limits=Path(value["limits"]),
         wallet=parse_wallet(value["wallet"]),
@@ -1259,6 +1280,8 @@ def parse_assignment(assignment: pb.Assignment, offered: Limits) -> Wish:
         has_internet=assignment.egress == pb.EGRESS_INTERNET,
         restart=Restart(assignment.restart),
         is_done=assignment.done,
+        has_secrets=bool(assignment.secrets) or assignment.secrets_withheld,
+        secrets=parse_secrets(assignment.secrets),
     )
 
 
@@ -1266,6 +1289,19 @@ def check_fits(why: str, is_right: object) -> None:
     """Raise Refuse with what is wrong, unless it is right."""
     if not is_right:
         raise Refuse(why)
+
+
+def parse_secrets(secrets: Mapping[str, bytes]) -> tuple[tuple[str, bytes], ...]:
+    """Take the secrets of one assignment; no value is in a refusal."""
+    check_fits(f"secrets are more than {SECRETS_MAX}", len(secrets) <= SECRETS_MAX)
+    for name in secrets:
+        shown = parse_line(name, NAMED_MAX)
+        check_fits(
+            f"secrets have a name that is none of a file: {shown}", SECRET_RE.fullmatch(name)
+        )
+    size = sum(len(name) + len(value) for name, value in secrets.items())
+    check_fits(f"secrets are over {SECRETS_MAX_BYTES} bytes", size <= SECRETS_MAX_BYTES)
+    return tuple(sorted(secrets.items()))
 
 
 def parse_ports(ports: Sequence[pb.Port]) -> tuple[tuple[int, int], ...]:
@@ -1282,7 +1318,7 @@ def parse_ports(ports: Sequence[pb.Port]) -> tuple[tuple[int, int], ...]:
 
 
 def decide_wishes(
-    assignments: Sequence[pb.Assignment], offered: Limits, address: str
+    assignments: Sequence[pb.Assignment], offered: Limits, address: str, secrets_dir: Path
 ) -> tuple[tuple[Wish, ...], dict[str, str]]:
     """Take the list as far as it fits, in its order; the others' reasons, by their ids."""
     wishes: dict[str, Wish] = {}
@@ -1305,7 +1341,7 @@ def decide_wishes(
         if not wish.is_done:
             left = Limits(left.cpu_milli - wish.cpu_milli, left.memory_bytes - wish.memory_bytes)
         ports |= {*outer(wish)}
-        sha256 = render_container(wish, address)["Labels"]["openinfra.wish"]
+        sha256 = render_container(wish, address, secrets_dir)["Labels"]["openinfra.wish"]
         wishes[name] = replace(wish, sha256=sha256)
     return tuple(wishes.values()), refused
 
@@ -1334,11 +1370,12 @@ def render_network(wish: Wish) -> dict[str, Any]:
     }
 
 
-def render_container(wish: Wish, address: str) -> dict[str, Any]:
+def render_container(wish: Wish, address: str, secrets_dir: Path) -> dict[str, Any]:
     """Write the body of POST /containers/create: the sandbox, whatever the assignment says.
 
-    Nothing of the host is in it, no capability, no way to write but to memory; the default seccomp
-    filter and the engine's user namespace are there because nothing here turns them off.
+    Of the host there is nothing in it but a directory with the workload's own secrets, no
+    capability, no way to write but to memory; the default seccomp filter and the engine's user
+    namespace are there because nothing here turns them off.
     """
     network = render_network_name(wish)
     body: dict[str, Any] = {
@@ -1382,6 +1419,10 @@ def render_container(wish: Wish, address: str) -> dict[str, Any]:
     }
     if wish.command:
         body["Cmd"] = [*wish.command]
+    if wish.has_secrets:
+        source = str(secrets_dir / wish.assignment_id)  # a UUID
+        mount = {"Type": "bind", "Source": source, "Target": SECRETS_TARGET, "ReadOnly": True}
+        body["HostConfig"]["Mounts"] = [mount]
     text = json.dumps([body, render_network(wish)], sort_keys=True)
     body["Labels"]["openinfra.wish"] = hashlib.sha256(text.encode()).hexdigest()
     return body
@@ -1400,6 +1441,7 @@ def parse_volumes(config: object) -> tuple[str, ...]:
     check_fits(f"image has more than {VOLUMES_MAX} volumes", len(found) <= VOLUMES_MAX)
     for path in found:
         is_right = VOLUME_RE.fullmatch(path) and not {".", ".."} & {*path.split("/")}
+        is_right = is_right and not f"{path}/".startswith(f"{SECRETS_TARGET}/")
         check_fits(f"image has a volume with no place here: {parse_line(path, 80)}", is_right)
     return found
 
@@ -1630,6 +1672,22 @@ def plan_containers(
     return steps
 
 
+def decide_held(
+    wishes: Sequence[Wish] | None, found: Sequence[Container], memory: Memory
+) -> set[str]:
+    """The assignments whose secrets stay on this host: of those that run, or may be started."""
+    held = {each.assignment_id for each in found if each.is_running}
+    if wishes is None:
+        return held | memory.kept
+    mine = {each.assignment_id: each for each in found}
+    for wish in wishes:
+        one, past = mine.get(wish.assignment_id), memory.pasts.get(wish.assignment_id, Past())
+        is_over = wish.is_done or past.rejected or (one and is_final(wish, past, one))
+        if wish.has_secrets and not is_over:
+            held.add(wish.assignment_id)
+    return held
+
+
 def plan_stop(found: Container, now_s: float, memory: Memory) -> Iterator[Step]:
     """Ask a container to end, then end it."""
     told_s = memory.stops.get(found.id)
@@ -1669,6 +1727,8 @@ def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> 
     if "already allocated" in words or "address already in use" in words:
         ports = ", ".join(str(port) for port in outer(step.wish)) if step.wish else ""
         return replace(past, rejected=f"a port is taken on this host (it asks for {ports})")
+    if isinstance(error, NoSecretsError):
+        return replace(past, rejected=words)
     if step.verb is Verb.START:
         return past  # the container says it itself, as its end
     if step.verb is Verb.CREATE and "no such image" in words.lower():
@@ -2476,7 +2536,50 @@ def read_facts(agent: Agent) -> pb.Facts:
         unready=read_unready(agent)[0],
         offered_cpu_milli=agent.workloads.limits.cpu_milli,
         offered_memory_bytes=agent.workloads.limits.memory_bytes,
+        takes_secrets=agent.takes_secrets,
     )
+
+
+def ensure_memory(path: Path) -> bool:
+    """Make a directory for root alone; tell whether what is in it is in memory, and on no disk."""
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)
+        device = path.stat().st_dev
+        row = rf"^\d+ \d+ {os.major(device)}:{os.minor(device)} .* - (?:tmpfs|ramfs) "
+        return re.search(row, read_text("/proc/self/mountinfo"), re.MULTILINE) is not None
+    return False
+
+
+def ensure_secrets(directory: Path, wish: Wish) -> None:
+    """Lay a workload's secrets whole, or leave those that are there when they are withheld.
+
+    Its user reads them; others of this machine do not get through the directory above.
+    """
+    path, new = directory / wish.assignment_id, directory / f".{wish.assignment_id}.new"
+    try:
+        if wish.secrets:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(mode=0o700)
+            for name, value in wish.secrets:
+                with open(new / name, "xb") as file:
+                    os.fchmod(file.fileno(), 0o444)
+                    file.write(value)
+            new.chmod(0o755)
+            shutil.rmtree(path, ignore_errors=True)
+            new.rename(path)
+    except OSError as error:
+        raise NoSecretsError(f"secrets cannot be laid: {error.strerror}") from None
+    if wish.has_secrets and not path.is_dir():
+        raise NoSecretsError("the control plane cannot read its secrets now, and none are here")
+
+
+def remove_secrets(directory: Path, held: Collection[str]) -> None:
+    """Remove the secrets of all assignments but these."""
+    with contextlib.suppress(OSError):
+        for path in [*directory.iterdir()]:
+            if path.name.removeprefix(".").removesuffix(".new") not in held:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def ensure_scrubbed(env_file: Path, invite_id: str | None) -> None:
@@ -2877,10 +2980,10 @@ class Engine:
                 parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
             return cut_log(parse_frames(answer.read), limit_bytes)
 
-    def create(self, wish: Wish, address: str, network: str) -> None:
+    def create(self, wish: Wish, address: str, network: str, secrets_dir: Path) -> None:
         """Make a workload's container, and its network unless it is there."""
         volumes = parse_volumes(self.read_image(wish.image))
-        body = render_container(wish, address)
+        body = render_container(wish, address, secrets_dir)
         body["HostConfig"]["Tmpfs"] |= {path: render_tmpfs(wish) for path in volumes}
         if network != render_network_name(wish):
             self.ask("POST", "/networks/create", None, render_network(wish))
@@ -3142,7 +3245,7 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
     if reply.HasField("desired") and address:
         workloads.revision, workloads.address = reply.desired.revision, address
         workloads.wishes, workloads.refused = decide_wishes(
-            reply.desired.assignments, workloads.limits, address
+            reply.desired.assignments, workloads.limits, address, workloads.secrets_dir
         )
         pasts = workloads.memory.pasts
         for wish in workloads.wishes:
@@ -3358,6 +3461,8 @@ async def tidy(workloads: Workloads) -> None:
 def begin_steps(workloads: Workloads, unready: str) -> None:
     """Begin what is to be done, each step beside the others; no two at once for one assignment."""
     memory, now_s = workloads.memory, read_boot_s()
+    held = decide_held(workloads.wishes, workloads.containers, memory)
+    remove_secrets(workloads.secrets_dir, held)
     seen, right_until_s = (workloads.containers, workloads.networks), workloads.right_until_s
     for step in plan_containers(workloads.wishes, *seen, now_s, right_until_s, memory, unready):
         if step.key in workloads.tasks or step.key in workloads.busy:
@@ -3402,10 +3507,12 @@ def run_step(workloads: Workloads, step: Step) -> None:
         engine.remove(step.container_id, step.network)
     elif step.verb in (Verb.TERM, Verb.KILL):
         engine.ask_gone("POST", f"{container}/kill", {"signal": f"SIG{step.verb.name}"})
-    elif step.verb is Verb.START:
+    elif step.wish is not None and step.verb is Verb.START:
+        ensure_secrets(workloads.secrets_dir, step.wish)
         engine.ask("POST", f"{container}/start")
     elif step.wish is not None and step.verb is Verb.CREATE:
-        engine.create(step.wish, workloads.address, step.network)
+        ensure_secrets(workloads.secrets_dir, step.wish)
+        engine.create(step.wish, workloads.address, step.network, workloads.secrets_dir)
     elif step.wish is not None:
         name, wish = step.assignment_id, step.wish
         try:
@@ -4043,6 +4150,7 @@ def make_workloads(config: Config, limits: Limits) -> Workloads:
     """Make the memory of workloads, empty."""
     return Workloads(
         engine=Engine(config.engine_socket),
+        secrets_dir=config.secrets_dir,
         limits=limits,
         threads=ThreadPoolExecutor(THREADS_MAX),
         pulls=asyncio.Semaphore(PULLS_MAX),
@@ -4075,6 +4183,7 @@ async def serve(
         identity=identity,
         wg_pubkey=wg_pubkey,
         disk_encrypted=encrypted,
+        takes_secrets=ensure_memory(config.secrets_dir),
         boot_id=read_text("/proc/sys/kernel/random/boot_id").strip(),
         started_s=read_boot_s(),
         stub=cast("openinfra_pb2_grpc.AgentApiAsyncStub", openinfra_pb2_grpc.AgentApiStub(channel)),

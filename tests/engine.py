@@ -30,7 +30,21 @@ from tests.harness import Netns, Process, inside, wait_for
 
 USER = "openinfra-engine"
 REGISTRY = "127.0.0.1:5000"
-APPLETS = ("sh", "cat", "dd", "echo", "grep", "httpd", "id", "nc", "sleep", "tail", "touch", "true")
+APPLETS = (
+    "sh",
+    "cat",
+    "dd",
+    "echo",
+    "grep",
+    "httpd",
+    "id",
+    "ls",
+    "nc",
+    "sleep",
+    "tail",
+    "touch",
+    "true",
+)
 
 
 def ensure_user() -> None:

@@ -183,6 +183,7 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         wg_pubkey_file=DIRECTORY / "key",
         guard_file=DIRECTORY / "guard.json",
         lease_file=DIRECTORY / "lease.json",
+        secrets_dir=DIRECTORY / "secrets",
         engine_socket=Path("none"),
         limits=DIRECTORY / "limits.conf",
         wallet=WALLET,
@@ -197,6 +198,7 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         identity=identity,
         wg_pubkey=WG_KEY,
         disk_encrypted=True,
+        takes_secrets=True,
         boot_id=BOOT_ID,
         started_s=0.0,
         stub=Stub(data),  # type: ignore[arg-type]

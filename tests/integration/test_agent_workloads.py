@@ -478,6 +478,7 @@ def make_workloads(path: Path) -> agent_script.Workloads:
     """What an agent knows of workloads at its start, with the engine at a socket."""
     return agent_script.Workloads(
         engine=agent_script.Engine(path),
+        secrets_dir=path.with_name("secrets"),
         limits=agent_script.Limits(1000, 1 << 30),
         threads=ThreadPoolExecutor(2),
         pulls=asyncio.Semaphore(1),

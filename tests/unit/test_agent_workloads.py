@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ WORKLOAD = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f03"
 IMAGE = f"registry.coledex.com/acme/web@sha256:{'ab' * 32}"
 OFFERED = Limits(4000, 8 << 30)
 ADDRESS = "10.77.16.5"
+SECRETS = Path("/run/openinfra/secrets")
 
 
 def make(**changes: Any) -> pb.Assignment:
@@ -43,7 +47,7 @@ def make(**changes: Any) -> pb.Assignment:
 
 
 def take(**changes: Any) -> Wish:
-    (wish,), refused = agent.decide_wishes([make(**changes)], OFFERED, ADDRESS)
+    (wish,), refused = agent.decide_wishes([make(**changes)], OFFERED, ADDRESS, SECRETS)
     assert refused == {}
     return wish
 
@@ -108,6 +112,19 @@ def test_a_good_assignment_is_taken() -> None:
     assert "quick" not in repr(wish)
 
 
+def test_secrets_are_taken_and_not_shown() -> None:
+    secrets = {"token": b"hunter2", "a.B_c-1": b"\0\xff", "x" * 63: b"", "big": b"x" * 16_297}
+    wish = take(secrets=secrets)  # 16,384 bytes with their names
+    assert (wish.has_secrets, dict(wish.secrets)) == (True, secrets)
+    assert "hunter2" not in repr(wish)
+    assert "hunter2" not in json.dumps(agent.render_container(wish, ADDRESS, SECRETS))
+    withheld = take(secrets_withheld=True)
+    assert (withheld.has_secrets, withheld.secrets) == (True, ())
+    # It is the same container: what runs goes on.
+    assert withheld.sha256 == wish.sha256 == take(secrets={"token": b"other"}).sha256
+    assert (take().has_secrets, take().secrets) == (False, ())
+
+
 @pytest.mark.parametrize(
     "name",
     ["docker.io/library/redis", "a:5000/b/c", "127.0.0.1:5000/acme/a_b__c-d.e", "x.y-z.io/a/b"],
@@ -170,12 +187,33 @@ def port(inner: int, outer: int) -> pb.Port:
         ({"egress": 3}, "egress is none that is known"),
         ({"restart": pb.RESTART_UNSPECIFIED}, "restart is none that is known"),
         ({"restart": 4}, "restart is none that is known"),
+        ({"secrets": {str(n): b"" for n in range(17)}}, "secrets are more than 16"),
+        *(
+            ({"secrets": {name: b"hunter2"}}, "secrets have a name that is none of a file")
+            for name in (
+                "",
+                ".",
+                "..",
+                ".x",
+                "-",
+                "a/b",
+                "../x",
+                "/etc/x",
+                "a b",
+                "é",
+                "a\n",
+                "a\0",
+            )
+        ),
+        ({"secrets": {"a" * 64: b""}}, "secrets have a name that is none of a file"),
+        ({"secrets": {"a": b"x" * 16_384}}, "secrets are over 16384 bytes"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_field(change: dict[str, Any], said: str) -> None:
-    wishes, refused = agent.decide_wishes([make(**change)], OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes([make(**change)], OFFERED, ADDRESS, SECRETS)
     assert wishes == ()
     assert [reason for reason in refused.values() if said in reason], refused
+    assert "hunter2" not in str(refused)
 
 
 # Field 100, a varint; in the assignment, and in its port.
@@ -194,7 +232,9 @@ UNKNOWN = b"\xa0\x06\x01"
     ids=["assignment", "port"],
 )
 def test_what_a_newer_control_plane_asks_for_is_refused(raw: bytes) -> None:
-    wishes, refused = agent.decide_wishes([pb.Assignment.FromString(raw)], OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(
+        [pb.Assignment.FromString(raw)], OFFERED, ADDRESS, SECRETS
+    )
     assert (wishes, refused) == ((), {ID: "assignment has fields unknown here"})
 
 
@@ -203,30 +243,30 @@ def many(count: int, **changes: Any) -> list[pb.Assignment]:
 
 
 def test_the_list_is_taken_as_far_as_it_fits() -> None:
-    wishes, refused = agent.decide_wishes(many(4, cpu_milli=1500), OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(many(4, cpu_milli=1500), OFFERED, ADDRESS, SECRETS)
     assert [wish.assignment_id[:8] for wish in wishes] == ["00000000", "00000001"]
     assert set(refused.values()) == {"cpu_milli is over the 1000 that this host has left to lend"}
-    wishes, refused = agent.decide_wishes(many(2, memory_bytes=5 << 30), OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(many(2, memory_bytes=5 << 30), OFFERED, ADDRESS, SECRETS)
     assert (len(wishes), len(refused)) == (1, 1)
     wishes, refused = agent.decide_wishes(
-        many(250, cpu_milli=10, memory_bytes=6 << 20), OFFERED, ADDRESS
+        many(250, cpu_milli=10, memory_bytes=6 << 20), OFFERED, ADDRESS, SECRETS
     )
     assert (len(wishes), len(refused)) == (200, 50)
     # What has ended for good holds nothing of what is lent.
     ended = many(4, cpu_milli=1500)
     for each in ended[:3]:
         each.done = True
-    wishes, refused = agent.decide_wishes(ended, OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(ended, OFFERED, ADDRESS, SECRETS)
     assert (len(wishes), refused) == (4, {})
     twice = [make(), make(assignment_id=OTHER), make()]
-    wishes, refused = agent.decide_wishes(twice, OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(twice, OFFERED, ADDRESS, SECRETS)
     assert [wish.assignment_id for wish in wishes] == [ID]
     assert refused == {OTHER: "ports has a host_port of another assignment"}
 
 
 def test_the_container_is_this_one() -> None:
     wish = take()
-    assert agent.render_container(wish, ADDRESS) == {
+    assert agent.render_container(wish, ADDRESS, SECRETS) == {
         "Image": IMAGE,
         "User": "65534:65534",
         "Cmd": ["serve", "--quick"],
@@ -267,6 +307,22 @@ def test_the_container_is_this_one() -> None:
     assert len(wish.sha256) == 64
 
 
+def test_the_one_mount_is_the_assignments_own_directory() -> None:
+    body = agent.render_container(take(secrets={"a": b"b"}), ADDRESS, SECRETS)
+    plain = agent.render_container(take(), ADDRESS, SECRETS)
+    assert body["HostConfig"].pop("Mounts") == [
+        {
+            "Type": "bind",
+            "Source": f"/run/openinfra/secrets/{ID}",
+            "Target": "/run/secrets",
+            "ReadOnly": True,
+        }
+    ]
+    for each in (body, plain):
+        del each["Labels"]["openinfra.wish"]
+    assert body == plain
+
+
 def test_the_network_is_this_one() -> None:
     assert agent.render_network(take(egress=pb.EGRESS_NONE)) == {
         "Name": "ox-3f0c6c1e8d4",
@@ -290,6 +346,7 @@ def test_the_network_is_this_one() -> None:
         {"memory_bytes": 65 << 20},
         {"ports": []},
         {"egress": pb.EGRESS_NONE},
+        {"secrets": {"a": b"b"}},
     ],
 )
 def test_every_change_makes_another_container(change: dict[str, Any]) -> None:
@@ -300,7 +357,7 @@ def test_every_change_makes_another_container(change: dict[str, Any]) -> None:
 def test_another_policy_or_address() -> None:
     """What follows an end is no property of the container; the host's address is one."""
     assert take(restart=pb.RESTART_NEVER).sha256 == take().sha256
-    (moved,), _ = agent.decide_wishes([make()], OFFERED, "10.77.16.6")
+    (moved,), _ = agent.decide_wishes([make()], OFFERED, "10.77.16.6", SECRETS)
     assert moved.sha256 != take().sha256
 
 
@@ -328,17 +385,29 @@ HOSTILE = st.builds(
     ports=st.lists(PORTS, max_size=3),
     egress=st.integers(0, 3),
     restart=st.integers(0, 4),
+    secrets=st.dictionaries(
+        st.one_of(TEXTS, st.sampled_from(["token", "..", ".", "../x", "/etc/passwd", "a/b", ".x"])),
+        st.binary(max_size=9),
+        max_size=3,
+    ),
+    secrets_withheld=st.booleans(),
 )
-GOLDEN = agent.render_container(take(), ADDRESS)
+GOLDEN = agent.render_container(take(), ADDRESS, SECRETS)
 
 
 @given(st.lists(HOSTILE, max_size=4))
 def test_no_assignment_gets_anything_of_the_host(assignments: list[pb.Assignment]) -> None:
-    wishes, refused = agent.decide_wishes(assignments, OFFERED, ADDRESS)
+    wishes, refused = agent.decide_wishes(assignments, OFFERED, ADDRESS, SECRETS)
     assert all(reason.isprintable() for reason in refused.values())
     for wish in wishes:
-        body = json.loads(json.dumps(agent.render_container(wish, ADDRESS)))
+        body = json.loads(json.dumps(agent.render_container(wish, ADDRESS, SECRETS)))
         host = body["HostConfig"]
+        for mount in host.pop("Mounts", ()):  # one, whatever it asked for
+            source = f"/run/openinfra/secrets/{wish.assignment_id}"
+            assert (mount["Type"], mount["Source"], mount["ReadOnly"]) == ("bind", source, True)
+            assert (mount["Target"], len(mount)) == ("/run/secrets", 4)
+            assert agent.UUID_RE.fullmatch(wish.assignment_id)
+        assert all(agent.SECRET_RE.fullmatch(name) for name, _ in wish.secrets)
         # No other option than those of the golden body, and these with its values.
         assert body.keys() | {"Cmd"} == GOLDEN.keys()
         assert host.keys() == GOLDEN["HostConfig"].keys()
@@ -362,13 +431,20 @@ def test_no_assignment_gets_anything_of_the_host(assignments: list[pb.Assignment
         ({}, ()),
         ({"Volumes": None}, ()),
         ({"Volumes": {"/data": {}, "/var/lib/x": {}}}, ("/data", "/var/lib/x")),
+        ({"Volumes": {"/run": {}, "/run/secrets2": {}}}, ("/run", "/run/secrets2")),
     ],
 )
 def test_volumes(config: object, expected: tuple[str, ...]) -> None:
     assert agent.parse_volumes(config) == expected
 
 
-@pytest.mark.parametrize("path", ["/", "data", "/a/../b", "/a:b", "/a,size=9g", "/a b", "/\n"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "data", "/a/../b", "/a:b", "/a,size=9g", "/a b", "/\n"),
+        *("/run/secrets", "/run/secrets/", "/run/secrets/x"),
+    ],
+)
 def test_bad_volumes(path: str) -> None:
     with pytest.raises(agent.Refuse, match="no place here"):
         agent.parse_volumes({"Volumes": {path: {}}})
@@ -501,6 +577,12 @@ def test_a_failure_is_tried_again_three_times() -> None:
     assert past.rejected == "image cannot be fetched: refused"
 
 
+@pytest.mark.parametrize("verb", [Verb.CREATE, Verb.START])
+def test_without_its_secrets_nothing_is_started_here(verb: Verb) -> None:
+    step, error = agent.Step(verb, ID, "c1", take()), agent.NoSecretsError("none are here")
+    assert agent.decide_failure(Past(), step, error, 100.0).rejected == "none are here"
+
+
 @pytest.mark.parametrize(
     ("end", "memory_bytes", "said"),
     [
@@ -614,6 +696,88 @@ def test_before_the_list_is_known_the_lease_decides() -> None:
     assert plan(None, [RUNNING], kept=[ID], now_s=2000.0) == [("term", "c1")]
     assert plan(None, [RUNNING]) == [("term", "c1")]
     assert plan(None, [ENDED]) == plan(None, [CREATED], kept=[ID]) == []
+
+
+SECRET = take(secrets={"a": b"b"})
+ONCE = dataclasses.replace(SECRET, restart=Restart.NEVER)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "found", "past", "is_held"),
+    [
+        ([SECRET], [], None, True),
+        ([SECRET], [RUNNING], None, True),
+        ([SECRET], [ENDED], Past(ended_s=1.0), True),  # it is started again
+        ([WISH], [], None, False),
+        ([ONCE], [ENDED], Past(ended_s=1.0), False),
+        ([ONCE], [ENDED], Past(ended_s=1.0, is_stopped=True), True),
+        ([dataclasses.replace(SECRET, is_done=True)], [ENDED], None, False),
+        ([SECRET], [], Past(rejected="no"), False),
+        ([SECRET], [RUNNING], Past(rejected="no"), True),
+        ([], [RUNNING], None, True),  # until it has ended
+        ([], [ENDED], None, False),
+        ([], [], None, False),
+        (None, [RUNNING], None, True),
+        (None, [ENDED], None, False),
+    ],
+)
+def test_secrets_stay_as_long_as_they_are_needed(
+    wishes: list[Wish] | None, found: list[Container], past: Past | None, is_held: bool
+) -> None:
+    memory = Memory(pasts={ID: past} if past else {})
+    assert agent.decide_held(wishes, found, memory) == ({ID} if is_held else set())
+
+
+def test_before_the_list_is_known_the_leases_secrets_stay() -> None:
+    memory = Memory(kept=frozenset([OTHER]))
+    assert agent.decide_held(None, [RUNNING], memory) == {ID, OTHER}
+    assert agent.decide_held([], [], memory) == set()
+
+
+def test_secrets_are_laid_whole_and_removed(tmp_path: Path) -> None:
+    here = tmp_path / ID
+    (tmp_path / f".{ID}.new").mkdir()  # a kill left it
+    (tmp_path / f".{ID}.new" / "half").touch()
+    umask = os.umask(0o077)
+    try:
+        agent.ensure_secrets(tmp_path, take(secrets={"a": b"1", "b": b""}))
+    finally:
+        os.umask(umask)
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == {"a": b"1", "b": b""}
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (here, here / "a", here / "b")]
+    assert modes == [0o755, 0o444, 0o444]
+    agent.ensure_secrets(tmp_path, take(secrets={"c": b"2"}))
+    assert [path.name for path in here.iterdir()] == ["c"]
+    agent.ensure_secrets(tmp_path, take(secrets_withheld=True))  # it has what there was
+    assert (here / "c").read_bytes() == b"2"
+    agent.ensure_secrets(tmp_path, take())
+    (tmp_path / f".{OTHER}.new").mkdir()
+    agent.remove_secrets(tmp_path, {ID})
+    assert [path.name for path in tmp_path.iterdir()] == [ID]
+    agent.remove_secrets(tmp_path, set())
+    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(agent.NoSecretsError, match="none are here"):
+        agent.ensure_secrets(tmp_path, take(secrets_withheld=True))
+    with pytest.raises(agent.NoSecretsError, match="cannot be laid: No such file"):
+        agent.ensure_secrets(tmp_path / "gone", take(secrets={"a": b"1"}))
+    agent.remove_secrets(tmp_path / "gone", set())
+
+
+def test_only_memory_is_a_place_for_secrets(tmp_path: Path) -> None:
+    in_memory = Path("/dev/shm", f"oi-{os.getpid()}")
+    try:
+        assert agent.ensure_memory(in_memory)
+        in_memory.chmod(0o755)
+        assert agent.ensure_memory(in_memory)
+        assert stat.S_IMODE(in_memory.stat().st_mode) == 0o700
+    finally:
+        in_memory.rmdir()
+    disk = Path(__file__).with_name(f".oi-{os.getpid()}")
+    try:
+        assert not agent.ensure_memory(disk)
+    finally:
+        disk.rmdir()
+    assert not agent.ensure_memory(tmp_path / "gone" / "secrets")
 
 
 def test_a_network_without_a_container_is_removed_when_nobody_wants_it() -> None:
