@@ -90,7 +90,8 @@ def make_cp(postgres: Postgres, tmp_path: Path) -> Iterator[Callable[..., Contro
     made: list[ControlPlane] = []
 
     def make(*flags: str, start: bool = True, **more: Any) -> ControlPlane:
-        cp = ControlPlane(postgres, tmp_path / f"cp{len(made)}", *flags, **more)
+        on = more.pop("postgres", postgres)
+        cp = ControlPlane(on, tmp_path / f"cp{len(made)}", *flags, **more)
         made.append(cp)
         if start:
             cp.start()

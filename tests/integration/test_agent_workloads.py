@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -449,6 +450,101 @@ def test_a_workload_outlives_its_engine(world: World) -> None:
     assert world.plane.wait_state(made, "RUNNING").restarts == 0
 
 
+def list_secrets(world: World) -> list[str]:
+    """All secrets on the host."""
+    directory = world.agent.secrets_dir
+    return sorted(str(path.relative_to(directory)) for path in directory.glob("*/*"))
+
+
+READS = ["sh", "-c", "cat /run/secrets/*; trap exit TERM; while :; do sleep 0.1; done"]
+
+
+def test_secrets_are_there_as_long_as_their_workload(world: World) -> None:
+    """An agent that was killed adopts what runs with its files, and ends what is over."""
+    assert world.plane.facts.takes_secrets
+    made = world.run(READS, secrets={"token": b"one\n"})
+    path = world.agent.secrets_dir / made.assignment_id
+    before, inode = world.container(made), path.stat().st_ino
+    wait_for("its words", lambda: "one" in world.engine.logs(f"oi-{made.assignment_id}"))
+    world.agent.process.stop(signal.SIGKILL)
+    (world.agent.secrets_dir / f".{made.assignment_id}.new").mkdir()
+    stray = world.agent.secrets_dir / str(uuid.uuid4())
+    stray.mkdir()
+    (stray / "token").write_text("of another life")
+    world.plane.is_silent = True
+    world.agent.start(world.guard)
+    wait_for("the stray is gone", lambda: not stray.exists())
+    time.sleep(2)
+    assert world.container(made)["State"] == before["State"]
+    assert (path.stat().st_ino, list_secrets(world)) == (inode, [f"{made.assignment_id}/token"])
+    world.plane.is_silent = False
+    world.plane.wait_state(made, "RUNNING", 20)
+    assert (path.stat().st_ino, world.container(made)["Id"]) == (inode, before["Id"])
+    world.plane.post()
+    wait_for("gone", lambda: not world.engine.containers() or None)
+    wait_for("its files too", lambda: not [*world.agent.secrets_dir.iterdir()] or None)
+
+
+def test_after_a_boot_nothing_starts_before_its_secrets_are_here(world: World) -> None:
+    made = world.run(READS, secrets={"token": b"one\n"})
+    world.agent.process.stop(signal.SIGKILL)
+    # What a boot leaves: containers that have ended, and nothing in memory.
+    world.engine.call("POST", f"/containers/oi-{made.assignment_id}/kill")
+    shutil.rmtree(world.agent.secrets_dir)
+    lease = json.loads(world.agent.lease_file.read_text())
+    world.agent.lease_file.write_text(json.dumps({**lease, "boot_id": "another"}))
+    world.plane.is_silent = True
+    world.agent.start(world.guard)
+    wait_for("trouble", lambda: "cannot take requests now" in world.agent.log)
+    time.sleep(2)
+    assert not world.container(made)["State"]["Running"]
+    # The engine does not start it either, whoever asks.
+    status, said = world.engine.call("POST", f"/containers/oi-{made.assignment_id}/start")
+    assert status >= 400, said
+    world.plane.observed = pb.Observed()  # what it said before
+    world.plane.is_silent = False
+    world.plane.wait_state(made, "RUNNING", 30)
+    assert list_secrets(world) == [f"{made.assignment_id}/token"]
+    said = world.engine.logs(f"oi-{made.assignment_id}")
+    assert said.count("one") == 2
+
+
+def test_withheld_secrets_are_those_that_are_here_or_none(world: World) -> None:
+    made = world.run(READS, secrets={"token": b"one\n"})
+    before = world.container(made)
+    made.ClearField("secrets")
+    made.secrets_withheld = True
+    other = world.assignment(READS, secrets_withheld=True)
+    world.plane.post(made, other)
+    rejected = world.plane.wait_state(other, "REJECTED")
+    assert "cannot read its secrets now" in rejected.reason
+    assert (world.container(made)["Id"], world.container(other)) == (before["Id"], {})
+    world.engine.call("POST", f"/containers/oi-{made.assignment_id}/kill")
+    wait_for("again", lambda: world.container(made)["RestartCount"] == 0 or None)
+    wait_for(
+        "another run of it",
+        lambda: world.engine.logs(f"oi-{made.assignment_id}").count("one") == 2 or None,
+        15,
+    )
+    # Its files are lost as well: it cannot be started here any more.
+    shutil.rmtree(world.agent.secrets_dir / made.assignment_id)
+    world.engine.call("POST", f"/containers/oi-{made.assignment_id}/kill")
+    assert "none are here" in world.plane.wait_state(made, "REJECTED", 20).reason
+    assert world.container(made) == {}
+
+
+def test_secrets_that_no_file_may_hold_are_refused_here_too(world: World) -> None:
+    bad = world.assignment(SLEEP, secrets={"../token": b"one"})
+    image = world.engine.push("acme/greedy", {"Volumes": {"/run/secrets/x": {}}})
+    greedy = world.assignment(SLEEP, image=image, secrets={"token": b"one"})
+    ended = world.assignment(["true"], restart=pb.RESTART_NEVER, secrets={"token": b"one"})
+    world.plane.post(bad, greedy, ended)
+    assert "none of a file" in world.plane.wait_state(bad, "REJECTED").reason
+    assert "no place here" in world.plane.wait_state(greedy, "REJECTED").reason
+    world.plane.wait_state(ended, "FINISHED")
+    wait_for("no file", lambda: not [*world.agent.secrets_dir.iterdir()] or None)
+
+
 @contextlib.contextmanager
 def empty_engine(path: Path, asks: int) -> Iterator[threading.Event]:
     """A socket in an engine's place that has nothing, and takes a moment to say so.
@@ -823,11 +919,13 @@ def test_workloads_end_before_their_lease_does(world: World) -> None:
 
 
 def test_a_revoked_host_ends_its_workloads_before_itself(world: World) -> None:
-    made = world.run(LOOP)
+    made = world.run(LOOP, secrets={"token": b"one"})
+    assert list_secrets(world) == [f"{made.assignment_id}/token"]
     world.plane.refusal = "HOST_REVOKED"
     world.plane.nudge()
     assert world.agent.process.child.wait(20) == 78
     assert world.container(made) == {}
+    assert [*world.agent.secrets_dir.iterdir()] == []
     assert world.engine.networks() == []
 
 
