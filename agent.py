@@ -42,7 +42,7 @@ Files (mode)
   /run/openinfra/guard.json          0600  what `guard` found at its last run
   /run/openinfra/lease.json          0600  which workloads may run, and until when
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
-    <assignment>/<name>              0444  that workload sees its own in /run/secrets
+  /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports

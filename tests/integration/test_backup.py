@@ -34,6 +34,7 @@ from tests.harness import (
     wait_for,
 )
 from tests.hub import Hub, make_hub
+from tests.integration.test_workloads import Tenant
 
 Done = subprocess.CompletedProcess[str]
 PASSPHRASE = "correct horse battery staple"
@@ -454,6 +455,50 @@ def test_assignments_wait_for_their_hosts(source: Machine, target: Machine, tmp_
     assert [(row["state"], row["restored"]) for row in rows] == [("lost", False), ("running", True)]
     now = "SELECT restored_at > now() - interval '1 min' AS now FROM cp_state"
     assert target.cp.query(now) == [{"now": True}]
+
+
+def test_secrets_are_of_no_use_without_their_key(
+    postgres: Postgres, target: Machine, tmp_path: Path
+) -> None:
+    """The key is not in the backup; with it, brought by hand, they are read."""
+    source = Machine(postgres, tmp_path / "with secrets")
+    cp = source.cp
+    cp.start("--registry=cp.example.com")
+    tenant = Tenant(cp)
+    tenant.post(name="secret", secrets={"a": "hunter2"})
+    cp.stop()
+    key = cp.secrets_key_file.read_bytes()
+    out = source.back_up(tmp_path / "secrets.gpg")
+    inside = decrypt(out)
+    assert key not in inside
+    assert b"hunter2" not in inside
+    target.restore(out)
+    (row,) = target.cp.query("SELECT sealed, key_sha256 FROM workload_secrets")
+    assert b"hunter2" not in row["sealed"]
+    with psycopg.connect(target.cp.postgres.dsn(target.cp.database)) as connection:
+        found = "SELECT open_secrets(workload_no, revision) FROM workload_secrets"
+        assert connection.execute(found).fetchone() == (None,)
+        other = target.cp.secrets_key_file.read_text()
+        connection.execute("SELECT set_config('openinfra.secrets_key', %s, false)", [other])
+        assert connection.execute(found).fetchone() == (None,)
+        connection.execute("SELECT set_config('openinfra.secrets_key', %s, false)", [key.decode()])
+        assert connection.execute(found).fetchone() == (b'{"a": "hunter2"}',)
+    done = target.cp.command("doctor")
+    assert "the secrets of 1 workloads cannot be read with" in done.stdout
+    target.cp.start("--registry=cp.example.com")
+    tenant.cp = target.cp
+    (found,) = tenant.call("GET")[1]["workloads"]
+    assert found["reasons"][0] == cp_server.SECRETS_LOST
+    assert tenant.post(200, name="secret", secrets={"a": "hunter2"})["revision"] == 2
+    assert target.cp.command("doctor", "--invariants").returncode == 0
+    target.cp.stop()
+    # Again, with the key.
+    cp_server.write_file(target.cp.secrets_key_file, key, 0o600)
+    target.restore(out, "--replace")
+    assert target.cp.command("doctor", "--invariants").returncode == 0
+    target.cp.start("--registry=cp.example.com")
+    assert tenant.post(200, name="secret", secrets={"a": "hunter2"})["revision"] == 1
+    target.cp.stop()
 
 
 def test_customers_without_a_host_are_in_the_way(

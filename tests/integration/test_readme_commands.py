@@ -116,6 +116,9 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         workload_id = re.findall(r'"workload_id": "([0-9a-f-]{36})"', posted)[0]
         logs = {"OPENINFRA_KEY": key, "WORKLOAD_ID": workload_id}
         assert shell.run("customer-logs", **logs) == ""  # no copy has a host yet
+        (shell.directory / "db-password").write_text("correct horse\n")
+        kept = json.loads(shell.run("customer-secrets", OPENINFRA_KEY=key))
+        assert (kept["secrets"], kept["revision"]) == (["db-password"], 1)
         jwt = (shell.directory / "admin.jwt").read_text().strip()
         printed = shell.run("operator-http", ADMIN_JWT=jwt)
         assert re.match(r"oi1_\S+\n", printed)
