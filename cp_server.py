@@ -1486,7 +1486,7 @@ WORKLOAD_FIELDS = (
         None,
         check_secrets,
         form={"propertyNames": SECRET_NAME, "writeOnly": True},
-        item=Field("secrets", "string", "", 0, SECRETS_BYTES),
+        item=Field("secrets", "string", "", 0, SECRETS_BYTES - 64),  # and its name
     ),
     Field("cpu_milli", "integer", "thousandths of a processor", 10, 64_000, None, required=True),
     Field(

@@ -256,6 +256,30 @@ def heartbeat_reply(data: bytes) -> None:
     run_agent(data, agent.beat, registered=True)
 
 
+def desired(data: bytes) -> None:
+    """What the agent makes of a list: the one mount is the assignment's own directory."""
+    try:
+        found = pb.Desired.FromString(data)
+    except DecodeError:
+        return
+    secrets, limits = Path("/run/openinfra/secrets"), agent.Limits(2000, 4 << 30)
+    wishes, refused = agent.decide_wishes(found.assignments, limits, "10.77.16.5", secrets)
+    for why in refused.values():
+        check_plain(why)
+    for wish in wishes:
+        host = agent.render_container(wish, "10.77.16.5", secrets)["HostConfig"]
+        assert host.keys() & {"Binds", "Devices", "Privileged", "VolumesFrom", "CapAdd"} == set()
+        mounts = host.get("Mounts", [])
+        assert len(mounts) == wish.has_secrets
+        for mount in mounts:
+            assert mount["ReadOnly"] is True
+            assert mount["Source"] == f"/run/openinfra/secrets/{uuid.UUID(wish.assignment_id)}"
+            assert (mount["Type"], mount["Target"]) == ("bind", "/run/secrets")
+        for name, _ in wish.secrets:
+            assert (secrets / name).parent == secrets
+            assert name not in ("", ".", "..")
+
+
 def refusal(data: bytes) -> None:
     """What the agent does with a refusal's reason and words."""
     name, _, detail = data.decode("utf-8", "replace").partition("\n")
@@ -382,6 +406,26 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "request": (request, [b'{"cmd": "status"}\n']),
     "log_stream": (log_stream, [b"\1\0\0\0\0\0\0\3out\2\0\0\0\0\0\0\4err\n", b"of a terminal\n"]),
 }
+ASSIGNMENT = pb.Assignment(
+    assignment_id="3f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f01",
+    workload_id=BOOT_ID,
+    image=f"registry.coledex.com/acme/web@sha256:{'ab' * 32}",
+    env={"A": "1"},
+    cpu_milli=250,
+    memory_bytes=64 << 20,
+    egress=pb.EGRESS_INTERNET,
+    restart=pb.RESTART_ALWAYS,
+    secrets={"token": b"hunter2"},
+)
+TARGETS["desired"] = (
+    desired,
+    [
+        pb.Desired(revision=2, assignments=[ASSIGNMENT]).SerializeToString(),
+        pb.Desired(
+            assignments=[pb.Assignment(assignment_id="../..", secrets={"../x": b""})]
+        ).SerializeToString(),
+    ],
+)
 DIRECTORY = Path()
 
 

@@ -174,6 +174,38 @@ def read_tree(directory: Path) -> dict[str, bytes]:
     return found
 
 
+def post_badly(fleet: Fleet) -> list[Any]:
+    """The answers to what is no order and has the canary in it."""
+    answers: list[Any] = []
+    for body in (
+        {"secrets": {"a/b": CANARY}},
+        {"secrets": {"a": CANARY * 2000}},
+        {"secrets": {"a": [CANARY]}},
+        {"secrets": [CANARY]},
+        {"secrets": CANARY},
+        {"secrets": {"a": CANARY + "\ud800"}},
+        {"secrets": {"a": CANARY}, "image": "no/such@sha256:" + "0" * 64},
+        {"secrets": {"a": CANARY}, "cpu_milli": -1},
+    ):
+        answers += [fleet.tenant.call("POST", "", fleet.tenant.order(**body))]
+    for raw in (b'{"secrets": {"a": "' + CANARY.encode(), b"secrets=" + CANARY.encode()):
+        answers += [fleet.cp.call("POST", "/api/v1/workloads", raw=raw, token=fleet.tenant.key)]
+    assert all(status >= 400 for status, _ in answers)
+    return answers
+
+
+def ask_all(fleet: Fleet) -> list[Any]:
+    """What the API and the commands of both machines say."""
+    cp, agent = fleet.cp, fleet.agent
+    answers: list[Any] = [fleet.tenant.call("GET")]
+    for path in ("workloads", "audit-log", "hosts", "customers", "host-invites"):
+        answers += [cp.call("GET", f"/api/v1/admin/{path}")]
+    answers += [cp.call("GET", path) for path in ("/metrics", "/api/v1/openapi.json")]
+    answers += [cp.command(*words.split()).stdout for words in ("workloads --json", "doctor")]
+    answers += [agent.run_command(*words.split()).stdout for words in ("status --json", "doctor")]
+    return answers
+
+
 def test_a_secret_is_found_nowhere_else(
     loud_postgres: Postgres,
     make_cp: Callable[..., ControlPlane],
@@ -200,34 +232,14 @@ def test_a_secret_is_found_nowhere_else(
     (container,) = fleet.running()
     wait_for("it reads", lambda: "read" in engine.logs(container["Id"]))
     name = fleet.tenant.get(workload)["assignments"][0]["assignment_id"]
-    # The same again; malformed in many ways.
-    answers += [fleet.post(200, command=command, secrets=secrets)]
-    for body in (
-        {"secrets": {"a/b": CANARY}},
-        {"secrets": {"a": CANARY * 2000}},
-        {"secrets": {"a": [CANARY]}},
-        {"secrets": [CANARY]},
-        {"secrets": CANARY},
-        {"secrets": {"a": CANARY + "\ud800"}},
-        {"secrets": {"a": CANARY}, "image": "no/such@sha256:" + "0" * 64},
-        {"secrets": {"a": CANARY}, "cpu_milli": -1},
-    ):
-        answers += [fleet.tenant.call("POST", "", fleet.tenant.order(**body))]
-    for raw in (b'{"secrets": {"a": "' + CANARY.encode(), b"secrets=" + CANARY.encode()):
-        answers += [cp.call("POST", "/api/v1/workloads", raw=raw, token=fleet.tenant.key)]
+    answers += [fleet.post(200, command=command, secrets=secrets), *post_badly(fleet)]
     # A statement with secrets that fails in PostgreSQL.
     loud_postgres.execute(cp.database, "ALTER TABLE workload_secrets ADD CHECK (revision < 2)")
     changed = {**fleet.tenant.order(), "image": fleet.image, "secrets": {"token": CANARY + "2"}}
     failed = fleet.tenant.call("POST", "", changed)
     assert failed[0] >= 500, failed
     answers += [failed]
-    for path in ("/api/v1/workloads", f"/api/v1/workloads/{workload['workload_id']}"):
-        answers += [cp.call("GET", path, token=fleet.tenant.key)]
-    for path in ("workloads", "audit-log", "hosts", "customers", "host-invites"):
-        answers += [cp.call("GET", f"/api/v1/admin/{path}")]
-    answers += [cp.call("GET", path) for path in ("/metrics", "/api/v1/openapi.json")]
-    said = [cp.command(*words.split()).stdout for words in ("workloads --json", "doctor", "hosts")]
-    said += [agent.run_command("status", "--json").stdout, agent.run_command("doctor").stdout]
+    answers += ask_all(fleet)
     dump = subprocess.run(
         [loud_postgres.binaries / "pg_dump", cp.postgres.dsn(cp.database)],
         check=True,
@@ -236,7 +248,6 @@ def test_a_secret_is_found_nowhere_else(
     assert b"workload_secrets" in dump
     places = {
         "answers": json.dumps(answers, default=str).encode(),
-        "said": "\n".join(said).encode(),
         "dump": dump,
         "inspect": json.dumps(engine.containers("")).encode(),
         "dockerd's log": engine.dockerd.log.encode(),

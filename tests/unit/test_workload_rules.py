@@ -193,7 +193,8 @@ def test_an_image_by_its_tag(image: str, kept: str) -> None:
             )
         ),
         ("secrets", {"a": "\ud800"}, "broken character"),
-        ("secrets", {"a": "x" * 16_384}, "larger than 16384 bytes"),
+        ("secrets", {"a": "x" * 16_321}, "secrets[a] is out of range"),
+        ("secrets", {"a": "x" * 8192, "b": "x" * 8191}, "larger than 16384 bytes"),
         ("secrets", {"a": "é" * 5000, "b": "é" * 3192}, "larger than 16384 bytes"),
     ],
 )
@@ -205,13 +206,14 @@ def test_what_cannot_be_asked_for(field: str, value: Any, said: str) -> None:
     assert said in str(refused.value)
 
 
-SECRETS = {"b_1.Key-x": "hunter2", "_": "", "0": "\0\n\u202eé", "big": "x" * 16_356}
+SECRETS = {"b_1.Key-x": "hunter2", "_": "", "0": "\0\n\u202eé"}
+SECRETS |= {"big": "x" * 16_000, "more": "x" * 352}
 
 
 def test_secrets_are_a_part_of_an_order_and_not_of_its_spec() -> None:
     order = parse(secrets=SECRETS)
     assert order.secrets == SECRETS  # 16,384 bytes with their names
-    assert order.spec["secrets"] == ["0", "_", "b_1.Key-x", "big"]
+    assert order.spec["secrets"] == ["0", "_", "b_1.Key-x", "big", "more"]
     assert "hunter2" not in repr(order)
     assert "hunter2" not in json.dumps(order.spec)
     assert parse(secrets={}).secrets == {}
