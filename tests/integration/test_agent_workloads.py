@@ -342,7 +342,7 @@ def test_the_rules_of_the_cis_benchmark_are_met_and_seen_to_be_broken(world: Wor
     assert list_broken(world.container(made)) == []
     wish = agent_script.parse_assignment(made, agent_script.Limits(2000, 200 << 20))
     for rule, change in LOOSE.items():
-        body = agent_script.render_container(wish, ADDRESS)
+        body = agent_script.render_container(wish, ADDRESS, world.agent.secrets_dir)
         body |= {key: value for key, value in change.items() if key != "HostConfig"}
         body["HostConfig"] |= change.get("HostConfig", {})
         body["HostConfig"]["Tmpfs"]["/data"] = ""  # the image's volume, as the agent has it
@@ -465,6 +465,7 @@ def test_secrets_are_there_as_long_as_their_workload(world: World) -> None:
     made = world.run(READS, secrets={"token": b"one\n"})
     path = world.agent.secrets_dir / made.assignment_id
     before, inode = world.container(made), path.stat().st_ino
+    assert list_broken(before) == ["5.6 no directory of the host is mounted"]  # but this one
     wait_for("its words", lambda: "one" in world.engine.logs(f"oi-{made.assignment_id}"))
     world.agent.process.stop(signal.SIGKILL)
     (world.agent.secrets_dir / f".{made.assignment_id}.new").mkdir()

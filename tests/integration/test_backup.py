@@ -541,12 +541,13 @@ def test_an_older_schema_is_restored_and_migrated(
     tables = (
         "workload_secrets, assignments, workloads, customer_keys, customer_namespaces, customers"
     )
-    facts = "engine_version unready offered_cpu_milli offered_memory_bytes drained_at takes_secrets"
+    facts = ["engine_version", "unready", "offered_cpu_milli", "offered_memory_bytes"]
+    facts += ["drained_at", "labels", "takes_secrets"]
     for sql in (
         "DROP INDEX hosts_revoked",
         "DROP INDEX audit_log_wg_key",
         f"DROP TABLE {tables}",
-        f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts.split())}",
+        f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
         "ALTER TABLE liveness DROP desired_revision",
         "ALTER TABLE cp_state DROP restored_at, DROP secrets_key_sha256",
         "DROP FUNCTION secrets_key_sha256, seal_secrets, open_secrets, are_secrets_lost",
