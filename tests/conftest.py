@@ -132,4 +132,3 @@ def make_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
         if agent.started:
             agent.process.stop(signal.SIGKILL)
             assert "Traceback" not in agent.log, agent.log
-        shutil.rmtree(agent.secrets_dir, ignore_errors=True)

@@ -6,6 +6,7 @@ Everything is a process of its own in a temporary directory, and is ended by its
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -706,6 +707,7 @@ class Agent:
         self.key_file = directory / "openinfra.pub"
         self.lease_file = directory / "lease.json"
         self.secrets_dir = Path("/dev/shm", f"oi-secrets-{os.getpid()}-{secrets.token_hex(3)}")
+        atexit.register(shutil.rmtree, self.secrets_dir, ignore_errors=True)
         self.engine_socket = Path("none")  # no engine, unless a test says
         self.limits_file = directory / "limits.conf"
         if wg_key:
