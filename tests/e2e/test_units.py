@@ -82,8 +82,11 @@ def check_flushes(vm: Vm) -> None:
     # A copy is held over a flush, and what was flushed is put back at once.
     wait_active(vm, "openinfra-watch")
     vm.sh("until journalctl -b -u openinfra-watch | grep -q 'no flush opens it'; do sleep 1; done")
-    vm.sh("nft flush ruleset; nft list table inet openinfra_held")
-    assert wait_table(vm, "openinfra") <= 1
+    vm.sh("systemctl stop openinfra-guard.timer")  # by the watch alone, which hears of it
+    for _ in range(2):
+        vm.sh("nft flush ruleset; nft list table inet openinfra_held")
+        assert wait_table(vm, "openinfra") <= 5
+    vm.sh("systemctl start openinfra-guard.timer")
     assert "WARN firewall was changed or gone, and is in place again" in journal(
         vm, "openinfra-watch"
     )
