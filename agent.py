@@ -41,6 +41,7 @@ Files (mode)
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
   /run/openinfra/lease.json          0600  which workloads may run, and until when
+  /run/openinfra/guard.lock          0600  held while a guard is at work
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
@@ -1434,14 +1435,17 @@ def render_tmpfs(wish: Wish) -> str:
     return f"rw,noexec,nosuid,nodev,size={wish.memory_bytes // 2},{owner}"
 
 
-def parse_volumes(config: object) -> tuple[str, ...]:
+def parse_volumes(config: object, has_secrets: bool = False) -> tuple[str, ...]:
     """List the volumes that an image declares; raise Refuse for those that have no place here."""
     volumes = config.get("Volumes") if isinstance(config, dict) else None
     found = tuple(sorted(volumes)) if isinstance(volumes, dict) else ()
     check_fits(f"image has more than {VOLUMES_MAX} volumes", len(found) <= VOLUMES_MAX)
     for path in found:
         is_right = VOLUME_RE.fullmatch(path) and not {".", ".."} & {*path.split("/")}
-        is_right = is_right and not f"{path}/".startswith(f"{SECRETS_TARGET}/")
+        # /var/run leads to /run in many images.
+        below_run = re.sub("^/var/run(?=/)", "/run", f"{path}/")
+        is_right = is_right and not below_run.startswith(f"{SECRETS_TARGET}/")
+        is_right = is_right and not (has_secrets and path.rstrip("/") == "/var/run")
         check_fits(f"image has a volume with no place here: {parse_line(path, 80)}", is_right)
     return found
 
@@ -2036,7 +2040,8 @@ def render_table(
     # Not also the first side's packets: what began while there was no table would go on for good.
     answers = "ct state established,related ct direction reply"
     to_ports = f"tcp dport {{ {', '.join(map(str, ports))} }} accept" if ports else "drop"
-    bridges = ['meta iifkind "bridge" accept', 'meta oifkind "bridge" accept', "drop"]
+    bridges = ['meta iifkind "bridge" accept', 'meta oifkind "bridge" accept']
+    bridges.append("meta nfproto ipv4 drop")  # IPv6 is not what the engine turns on
     others = "".join(f"\t\t{rule}\n" for rule in bridges if not is_router)
     return f"""\
 table {name}
@@ -2680,8 +2685,11 @@ def ask_agent(path: Path, cmd: str, timeout_s: float = SOCKET_TIMEOUT_S) -> dict
         answer = json.loads(raw)
     except PermissionError:
         raise Error(f"{path} is for root only", "run this with sudo") from None
-    except (OSError, ValueError):
+    except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except (OSError, ValueError):
+        what = f"the agent gives no answer on {path}"
+        raise Error(what, "try again; look: journalctl -n 20 -u openinfra-agent", LATER) from None
     if isinstance(answer, dict) and "todo" in answer:
         raise Error(str(answer.get("error")), str(answer["todo"]))
     if not isinstance(answer, dict) or "state" not in answer:
@@ -2780,9 +2788,10 @@ def read_table_sha256() -> str:
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Be the only guard at work: the timer's, or the one that watches."""
+    path = directory / "guard.lock"  # 0600: whoever can open a file can hold its lock
     try:
         directory.mkdir(mode=0o755, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Error(f"cannot write {directory}: {error.strerror}", "run this as root") from None
     try:
@@ -2982,7 +2991,7 @@ class Engine:
 
     def create(self, wish: Wish, address: str, network: str, secrets_dir: Path) -> None:
         """Make a workload's container, and its network unless it is there."""
-        volumes = parse_volumes(self.read_image(wish.image))
+        volumes = parse_volumes(self.read_image(wish.image), wish.has_secrets)
         body = render_container(wish, address, secrets_dir)
         body["HostConfig"]["Tmpfs"] |= {path: render_tmpfs(wish) for path in volumes}
         if network != render_network_name(wish):
@@ -3462,7 +3471,7 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
     """Begin what is to be done, each step beside the others; no two at once for one assignment."""
     memory, now_s = workloads.memory, read_boot_s()
     held = decide_held(workloads.wishes, workloads.containers, memory)
-    remove_secrets(workloads.secrets_dir, held)
+    remove_secrets(workloads.secrets_dir, held | {*workloads.tasks} | workloads.busy)
     seen, right_until_s = (workloads.containers, workloads.networks), workloads.right_until_s
     for step in plan_containers(workloads.wishes, *seen, now_s, right_until_s, memory, unready):
         if step.key in workloads.tasks or step.key in workloads.busy:
@@ -3858,7 +3867,8 @@ def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
         if not found:
             raise Error("nft says that it laid the table, and it is not there", "nft list ruleset")
     except Error as error:
-        return replace(guard, error=error.what)
+        # What is loaded is not what is wanted, also for the next run.
+        return replace(guard, error=error.what, wanted_sha256="")
     if before and before.listed_sha256 and before.wanted_sha256 != wanted_sha256:
         log("INFO", "firewall follows what changed: this home's networks, or published ports")
     elif before and before.listed_sha256:
@@ -3875,17 +3885,22 @@ def ensure_frozen(engine: Engine, is_open: bool) -> str:
     """
     if not engine.path.exists():
         return ""
-    verb = "pause" if is_open else "unpause"
+    verb, trouble = "pause" if is_open else "unpause", ""
     try:
         engine.read_version(ENGINE_START_S)
-        for row in engine.read_ours("/containers/json"):
-            if (row.get("State") == "paused") != is_open:
-                engine.ask_gone("POST", f"/containers/{row['Id']}/{verb}")
-                name = parse_container(row, None).name
-                log("WARN", "workload frozen" if is_open else "workload goes on", name=name)
+        rows = engine.read_ours("/containers/json")
     except EngineError as error:
         return str(error)
-    return ""
+    for row in rows:
+        if (row.get("State") == "paused") != is_open:
+            try:
+                engine.ask_gone("POST", f"/containers/{row['Id']}/{verb}")
+            except EngineError as error:
+                trouble = str(error)
+                continue
+            name = parse_container(row, None).name
+            log("WARN", "workload frozen" if is_open else "workload goes on", name=name)
+    return trouble
 
 
 def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
@@ -3898,6 +3913,8 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
             trouble = ensure_frozen(engine, bool(guard.error))
             if trouble:
                 log("WARN", "cannot freeze workloads, or let them go on", error=trouble)
+            if trouble and before is not None and not guard.error:
+                guard = replace(guard, error=f"workloads are frozen: {trouble}")  # tried again
         guard = replace(guard, error=guard.error or ensure_docker_user())
         # The name server's trouble is the last run's: it takes time, and the firewall needs none.
         guard = replace(guard, endpoint_error=before.endpoint_error if before else "")
@@ -3914,13 +3931,14 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
             if error and error != said:
                 log("ERROR", "firewall is not in place", "see: openinfra-agent doctor", error=error)
             said = error
-            if held != wanted or (nft is not None and nft.poll() is not None):
+            if held != wanted or nft is None or nft.poll() is not None:
                 if nft is not None:
                     close_held(nft)
+                is_first = held == ""
                 nft, held = open_held(wanted), wanted
-                if nft is None:
+                if nft is None and (was_held or is_first):
                     log("WARN", "firewall is not held: a flush opens it for some milliseconds")
-                elif not was_held:
+                elif nft is not None and not was_held:
                     log("INFO", "firewall is held: no flush opens it")
                 was_held = nft is not None
             wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)

@@ -1083,6 +1083,7 @@ class RegistryCall:
     is_write: bool
     source: str = ""  # the namespace that a blob is to be mounted from
     has_digest: bool = False  # it names one content, which is no way to find others
+    is_start: bool = False  # of a push; what is under way may end
 
 
 def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCall:
@@ -1112,7 +1113,8 @@ def parse_registry_call(method: str, uri: str, content_type: str) -> RegistryCal
     is_write = method not in ("GET", "HEAD")
     of, origin = repository.partition("/")[0], source.partition("/")[0]
     has_digest = match.lastgroup in ("manifests", "blobs") and "/sha256:" in path
-    return RegistryCall(of, repository, is_write, origin, has_digest)
+    is_start = match.lastgroup == "uploads"
+    return RegistryCall(of, repository, is_write, origin, has_digest, is_start)
 
 
 def decide_registry(call: RegistryCall, namespaces: Sequence[str]) -> None:
@@ -6798,7 +6800,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             _, customer = self._check_key(password)
             decide_registry(call, customer.namespaces)
             directory = self.server.cp.settings.registry_dir
-            if call.is_write and directory:
+            if call.is_start and directory:
                 check_room(*read_room(directory))
         return 200, {}
 

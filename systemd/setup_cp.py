@@ -148,6 +148,7 @@ REGISTRY, REGISTRY_UNIT = (
     ETC / "registry.yml",
     UNITS / "docker-registry.service.d/openinfra.conf",
 )
+OLD_IMAGES = Path("/var/lib/docker-registry/docker")
 REGISTRY_IMAGE, REGISTRY_ROOT = Path("/var/lib/openinfra-registry.img"), Path("/srv/registry")
 REGISTRY_DISK, REGISTRY_OWNER = "srv-registry.mount", (0o700, "docker-registry", "docker-registry")
 # In the checkout, and where it goes. What services start with comes before the code.
@@ -377,6 +378,7 @@ class Facts:
     database: Database | None  # None: it gives no answer
     units: Mapping[str, Unit]
     has_registry: bool  # its disk image
+    has_old_images: bool  # of a registry without it, which are not on it yet
     registry_owner: tuple[int, str, str] | None  # mode, user and group of what is mounted there
 
 
@@ -706,7 +708,8 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
         steps.append(Run(argv, "the key of operators' tokens; the token is thrown away"))
     steps += plan_release(config, facts)
     written |= {step.path for step in steps if isinstance(step, WriteFile)}
-    steps += plan_services(facts, written)
+    stops = [step.argv for step in steps if isinstance(step, Run)]
+    steps += plan_services(facts, written, [a[2] for a in stops if a[:2] == ("systemctl", "stop")])
     root, copy = facts.files.get(CADDY_ROOT), facts.files.get(CA_FILE)
     if config.tls == "internal" and (not root or not copy or copy.content != root.content):
         steps.append(CopyCa())
@@ -740,6 +743,12 @@ def plan_registry(facts: Facts) -> Iterator[Step]:
         yield Run(("sync", "--file-system", str(REGISTRY_IMAGE)), "also after a power cut")
     if not facts.units.get(REGISTRY_DISK, Unit()).active:
         yield Run(("systemctl", "start", REGISTRY_DISK), "the registry's disk")
+    if facts.has_old_images:
+        there, copy = str(REGISTRY_ROOT / "docker"), str(REGISTRY_ROOT / ".docker.new")
+        yield Run(("systemctl", "stop", "docker-registry.service"), "its images move")
+        yield Run(("rm", "-rf", "--", copy), "what a cut run left")
+        yield Run(("cp", "--archive", "--", str(OLD_IMAGES), copy), "they stay there as well")
+        yield Run(("mv", "--no-target-directory", "--", copy, there), "now they are whole")
 
 
 def plan_files(config: Config, facts: Facts) -> Iterator[Step]:
@@ -797,6 +806,9 @@ def plan_database(config: Config, facts: Facts, password: str) -> Iterator[Step]
         strict = ("--set=ON_ERROR_STOP=1", "--dbname=postgres")
         yield Run((*PSQL, *strict), "roles and the database", sql)
     if found is None or found.schema < config.schema:
+        # One that serves on would read and write the tables of before.
+        if found is not None and facts.units.get("openinfra-cp.service", Unit()).active:
+            yield Run(("systemctl", "stop", "openinfra-cp.service"), "while its tables change")
         yield Run((str(WRAPPER), "migrate"), f"schema {config.schema}")
 
 
@@ -825,11 +837,11 @@ def is_newer(facts: Facts, written: set[Path], paths: Sequence[Path], at: float)
     )
 
 
-def plan_services(facts: Facts, written: set[Path]) -> Iterator[Step]:
+def plan_services(facts: Facts, written: set[Path], stopped: Sequence[str]) -> Iterator[Step]:
     """Start, and restart what runs with something older than is there now."""
     for name, reads in SERVICES.items():
         unit = facts.units.get(name, Unit())
-        if not unit.active:
+        if not unit.active or name in stopped:
             yield Run(("systemctl", "start", name), "now")
         elif is_newer(facts, written, reads, unit.started_at):
             if name.endswith(".socket"):  # it cannot be restarted under its service
@@ -932,6 +944,7 @@ def read_facts(config: Config) -> Facts:
         database=None if "postgresql" in missing else read_database(files.get(OWNER_DSN)),
         units=read_units(),
         has_registry=REGISTRY_IMAGE.exists(),
+        has_old_images=OLD_IMAGES.is_dir() and not (REGISTRY_ROOT / "docker").is_dir(),
         registry_owner=read_registry_owner(),
     )
 

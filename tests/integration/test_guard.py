@@ -189,6 +189,44 @@ def test_a_packet_without_an_answer_does_not_pass_either(home: Home, tmp_path: P
         assert [process.log.split() for process in logs.values()] == [["listening", "before"]] * 3
 
 
+def test_what_could_not_be_laid_is_laid_by_the_next_run(home: Home, tmp_path: Path) -> None:
+    """Another table is wanted, and nft fails once: the one that is there is not that."""
+    assert home.guard().returncode == 0
+    (home.guard_file.parent / "ip_forward").write_text("0\n")
+    nft = say(home.netns, "which", "nft").strip()
+    fake = tmp_path / "bin/nft"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\ncase "$1" in --file) exit 1;; esac\nexec {nft} "$@"\n')
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    argv = ["/usr/bin/python3", str(ROOT / "agent.py"), "guard", f"--guard-file={home.guard_file}"]
+    done = subprocess.run(
+        home.netns.argv(["env", f"PATH={path}", *argv]), check=False, capture_output=True
+    )
+    assert done.returncode == 1
+    assert home.guard().returncode == 0
+    assert "iifkind" in say(home.netns, "nft", "list", "table", "inet", "openinfra")
+
+
+def test_nobody_else_holds_the_guard_up(home: Home) -> None:
+    """Whoever can open a file or a directory can lock it."""
+    assert home.guard().returncode == 0
+    run = home.guard_file.parent
+    for parent in (run, *run.parents):
+        if parent.stat().st_uid == 0 and parent != Path("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    nobody = ["setpriv", "--reuid=65534", "--clear-groups", "flock", "--nonblock"]
+    lock = [*nobody, str(run / "guard.lock"), "true"]
+    assert subprocess.run(lock, check=False, capture_output=True).returncode != 0
+    with subprocess.Popen([*nobody, str(run), "sleep", "60"]) as held:
+        try:
+            time.sleep(0.5)
+            assert held.poll() is None
+            assert home.guard().returncode == 0
+        finally:
+            held.kill()
+
+
 @pytest.mark.parametrize("before", ["0", "1", ""])
 def test_what_was_no_router_forwards_for_bridges_only(home: Home, before: str) -> None:
     """What the engine's unit found before the engine began to forward; nothing: it was one."""

@@ -442,12 +442,26 @@ def test_volumes(config: object, expected: tuple[str, ...]) -> None:
     "path",
     [
         *("/", "data", "/a/../b", "/a:b", "/a,size=9g", "/a b", "/\n"),
-        *("/run/secrets", "/run/secrets/", "/run/secrets/x"),
+        *(
+            "/run/secrets",
+            "/run/secrets/",
+            "/run/secrets/x",
+            "/var/run/secrets",
+            "/var/run/secrets/x",
+        ),
     ],
 )
 def test_bad_volumes(path: str) -> None:
     with pytest.raises(agent.Refuse, match="no place here"):
         agent.parse_volumes({"Volumes": {path: {}}})
+
+
+def test_a_volume_that_may_hide_secrets() -> None:
+    """Where /var/run leads to /run, as in most images."""
+    config: dict[str, object] = {"Volumes": {"/var/run": {}}}
+    assert agent.parse_volumes(config) == ("/var/run",)
+    with pytest.raises(agent.Refuse, match="no place here"):
+        agent.parse_volumes(config, has_secrets=True)
 
 
 # ------------------------------------------------------------------------------------------------

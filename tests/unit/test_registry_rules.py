@@ -33,11 +33,11 @@ WEB = "/v2/kuma/web"
         ("GET", f"{WEB}/blobs/{DIGEST}", RegistryCall("kuma", "kuma/web", False, "", True)),
         ("GET", f"{WEB}/tags/list?n=9&last=a", RegistryCall("kuma", "kuma/web", False)),
         ("GET", f"{WEB}/tags/list?", RegistryCall("kuma", "kuma/web", False)),
-        ("POST", f"{WEB}/blobs/uploads/", RegistryCall("kuma", "kuma/web", True)),
+        ("POST", f"{WEB}/blobs/uploads/", RegistryCall("kuma", "kuma/web", True, is_start=True)),
         (
             "POST",
             f"{WEB}/blobs/uploads/?mount={DIGEST}&from=boss%2Fdeep%2Fweb",
-            RegistryCall("kuma", "kuma/web", True, "boss"),
+            RegistryCall("kuma", "kuma/web", True, "boss", is_start=True),
         ),
         (
             "PATCH",

@@ -102,6 +102,7 @@ FRESH = Facts(
     database=None,
     units={},
     has_registry=False,
+    has_old_images=False,
     registry_owner=None,
 )
 
@@ -331,7 +332,21 @@ def test_of_caddys_files_a_certificate_is_taken_and_nothing_else(tmp_path: Path)
         ),
         (
             replace(DONE, database=Database(True, True, CONFIG.schema - 1)),
-            ["/usr/local/bin/openinfra-cp migrate"],
+            [
+                "systemctl stop openinfra-cp.service",  # it would serve the tables of before
+                "/usr/local/bin/openinfra-cp migrate",
+                "systemctl start openinfra-cp.service",
+            ],
+        ),
+        (
+            replace(DONE, has_old_images=True),
+            [
+                "systemctl stop docker-registry.service",
+                "rm -rf -- /srv/registry/.docker.new",
+                "cp --archive -- /var/lib/docker-registry/docker /srv/registry/.docker.new",
+                "mv --no-target-directory -- /srv/registry/.docker.new /srv/registry/docker",
+                "systemctl start docker-registry.service",
+            ],
         ),
         (
             replace(DONE, files=files_without(JWT_KEYS)),

@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
-    "agent.py": 4410,
+    "agent.py": 4450,
     "cp_server.py": 8930,
     "install_agent.py": 1950,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
-    "systemd/setup_cp.py": 1330,
+    "systemd/setup_cp.py": 1350,
 }
 MAX_FUNCTION_LINES = 70
 SHELLS = {
