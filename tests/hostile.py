@@ -121,7 +121,7 @@ def make_hosts(cp: ControlPlane, count: int, net: int = 100) -> list[Host]:
             registration = cp_server.Registration(
                 cp_server.parse_token("oi1", token),
                 cp_server.sha256(secret),
-                cp_server.sha256(session),
+                cp_server.hash_session(session),
                 WALLET,
                 address,
                 new_wg_key(),
