@@ -218,7 +218,7 @@ def test_nobody_else_holds_the_guard_up(home: Home) -> None:
     nobody = ["setpriv", "--reuid=65534", "--clear-groups", "flock", "--nonblock"]
     lock = [*nobody, str(run / "guard.lock"), "true"]
     assert subprocess.run(lock, check=False, capture_output=True).returncode != 0
-    with subprocess.Popen([*nobody, str(run), "sleep", "60"]) as held:
+    with subprocess.Popen([*nobody, str(run), "sleep", "200"]) as held:
         try:
             time.sleep(0.5)
             assert held.poll() is None
