@@ -1100,7 +1100,8 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
     if new_tunnel:
         steps.append(Run(("systemctl", "restart", WG), "the firewall, which it needs; the tunnel"))
     is_up = units[TIMER].active == units[WATCH].active == "active"
-    if not is_up or is_due(TIMER) or is_due(WATCH, BINARY):
+    # A timer fails when its service is missing, which may be just now.
+    if not is_up or is_due(TIMER, UNIT_DIR / GUARD) or is_due(WATCH, BINARY):
         steps.append(Run(("systemctl", "restart", TIMER, WATCH), "the firewall, from now on"))
     if is_due(DISK) and units[DISK].active == "active":
         steps.append(Run(("systemctl", "restart", DISK), "the disk of the workloads"))

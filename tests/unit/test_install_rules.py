@@ -833,7 +833,13 @@ def test_what_is_down_is_started_and_nothing_else(change: dict[str, Any], steps:
         ),
         (
             UNIT_DIR / GUARD,
-            [GUARD, f"--no-reload reenable {GUARD}", "daemon-reload", f"start {GUARD}"],
+            [
+                GUARD,
+                f"--no-reload reenable {GUARD}",
+                "daemon-reload",
+                f"start {GUARD}",
+                f"restart {TIMER} {WATCH}",
+            ],
         ),
     ],
 )
