@@ -3924,7 +3924,7 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
 
 def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoReturn:
     """Put the firewall back as soon as somebody changed it, and hold a copy meanwhile."""
-    said, held, nft, was_held = "", "", None, False
+    said, held, nft, is_held = "", "", None, None
     with open_watch() as sock:
         while True:
             error, wanted = keep().error, read()
@@ -3934,13 +3934,12 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
             if held != wanted or nft is None or nft.poll() is not None:
                 if nft is not None:
                     close_held(nft)
-                is_first = held == ""
                 nft, held = open_held(wanted), wanted
-                if nft is None and (was_held or is_first):
-                    log("WARN", "firewall is not held: a flush opens it for some milliseconds")
-                elif nft is not None and not was_held:
+                if nft is not None and not is_held:
                     log("INFO", "firewall is held: no flush opens it")
-                was_held = nft is not None
+                elif nft is None and is_held is not False:
+                    log("WARN", "firewall is not held: a flush opens it for some milliseconds")
+                is_held = nft is not None
             wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)
 
 

@@ -109,6 +109,7 @@ ENGINE_FILES = {  # settings that lie beside them, by their name there
 ENABLED = (GUARD, WG, TIMER, WATCH, DISK, ENGINE, AGENT)
 # What workloads bring goes into a file system of its own: it cannot fill the identity's.
 ENGINE_IMAGE, ENGINE_ROOT = Path("/var/lib/openinfra/engine.img"), Path("/var/cache/openinfra")
+ENGINE_IMAGE_NEW = ENGINE_IMAGE.with_name(f".{ENGINE_IMAGE.name}.new")  # until it is whole
 DOCKER_KEY = Path("/etc/docker/key.json")
 ENGINE_USER, ENGINE_IDS = "openinfra-engine", 65_536  # subordinate ids, subuid(5)
 DROP_IN = UNIT_DIR / f"{AGENT}.d" / "allow-unencrypted.conf"
@@ -156,7 +157,7 @@ SILENCE_MAX_S = 20  # of a server, before it is given up
 DOWNLOAD_MAX_S = 900
 CLOCK_OFF_MAX_S = 300
 APT_MAX_S = 1800
-APT_INSTALL = ("--no-install-recommends", "--no-remove")
+NO_EXTRAS = "--no-install-recommends"
 APT_OPTIONS = ("--option=DPkg::Lock::Timeout=300",)  # somebody else's apt-get may run
 START_MAX_S = 120  # wg-quick waits for the name server; the agent may wait for the disk
 
@@ -1012,7 +1013,7 @@ def plan_packages(facts: Facts, new: Sequence[str]) -> list[Step]:
     if noted != manifest:
         steps.append(plan_manifest(noted, f"packages that come from here: {' '.join(new)}"))
     steps += plan_mask(noted)
-    argv = ("apt-get", "install", "--yes", *APT_INSTALL, *APT_OPTIONS, *facts.missing)
+    argv = ("apt-get", "install", "--yes", NO_EXTRAS, "--no-remove", *APT_OPTIONS, *facts.missing)
     steps.append(Run(argv, "Debian's own packages; this takes a minute", APT_MAX_S))
     return steps
 
@@ -1062,7 +1063,7 @@ def plan_engine(facts: Facts) -> Iterator[Run]:
         argv = ("usermod", f"--add-subuids={ids}", f"--add-subgids={ids}", ENGINE_USER)
         yield Run(argv, "root in a workload is one of these")
     if ENGINE_IMAGE not in facts.files:
-        new = str(ENGINE_IMAGE.with_name(f".{ENGINE_IMAGE.name}.new"))  # which Remove knows
+        new = str(ENGINE_IMAGE_NEW)  # which Remove knows
         size_bytes = decide_image_bytes(facts.data)
         why = f"{size_bytes >> 20} MiB for what workloads bring"
         yield Run(("install", "--mode=0600", "/dev/null", new), "also when a cut left a part of it")
@@ -1280,7 +1281,7 @@ def read_missing(has_apt: bool) -> tuple[str, ...]:
 
 def read_new_packages(missing: Sequence[str]) -> list[str]:
     """All packages that would be new here, with those that the missing ones need; raises Error."""
-    argv = ("apt-get", "install", "--simulate", *APT_INSTALL[:1], *missing)
+    argv = ("apt-get", "install", "--simulate", NO_EXTRAS, *missing)
     return decide_new_packages(missing, read_command(*argv) or "")
 
 
@@ -1330,7 +1331,7 @@ def read_data_dir(path: str) -> DataDir:
     crypt, mount = is_encrypted(Path(path)), os.path.ismount(path)
     disk, cut_bytes = os.statvfs(path), 0
     with contextlib.suppress(OSError):  # what a cut run had of it is taken back
-        cut_bytes = os.lstat(ENGINE_IMAGE.with_name(f".{ENGINE_IMAGE.name}.new")).st_blocks * 512
+        cut_bytes = os.lstat(ENGINE_IMAGE_NEW).st_blocks * 512
     return DataDir(
         path,
         mode,
@@ -1380,11 +1381,9 @@ def read_others() -> Others:
     names = [name for each in UNWANTED.values() for name in each]
     paths = {name: [Path(top, "systemd/system", name) for top in UNIT_DIRS] for name in names}
     there = [name for name in names if any(path.is_file() for path in paths[name])]
-    shown = read_systemd(there, ("ActiveState", "UnitFileState"))
     used = {
-        name: state.get("ActiveState") in ("active", "activating")
-        or state.get("UnitFileState", "").startswith("enabled")
-        for name, state in shown.items()
+        name: unit.active in ("active", "activating") or unit.enabled.startswith("enabled")
+        for name, unit in read_units_state(there).items()
     }
     kept = [name for name, path in OTHERS_DATA.items() if path.is_dir() and any(path.iterdir())]
     return Others(used, frozenset(kept), DOCKER_KEY.exists())
@@ -1400,25 +1399,19 @@ def read_leftovers() -> tuple[tuple[str, ...], ...]:
     )
 
 
-def read_systemd(names: Sequence[str], properties: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Properties of units, as systemd has them; none of them where it does not run."""
+def read_units_state(names: Sequence[str]) -> dict[str, Unit]:
+    """What systemd says of units; inactive and "" where it does not run."""
     if not names:
         return {}
-    shown = read_command("systemctl", "show", f"--property={','.join(properties)}", *names) or ""
+    argv = ("systemctl", "show", "--property=ActiveState,UnitFileState", *names)
     blocks = [
         dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-        for block in shown.strip().split("\n\n")
+        for block in (read_command(*argv) or "").strip().split("\n\n")
     ]
     blocks += [{} for _ in names]
-    return dict(zip(names, blocks, strict=False))
-
-
-def read_units_state() -> dict[str, Unit]:
-    """What systemd says of our units."""
-    shown = read_systemd((WG, *UNITS), ("ActiveState", "UnitFileState"))
     return {
-        name: Unit(state.get("ActiveState", "inactive"), state.get("UnitFileState", ""))
-        for name, state in shown.items()
+        name: Unit(block.get("ActiveState", "inactive"), block.get("UnitFileState", ""))
+        for name, block in zip(names, blocks, strict=False)
     }
 
 
@@ -1438,7 +1431,7 @@ def read_facts(with_leftovers: bool = False) -> Facts:
     manifest = read_file(MANIFEST, SMALL_MAX_BYTES)
     env = parse_values(files[ENV].content) if ENV in files else {}
     has_apt = shutil.which("apt-get") is not None
-    units = read_units_state()
+    units = read_units_state((WG, *UNITS))
     names = [name for name, unit in units.items() if not unit.enabled]
     has_module = os.path.isdir("/sys/module/wireguard")
     return Facts(

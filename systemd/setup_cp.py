@@ -19,12 +19,13 @@ Files (mode)
   /etc/openinfra/release/key.pem   0600  signs releases, unless --dist brings one
   /etc/openinfra/                  0755  Caddyfile, cp.nft, registry.yml, ca.crt (--tls internal)
   /etc/wireguard/wg0.conf          0600  made once; afterwards only its [Interface] is looked at
-  /etc/systemd/system/                   openinfra-*, caddy.service.d, docker-registry.service.d
+  /etc/systemd/system/                   openinfra-*, srv-registry.mount, caddy.service.d,
+                                         docker-registry.service.d
   /srv/openinfra/dist/             0755  what https://HOSTNAME/dist/ serves
   /var/lib/openinfra-registry.img  0600  the registry's disk, of fixed size, at /srv/registry
   /run/openinfra-setup-cp.lock     0600  held while this changes anything
-Runs: apt-get chmod dpkg fallocate install ln mkfs.ext4 mv openinfra-cp pip psql python3 rm setpriv
-  sync systemctl useradd wg
+Runs: apt-get chmod cp dpkg fallocate install ln mkfs.ext4 mv openinfra-cp pip psql python3 rm
+  setpriv sync systemctl useradd wg
   and to look: dpkg-query ip modprobe nft ss timedatectl
   Secrets go by stdin, the environment or a 0600 file, never by a command line.
 
@@ -150,6 +151,7 @@ REGISTRY, REGISTRY_UNIT = (
 )
 OLD_IMAGES = Path("/var/lib/docker-registry/docker")
 REGISTRY_IMAGE, REGISTRY_ROOT = Path("/var/lib/openinfra-registry.img"), Path("/srv/registry")
+REGISTRY_IMAGE_NEW = REGISTRY_IMAGE.with_name(f".{REGISTRY_IMAGE.name}.new")  # until it is whole
 REGISTRY_DISK, REGISTRY_OWNER = "srv-registry.mount", (0o700, "docker-registry", "docker-registry")
 # In the checkout, and where it goes. What services start with comes before the code.
 LAID = {
@@ -648,8 +650,12 @@ def render_cp_env(old: bytes | None, hostname: str) -> bytes:
     """cp.env: what is there stays; a key that is needed and not there is added."""
     text = b"# Settings of the control plane, KEY=value; all keys: openinfra-cp serve --help\n"
     text = text if old is None else old
-    needed = {"WG_SOCKET": "/run/openinfra-wg/wg.sock", "REGISTRY": hostname}
-    for key, value in (needed | {"REGISTRY_DIR": str(REGISTRY_ROOT)}).items():
+    needed = {
+        "WG_SOCKET": "/run/openinfra-wg/wg.sock",
+        "REGISTRY": hostname,
+        "REGISTRY_DIR": str(REGISTRY_ROOT),
+    }
+    for key, value in needed.items():
         if not re.search(rf"^\s*{key}\s*=".encode(), text, re.MULTILINE):
             text += b"\n" if text and not text.endswith(b"\n") else b""
             text += f"{key}={value}\n".encode()
@@ -708,8 +714,9 @@ def plan(config: Config, facts: Facts, password: str) -> list[Step]:
         steps.append(Run(argv, "the key of operators' tokens; the token is thrown away"))
     steps += plan_release(config, facts)
     written |= {step.path for step in steps if isinstance(step, WriteFile)}
-    stops = [step.argv for step in steps if isinstance(step, Run)]
-    steps += plan_services(facts, written, [a[2] for a in stops if a[:2] == ("systemctl", "stop")])
+    runs = [step.argv for step in steps if isinstance(step, Run)]
+    stopped = {argv[2] for argv in runs if argv[:2] == ("systemctl", "stop")}
+    steps += plan_services(facts, written, stopped)
     root, copy = facts.files.get(CADDY_ROOT), facts.files.get(CA_FILE)
     if config.tls == "internal" and (not root or not copy or copy.content != root.content):
         steps.append(CopyCa())
@@ -732,7 +739,7 @@ def plan_registry(facts: Facts) -> Iterator[Step]:
     if not facts.has_registry:
         size_bytes = max(REGISTRY_MIN_BYTES, (facts.free_bytes - REGISTRY_KEPT_BYTES) // 2)
         size_bytes = size_bytes >> 20 << 20
-        new = str(REGISTRY_IMAGE.with_name(f".{REGISTRY_IMAGE.name}.new"))
+        new = str(REGISTRY_IMAGE_NEW)
         why = f"{size_bytes >> 20} MiB for images"
         yield Run(("install", "--mode=0600", "/dev/null", new), "also when a cut left a part of it")
         yield Run(("fallocate", f"--length={size_bytes}", new), why)
@@ -837,7 +844,7 @@ def is_newer(facts: Facts, written: set[Path], paths: Sequence[Path], at: float)
     )
 
 
-def plan_services(facts: Facts, written: set[Path], stopped: Sequence[str]) -> Iterator[Step]:
+def plan_services(facts: Facts, written: set[Path], stopped: set[str]) -> Iterator[Step]:
     """Start, and restart what runs with something older than is there now."""
     for name, reads in SERVICES.items():
         unit = facts.units.get(name, Unit())
@@ -972,7 +979,7 @@ def read_directories() -> dict[Path, tuple[int, int, int]]:
 def read_cut_bytes() -> int:
     """What a run that was cut had of the registry's image; the next one takes it back."""
     with contextlib.suppress(OSError):
-        return REGISTRY_IMAGE.with_name(f".{REGISTRY_IMAGE.name}.new").lstat().st_blocks * 512
+        return REGISTRY_IMAGE_NEW.lstat().st_blocks * 512
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine import Engine, running_engine
 from tests.harness import (
     Agent,
     ControlPlane,
@@ -24,6 +25,13 @@ from tests.harness import (
 
 # What it asserts is shown like a test's own.
 pytest.register_assert_rewrite("tests.faults")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """A container engine with a registry, for one file of tests."""
+    with running_engine() as made:
+        yield made
 
 
 def make_postgres() -> Iterator[Postgres]:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.harness import Netns, Process, inside, wait_for
+from tests.harness import Netns, Process, inside, make_netns, wait_for
 
 USER = "openinfra-engine"
 REGISTRY = "127.0.0.1:5000"
@@ -291,3 +291,14 @@ class Engine:
             subprocess.run(["umount", "--lazy", mount], check=True)
         assert (self._list_processes(), self._list_mounts()) == ([], [])
         shutil.rmtree(self.directory)
+
+
+@contextlib.contextmanager
+def running_engine() -> Iterator[Engine]:
+    """An engine in a namespace of its own."""
+    with make_netns() as netns:
+        made = Engine(netns)
+        try:
+            yield made
+        finally:
+            made.close()

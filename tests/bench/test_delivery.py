@@ -17,8 +17,8 @@ import pytest
 
 from tests.bench.conftest import Record
 from tests.bench.load import percentile
-from tests.engine import Engine
-from tests.harness import WALLET, Agent, ControlPlane, make_netns, wait_for
+from tests.engine import Engine, running_engine
+from tests.harness import WALLET, Agent, ControlPlane, wait_for
 from tests.integration.test_first_container import Fleet
 
 ORDERS = 100
@@ -28,12 +28,8 @@ MANY = 50
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    with make_netns() as netns:
-        made = Engine(netns)
-        try:
-            yield made
-        finally:
-            made.close()
+    with running_engine() as made:
+        yield made
 
 
 @pytest.fixture(params=["/usr/bin/python3", sys.executable], ids=["Debian's", "PyPI's newest"])

@@ -214,16 +214,6 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with make_netns() as netns:
-        made = Engine(netns)
-        try:
-            yield made
-        finally:
-            made.close()
-
-
-@pytest.fixture(scope="module")
 def image(engine: Engine) -> str:
     return engine.push("acme/box", {"Volumes": {"/data": {}}, "Env": ["PATH=/bin"]})
 

@@ -17,22 +17,12 @@ from typing import Any
 import pytest
 
 from tests.engine import REGISTRY, Engine
-from tests.harness import WALLET, Agent, ControlPlane, inside, make_netns, wait_for
+from tests.harness import WALLET, Agent, ControlPlane, inside, wait_for
 from tests.integration.test_http_api import check_shape
 from tests.integration.test_workloads import Tenant
 from tests.readme import block
 
 HTTPD = ["/bin/httpd", "-f", "-p", "8080", "-h", "/bin"]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with make_netns() as netns:
-        made = Engine(netns)
-        try:
-            yield made
-        finally:
-            made.close()
 
 
 class Fleet:

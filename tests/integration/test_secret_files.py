@@ -19,21 +19,11 @@ from typing import Any
 import pytest
 
 from tests.engine import REGISTRY, Engine
-from tests.harness import WALLET, Agent, ControlPlane, Postgres, make_netns, wait_for
+from tests.harness import WALLET, Agent, ControlPlane, Postgres, wait_for
 from tests.integration.test_first_container import Fleet
 
 CANARY = "canary-4d1f0c9be7"
 SHOW = "cd /run/secrets; id -u; ls -ldn . *; cat db.key token; echo; touch x; sleep 1000"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with make_netns() as netns:
-        made = Engine(netns)
-        try:
-            yield made
-        finally:
-            made.close()
 
 
 @pytest.fixture
