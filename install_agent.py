@@ -1874,12 +1874,17 @@ def install(args: argparse.Namespace) -> int:
     return 0
 
 
-def purge_packages(facts: Facts) -> None:
-    """Remove packages; those that others need, or whose service the provider uses, stay."""
+def leave_packages(facts: Facts, is_purge: bool) -> None:
+    """Remove packages, or say how; those that others need or whose service is used stay."""
     used = list_used(facts)
     packages = [name for name in facts.manifest.packages if name not in used]
     if kept := [name for name in facts.manifest.packages if name in used]:
         say(f"{' '.join(kept)} and what it needs stay: you use it, or it has kept something")
+    if not packages:
+        return  # of no name at all dpkg-query shows every package of the machine
+    if not is_purge:
+        say(f"packages stay; to remove what nothing else needs: dpkg --purge {' '.join(packages)}")
+        return
     argv = ("dpkg-query", "--show", "--showformat=${Package}\n", *packages)
     shown = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.split()
     try:
@@ -1896,16 +1901,13 @@ def uninstall(args: argparse.Namespace) -> int:
         print("0 left")
         LOCK.unlink(missing_ok=True)
         return 0
-    steps, last, packages = plan_removal(facts), plan_forgetting(facts), facts.manifest.packages
+    steps, last = plan_removal(facts), plan_forgetting(facts)
     if args.dry_run or args.check:
         print("\n".join(map(str, [*steps, *last])))
         return 1 if args.check else 0
     for step in steps:
         apply(step)
-    if args.purge_packages and packages:
-        purge_packages(facts)
-    elif packages:
-        say(f"packages stay; to remove them: apt-get purge {' '.join(packages)}")
+    leave_packages(facts, args.purge_packages)
     for step in last:
         apply(step)
     say(f"{facts.data.path} stays, with the identity of this host and its encrypted disk")

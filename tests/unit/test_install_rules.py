@@ -64,6 +64,7 @@ from install_agent import (
     decide_image_bytes,
     decide_key,
     decide_new_packages,
+    leave_packages,
     list_foreign,
     list_kept,
     list_left,
@@ -1059,6 +1060,26 @@ def test_a_docker_of_ours_that_the_provider_uses_by_now_stays(
     facts = replace(facts, manifest=manifest, others=others)
     assert list_used(facts) == used
     assert ("key.json" in words(plan_removal(facts))) == ("docker.io" not in used)
+
+
+@pytest.mark.parametrize("is_purge", [False, True])
+@pytest.mark.parametrize("others", [(), ("base-files",)])
+def test_a_docker_in_use_is_neither_purged_nor_named_to_be(
+    others: tuple[str, ...],
+    is_purge: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(install_agent, "run", lambda argv, **_: ran.append(" ".join(argv)))
+    facts = replace(installed(), others=Others({"docker.service": True}))
+    facts = replace(facts, manifest=replace(facts.manifest, packages=("docker.io", *others)))
+    leave_packages(facts, is_purge)
+    said = capsys.readouterr().err
+    assert "docker.io and what it needs stay" in said
+    assert ("dpkg --purge base-files\n" in said) == (bool(others) and not is_purge)
+    # With nothing to purge there is no purge: dpkg-query of no name shows all packages.
+    assert [each.split()[:2] for each in ran] == [["dpkg", "--purge"]] * (is_purge and bool(others))
 
 
 def test_what_is_owed_is_not_used() -> None:
