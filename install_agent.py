@@ -1542,34 +1542,38 @@ def fetch(opener: urllib.request.OpenerDirector, url: str, limit_bytes: int) -> 
     return bytes(content), clock_s
 
 
+def read_installed(facts: Facts) -> Release | None:
+    """The release that is installed and as it was written; None when it is not."""
+    artifact, key = read_content(facts, BINARY), read_content(facts, RELEASE_PUB)
+    known = facts.manifest.files.get(str(BINARY), ())
+    if not key or hashlib.sha256(artifact).hexdigest() not in known:
+        return None
+    return Release(facts.manifest.version, b"", b"", key, artifact)
+
+
 def read_release(facts: Facts, answers: Answers, key_sha256: str) -> Release:
-    """Download one release into memory; raises Error unless size and sha256 are right."""
+    """Download what is not here of one release; raises Error unless size and sha256 are right."""
     opener, (base, name) = make_opener(answers.ca), answers.url.rsplit("/", 1)
     raw, clock_s = fetch(opener, f"{base}/release.json", SMALL_MAX_BYTES)
     if clock_s:
         check_clock(time.time(), clock_s, "that of the control plane")
-    signature, _ = fetch(opener, f"{base}/release.json.sig", SMALL_MAX_BYTES)
-    offered, _ = fetch(opener, f"{base}/release.pub", SMALL_MAX_BYTES)
-    key = decide_key(read_content(facts, RELEASE_PUB), offered, key_sha256)
     version, created_s, size_bytes, sha256 = parse_release(raw, name)
     if time.time() < created_s:
         check_clock(time.time(), created_s, "and the release was made at")
-    artifact = read_content(facts, BINARY)
-    if hashlib.sha256(artifact).hexdigest() != sha256:
+    artifact, installed = read_content(facts, BINARY), read_installed(facts)
+    is_here = hashlib.sha256(artifact).hexdigest() == sha256
+    if is_here and installed and installed.version == version and not key_sha256:
+        return installed
+    signature, _ = fetch(opener, f"{base}/release.json.sig", SMALL_MAX_BYTES)
+    offered, _ = fetch(opener, f"{base}/release.pub", SMALL_MAX_BYTES)
+    key = decide_key(read_content(facts, RELEASE_PUB), offered, key_sha256)
+    if not is_here:
         artifact, _ = fetch(opener, answers.url, size_bytes)
     found = hashlib.sha256(artifact).hexdigest()
     if (len(artifact), found) != (size_bytes, sha256):
         what = f"{answers.url} is not the file of release.json ({len(artifact)} bytes, {found})"
         raise Error(what, "run this again; if it stays so, tell the operator")
     return Release(version, raw, signature, key, artifact)
-
-
-def read_installed(facts: Facts) -> Release | None:
-    """The release that is installed and as it was written; None when it is not."""
-    found, key = facts.files.get(BINARY), read_content(facts, RELEASE_PUB)
-    if not found or not key or not is_as_written(facts.manifest, BINARY, found):
-        return None
-    return Release(facts.manifest.version, b"", b"", key, found.content)
 
 
 def check_signature(release: Release) -> None:

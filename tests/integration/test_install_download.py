@@ -53,7 +53,9 @@ url, ca, pinned, installed, key_sha256, downgrade = sys.argv[2:]
 files = {RELEASE_PUB: Found(Path(pinned).read_bytes(), 0o644, 0)} if pinned else {}
 if installed:
     files[BINARY] = Found(Path(installed).read_bytes(), 0o755, 0)
-facts = replace(read_facts(), files=files, manifest=Manifest(version="0.2.0" if installed else ""))
+known = {str(path): (hashlib.sha256(each.content).hexdigest(),) for path, each in files.items()}
+manifest = Manifest(version="0.2.0", files=known) if installed else Manifest()
+facts = replace(read_facts(), files=files, manifest=manifest)
 ca = Path(ca).read_bytes() if ca else b""
 answers = Answers(url, "", "", "", "", "", "", ca, False)
 try:
@@ -158,6 +160,14 @@ def test_what_is_installed_is_not_downloaded_again(site: Site) -> None:
         path.rename(site.dist / name)
     code, said = download(site, installed=make / BINARY)
     assert (code, said.split()[0]) == (0, "0.2.0")
+    # A run of nothing to do asks for one file.
+    pub = site.directory / "pinned.pub"
+    (site.dist / "release.pub").rename(pub)
+    assert download(site, installed=make / BINARY, pinned=pub)[0] == 0
+    assert download(site, installed=make / BINARY)[0] == 1
+    other = site.directory / "other"
+    other.write_bytes((make / BINARY).read_bytes() + b"x")
+    assert download(site, installed=other, pinned=pub)[0] == 1
 
 
 def truncate(site: Site) -> None:
@@ -335,7 +345,7 @@ def serve_once(site: Site, answer: bytes) -> int:
         (b"", "cannot be reached: "),
         (b"SSH-2.0-OpenSSH_9.2p1\r\n", "cannot be read"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}", "cannot be read"),
-        (b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n{}", "cannot be reached: Connection refused"),
+        (b"HTTP/1.1 200 OK\r\nDate: x\r\n\r\n{}", "release.json does not describe"),
         (b"HTTP/1.1 200 OK\r\nDate: Mon, 01 Jan 999999999 0:0:0 GMT\r\n\r\n{}", "cannot be read"),
         (b"HTTP/1.1 500 \x1b[2J\r\n\r\n", "is answered with 500"),
     ],
