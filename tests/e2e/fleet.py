@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from tests.e2e import disk, home
+from tests.e2e import disk, home, vm
 from tests.e2e.image import Image, ensure_cached, hash_files
 from tests.e2e.scripts import said
 from tests.e2e.vm import UNUSED_MAX_AGE_S, Snapshot, Vm
@@ -124,7 +124,7 @@ class Operator:
 def ensure_home(image: Image, booted: Snapshot) -> Snapshot:
     """A machine right after section 2 of the document; kept for a day for these very scripts."""
     scripts = [ROOT / "setup_luks2.py", ROOT / "install_agent.py", Path(__file__)]
-    scripts += [Path(module.__file__ or "") for module in (disk, home)]
+    scripts += [Path(module.__file__ or "") for module in (disk, home, vm)]
     key = hash_files(image.directory, scripts)
 
     def make(directory: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import struct
 import tarfile
 import time
 import zlib
@@ -290,18 +291,25 @@ BOMBS = {
     "flood": (["/bin/cat", "/dev/zero"], ""),
     "tmpfs": (["/bin/sh", "-c", "/bin/cat /dev/zero > /tmp/x"], "exit code 1"),
 }
-LAYER_BYTES = 6 << 30
+LAYER_BYTES = 50 << 30
 
 
 def make_layer_bomb() -> bytes:
-    """A layer of some megabytes that is 6 GiB of zeros in one file."""
+    """A layer of 50 MB that is 50 GiB of zeros in one file (RFC 1952, of repeated blocks)."""
     info = tarfile.TarInfo("zeros")
     info.size = LAYER_BYTES
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    zeros = bytes(16 << 20)
-    parts = [packer.compress(info.tobuf())]
-    parts += [packer.compress(zeros) for _ in range(LAYER_BYTES // len(zeros))]
-    return b"".join([*parts, packer.compress(bytes(1024)), packer.flush()])
+    head, zeros = info.tobuf(), bytes(16 << 20)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    parts = [b"\x1f\x8b\x08\0\0\0\0\0\x02\xff"]
+    parts += [packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)]
+    block = packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH)
+    count, crc = LAYER_BYTES // len(zeros), zlib.crc32(head)
+    for _ in range(count):
+        crc = zlib.crc32(zeros, crc)
+    end = bytes(1024)
+    parts += [block] * count + [packer.compress(end) + packer.flush()]
+    size = len(head) + LAYER_BYTES + len(end)
+    return b"".join([*parts, struct.pack("<II", zlib.crc32(end, crc), size & 0xFFFFFFFF)])
 
 
 def push_bomb(customer: Customer) -> str:

@@ -37,8 +37,7 @@ ANSWER_TIMEOUT_S = 15.0
 FIRST_NIC_SLOT, FIRST_DISK_SLOT = 0x8, 0x10
 MAX_DISKS = 14
 KERNEL_ARGUMENTS = (
-    "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet mitigations=off tsc=reliable "
-    "apparmor=0 selinux=0"  # AppArmor's parser is not installed, and dockerd would ask for it
+    "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet mitigations=off tsc=reliable selinux=0"
 )
 CONTROL_SEQUENCES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|[=>])|\r")
 SCREEN_LINES = 25

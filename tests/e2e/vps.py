@@ -126,7 +126,8 @@ def ensure_vps(image: Image) -> Vps:
 
     It takes minutes, so that it is shared by the processes of one run, and by later runs for a day.
     """
-    sources = [Path(__file__), *(path for part in PARTS for path in ROOT.glob(part))]
+    sources = [Path(__file__), Path(__file__).with_name("vm.py")]
+    sources += [path for part in PARTS for path in ROOT.glob(part)]
     key = hash_files(image.directory, (path for path in sources if path.is_file()))
 
     def make(directory: Path) -> None:
