@@ -291,12 +291,12 @@ BOMBS = {
     "flood": (["/bin/cat", "/dev/zero"], ""),
     "tmpfs": (["/bin/sh", "-c", "/bin/cat /dev/zero > /tmp/x"], "exit code 1"),
 }
-LAYER_BYTES = 50 << 30
+LAYERS, LAYER_BYTES = 10, 5 << 30  # of 50 GiB
 
 
-def make_layer_bomb() -> bytes:
-    """A layer of 50 MB that is 50 GiB of zeros in one file (RFC 1952, of repeated blocks)."""
-    info = tarfile.TarInfo("zeros")
+def make_layer_bomb(number: int) -> bytes:
+    """A layer of 5 MB that is 5 GiB of zeros in one file (RFC 1952, of repeated blocks)."""
+    info = tarfile.TarInfo(f"zeros{number}")
     info.size = LAYER_BYTES
     head, zeros = info.tobuf(), bytes(16 << 20)
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -314,13 +314,13 @@ def make_layer_bomb() -> bytes:
 
 def push_bomb(customer: Customer) -> str:
     """Push it without unpacking it anywhere; gives back the image's name."""
-    layer = make_layer_bomb()
+    layers = [make_layer_bomb(number) for number in range(LAYERS)]
     config = json.dumps(
         {
             "architecture": "amd64",
             "os": "linux",
             "config": {},
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{'0' * 64}"]},
+            "rootfs": {"type": "layers", "diff_ids": [sha256(bytes([n])) for n in range(LAYERS)]},
         }
     ).encode()
     kind = "application/vnd.docker"
@@ -328,13 +328,13 @@ def push_bomb(customer: Customer) -> str:
         {"mediaType": f"{kind}.{suffix}", "size": len(blob), "digest": sha256(blob)}
         for blob, suffix in (
             (config, "container.image.v1+json"),
-            (layer, "image.rootfs.diff.tar.gzip"),
+            *((layer, "image.rootfs.diff.tar.gzip") for layer in layers),
         )
     ]
     form = f"{kind}.distribution.manifest.v2+json"
     body = {"schemaVersion": 2, "mediaType": form, "config": rows[0], "layers": rows[1:]}
     manifest = json.dumps(body).encode()
-    for blob in (config, layer):
+    for blob in (config, *layers):
         customer.upload("bomb/blobs/uploads/", blob)
     customer.upload("bomb/manifests/1", manifest, form)
     return f"kuma/bomb@{sha256(manifest)}"
