@@ -430,7 +430,11 @@ def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
     other.put(operator.ca, CA_FILE)
     dark.power_cut()
     began = time.monotonic()
-    wait_for("the copy elsewhere", lambda: list_pids(other) or None, LEASE_S + 150)
+    try:
+        wait_for("the copy elsewhere", lambda: list_pids(other) or None, LEASE_S + 150)
+    except AssertionError as error:
+        told = operator.vm.sh("openinfra-cp workloads --json; openinfra-cp hosts --json")
+        raise AssertionError(f"{error}: {told}") from None
     took_s = time.monotonic() - began
     print(f"the copy ran elsewhere {took_s:.0f} s after the plug was pulled")
     assert took_s >= LEASE_S - 30  # a right that was renewed 30 s before
