@@ -96,7 +96,15 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -351,6 +359,22 @@ LOG_LINES_MAX = 1_000
 LOG_BYTES = 32_768  # of all copies that are asked of one host at once: a heartbeat has twice that
 LOG_S = 5.0  # the longest that a customer waits for hosts; an agent answers in one or two
 LOG_READERS_MAX = 2  # customers that wait at once, each for one answer: each takes an HTTP worker
+USAGE_GRACE_S = 300  # after a full hour its windows are closed; what comes later is another one
+USAGE_S = 60.0  # between two looks for hours that are over
+USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
+COUNTERS_MAX = 64  # in one heartbeat
+COUNTERS_KEPT = 1_000  # containers of one copy
+USAGE_BATCH = 1_000  # copies in one transaction
+INVOICE_AFTER_S = 86_400  # after a month is over its invoices are issued
+CREDIT_NOTICE_S = 3_600  # a customer without credit has this long before its copies stop
+EGRESS_MAX_BYTES_PER_US = 125  # 1 Gbit/s: no copy sends more, whatever its host says
+HOUR_US = 3_600_000_000
+CPU_HOUR = 1_000 * HOUR_US  # what a price is for: thousandths of a processor times microseconds,
+GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
+GB = 10**9  # and bytes
+INT64_MAX = 2**63 - 1
+EGRESS_MAX_BYTES = 2**53  # counted for a copy in an hour; far more than EGRESS_MAX_BYTES_PER_US
+MONEY_MAX = 10**15  # micro-units in one payment or limit
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
@@ -437,6 +461,7 @@ REFUSALS: dict[str, tuple[grpc.StatusCode, int]] = {
     "NOT_FOUND": (grpc.StatusCode.NOT_FOUND, 404),
     "METHOD_NOT_ALLOWED": (grpc.StatusCode.UNIMPLEMENTED, 405),
     "CONFLICT": (grpc.StatusCode.FAILED_PRECONDITION, 409),
+    "NO_CREDIT": (grpc.StatusCode.FAILED_PRECONDITION, 402),
     "LENGTH_REQUIRED": (grpc.StatusCode.INVALID_ARGUMENT, 411),
     "TOO_LARGE": (grpc.StatusCode.INVALID_ARGUMENT, 413),
     "NOT_JSON": (grpc.StatusCode.INVALID_ARGUMENT, 415),
@@ -523,6 +548,9 @@ class Customer:
     namespaces: list[str]
     created_by: str
     created_at: dt.datetime
+    credit_limit_micros: int | None
+    out_of_credit_at: dt.datetime | None
+    balance_micros: int = 0  # where it is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -638,6 +666,7 @@ class Demand:
     rejections: Mapping[int, Rejections]  # by replica
     rejected_by: frozenset[int]  # hosts that rejected it of late
     secrets_lost: bool = False
+    out_of_credit: bool = False
 
 
 @dataclasses.dataclass
@@ -686,6 +715,86 @@ class Observed:
 
     revision: int
     assignments: tuple[Observation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """What a container used since it was made, as its host says; checked values only."""
+
+    assignment_id: str
+    boot_id: str
+    container_id: bytes
+    cpu_ns: int
+    memory_byte_s: int
+    rx_bytes: int
+    tx_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RateCard:
+    """A row of `rate_cards`: prices in micro-units, from an hour on until a later one."""
+
+    card_no: int
+    customer_no: int | None
+    valid_from: dt.datetime
+    cpu_hour_micros: int
+    gb_hour_micros: int
+    egress_gb_micros: int
+    provider_share_ppm: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """A copy as it is billed, and what was so far."""
+
+    assignment_no: int
+    customer_no: int
+    namespace: str | None
+    cpu_milli: int
+    memory_bytes: int
+    billed_us: int = 0
+    counted_bytes: int = 0
+    egress_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What of a copy's hour is not in a window yet: time that it ran, and bytes counted."""
+
+    billed_us: int = 0
+    counted_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Quantities and amounts: of a window, or of all windows of a line of an invoice."""
+
+    billed_us: int = 0
+    egress_bytes: int = 0
+    cpu_micros: int = 0
+    memory_micros: int = 0
+    egress_micros: int = 0
+    share_micros: int = 0
+
+    @property
+    def charge_micros(self) -> int:
+        """What the customer pays."""
+        return self.cpu_micros + self.memory_micros + self.egress_micros
+
+
+LineKey = tuple[int, dt.date, int]  # assignment_no, month, card_no; 0: there is no card
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a copy used in an hour, or what came late of it, and what that adds to its line."""
+
+    assignment_no: int
+    hour_at: dt.datetime
+    part: int
+    month: dt.date
+    card_no: int
+    usage: Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -822,6 +931,7 @@ class Beat:
     facts: Facts | None
     desired_revision: int = 0
     observed: Observed | None = None
+    counters: tuple[Counter, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1718,6 +1828,7 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
         facts=parse_facts(request.facts) if request.HasField("facts") else None,
         desired_revision=parse_revision(request.desired_revision),
         observed=parse_observed(request.observed) if request.HasField("observed") else None,
+        counters=parse_counters(request.usage),
     )
 
 
@@ -1749,6 +1860,30 @@ def parse_observed(observed: pb.Observed) -> Observed:
             each.exit_code if each.HasField("exit_code") else None,
         )
     return Observed(parse_revision(observed.revision), tuple(found.values()))
+
+
+def parse_counters(usage: Sequence[pb.UsageCounter]) -> tuple[Counter, ...]:
+    """Counters, without those that cannot be: a host that sends one stays online."""
+    found = [
+        Counter(
+            each.assignment_id,
+            each.boot_id,
+            each.container_id,
+            each.cpu_ns,
+            each.memory_byte_s,
+            each.rx_bytes,
+            each.tx_bytes,
+        )
+        for each in usage[:COUNTERS_MAX]
+        if _UUID.fullmatch(each.assignment_id)
+        and _BOOT_ID.fullmatch(each.boot_id)
+        and len(each.container_id) == 32
+    ]
+    return tuple(
+        one
+        for one in found
+        if max(one.cpu_ns, one.memory_byte_s, one.rx_bytes, one.tx_bytes) <= INT64_MAX
+    )
 
 
 _BARE_CONTROLS = re.compile(r"[\x7f-\x9f]")  # a terminal obeys them, JSON does not escape them
@@ -1972,8 +2107,9 @@ def decide_places(
         _, missing = plan_rollout(demand)
         if not missing:
             continue
-        if demand.secrets_lost:
-            reasons[demand.workload_no] = SECRETS_LOST
+        if demand.secrets_lost or demand.out_of_credit:
+            why = SECRETS_LOST if demand.secrets_lost else "the balance is used up"
+            reasons[demand.workload_no] = why
             continue
         held = collections.Counter(copy.host_no for copy in demand.copies)
         providers = collections.Counter(provider_of.get(copy.host_no) for copy in demand.copies)
@@ -2224,6 +2360,99 @@ def decide_interval_ms(nominal_s: float, busy: float, unit: float) -> int:
     return int(min(nominal_s * (1 + busy) * (0.9 + 0.2 * unit), HEARTBEAT_MAX_S) * 1000)
 
 
+def find_card(cards: Sequence[RateCard], customer_no: int, hour_at: dt.datetime) -> RateCard | None:
+    """The prices of an hour: the customer's own latest card, else the latest for all."""
+    valid = [card for card in cards if card.valid_from <= hour_at]
+    for whose in (customer_no, None):
+        if own := [card for card in valid if card.customer_no == whose]:
+            return max(own, key=lambda card: card.valid_from)
+    return None
+
+
+def price(meter: Meter, card: RateCard | None, billed_us: int, egress_bytes: int) -> Usage:
+    """What so much of a copy costs: each resource is rounded down once."""
+    if card is None:
+        return Usage(billed_us, egress_bytes)
+    cpu = meter.cpu_milli * billed_us * card.cpu_hour_micros // CPU_HOUR
+    memory = meter.memory_bytes * billed_us * card.gb_hour_micros // GB_HOUR
+    egress = egress_bytes * card.egress_gb_micros // GB
+    share = (cpu + memory + egress) * card.provider_share_ppm // 1_000_000 if meter.namespace else 0
+    return Usage(billed_us, egress_bytes, cpu, memory, egress, share)
+
+
+def subtract_usage(one: Usage, other: Usage) -> Usage:
+    """What one has more than the other."""
+    pairs = zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
+    return Usage(*(a - b for a, b in pairs))
+
+
+def decide_stop(customer: Customer) -> dt.datetime | None:
+    """When the copies of a customer without credit stop; None: it has some."""
+    since = customer.out_of_credit_at
+    return since + dt.timedelta(seconds=CREDIT_NOTICE_S) if since else None
+
+
+def check_credit_left(customer: Customer) -> None:
+    """Raises Refusal for a customer whose balance is used up."""
+    if stop := decide_stop(customer):
+        what = f"your balance is used up, and your copies stop at {stop:%Y-%m-%dT%H:%MZ}"
+        raise Refusal("NO_CREDIT", what, "pay, or ask the operator for a higher limit")
+
+
+def month_of(at: dt.datetime) -> dt.date:
+    """The first day of its month, UTC."""
+    return dt.date(at.year, at.month, 1)
+
+
+def decide_windows(
+    meter: Meter,
+    due: Mapping[dt.datetime, Due],
+    cards: Sequence[RateCard],
+    lines: Mapping[LineKey, Usage],
+    parts: Mapping[dt.datetime, int],
+    issued: frozenset[dt.date],
+    now: dt.datetime,
+) -> tuple[Meter, list[Window], dict[LineKey, Usage]]:
+    """Close hours of a copy: its sums after that, its windows, and the lines that they change.
+
+    A window's amounts are the difference that it makes to its line, so that windows add up to the
+    line, and a line is its quantity times its price. `parts`: how many windows these hours have
+    already. `issued`: months whose invoice stays as it is; what is late for it is on this month's.
+    """
+    windows: list[Window] = []
+    changed: dict[LineKey, Usage] = {}
+    for hour_at, one in sorted(due.items()):
+        billed_us = meter.billed_us + one.billed_us
+        counted = meter.counted_bytes + one.counted_bytes
+        egress_bytes = max(min(counted, EGRESS_MAX_BYTES_PER_US * billed_us), meter.egress_bytes)
+        added = egress_bytes - meter.egress_bytes
+        meter = dataclasses.replace(
+            meter, billed_us=billed_us, counted_bytes=counted, egress_bytes=egress_bytes
+        )
+        if not (one.billed_us or added):
+            continue
+        month = month_of(now) if month_of(hour_at) in issued else month_of(hour_at)
+        card = find_card(cards, meter.customer_no, hour_at)
+        key = (meter.assignment_no, month, card.card_no if card else 0)
+        before = changed.get(key) or lines.get(key) or Usage()
+        after = price(meter, card, before.billed_us + one.billed_us, before.egress_bytes + added)
+        changed[key] = after
+        part, usage = parts.get(hour_at, 0) + 1, subtract_usage(after, before)
+        windows.append(Window(meter.assignment_no, hour_at, part, month, key[2], usage))
+    return meter, windows, changed
+
+
+def list_entries(meter: Meter, usage: Usage) -> list[tuple[tuple[str, object], int]]:
+    """A window in the ledger: (account's kind and whose, micro-units); empty when it is free."""
+    charge, share = usage.charge_micros, usage.share_micros
+    entries: list[tuple[tuple[str, object], int]] = [
+        (("customer", meter.customer_no), -charge),
+        (("provider", meter.namespace), share),
+        (("fees", None), charge - share),
+    ]
+    return [entry for entry in entries if entry[1]]
+
+
 @functools.lru_cache(maxsize=1_024)
 def render_standing(standing: Standing) -> pb.Standing:
     """The standing as an agent gets it."""
@@ -2306,6 +2535,10 @@ def render_customer(customer: Customer) -> dict[str, Any]:
         "namespaces": customer.namespaces,
         "created_by": customer.created_by,
         "created_at": render_time(customer.created_at),
+        "balance_micros": customer.balance_micros,
+        "credit_limit_micros": customer.credit_limit_micros,
+        "out_of_credit_at": render_time(customer.out_of_credit_at),
+        "stops_at": render_time(decide_stop(customer)),
     }
 
 
@@ -2964,6 +3197,397 @@ COMMENT ON COLUMN cp_state.secrets_key_sha256 IS 'Of the key that `serve` had la
 GRANT UPDATE (secrets_key_sha256) ON cp_state TO @ROLE@;
 """,
     ),
+    (
+        11,
+        "usage, rate cards, the ledger, invoices",
+        """
+ALTER TABLE liveness ADD seen_us bigint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN liveness.seen_us IS
+  'Microseconds that its heartbeats covered so far: the clock of what is billed';
+
+CREATE TABLE usage_hours (
+  host_no integer NOT NULL REFERENCES hosts,
+  hour_at timestamptz NOT NULL CHECK (date_trunc('hour', hour_at, 'UTC') = hour_at),
+  seen_us bigint NOT NULL,
+  PRIMARY KEY (host_no, hour_at)
+);
+COMMENT ON TABLE usage_hours IS 'Where seen_us of hosts with running copies stood at full hours';
+COMMENT ON COLUMN usage_hours.host_no IS 'The host';
+COMMENT ON COLUMN usage_hours.hour_at IS 'A full hour, UTC';
+COMMENT ON COLUMN usage_hours.seen_us IS 'What of it was before that hour';
+
+CREATE TABLE usage_runs (
+  run_no bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  host_no integer NOT NULL REFERENCES hosts,
+  from_at timestamptz NOT NULL,
+  from_us bigint NOT NULL,
+  to_at timestamptz,
+  to_us bigint CHECK (to_us >= from_us),
+  closed_hour timestamptz NOT NULL,
+  closed_us bigint NOT NULL CHECK (closed_us >= from_us AND closed_us <= to_us),
+  is_closed boolean NOT NULL DEFAULT false,
+  CHECK ((to_at IS NULL) = (to_us IS NULL)),
+  CHECK (NOT is_closed OR (to_us IS NOT NULL AND closed_us = to_us))
+);
+CREATE UNIQUE INDEX usage_runs_open ON usage_runs (host_no, assignment_no) WHERE to_us IS NULL;
+CREATE INDEX usage_runs_due ON usage_runs (assignment_no) WHERE NOT is_closed;
+COMMENT ON TABLE usage_runs IS 'From when to when a copy ran, as heartbeats of its host said';
+COMMENT ON COLUMN usage_runs.run_no IS 'Order of beginning';
+COMMENT ON COLUMN usage_runs.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_runs.host_no IS 'Its host';
+COMMENT ON COLUMN usage_runs.from_at IS 'The first heartbeat that said that it runs';
+COMMENT ON COLUMN usage_runs.from_us IS 'seen_us of the host then';
+COMMENT ON COLUMN usage_runs.to_at IS 'The last heartbeat that counts for it; null: it goes on';
+COMMENT ON COLUMN usage_runs.to_us IS 'seen_us of the host then';
+COMMENT ON COLUMN usage_runs.closed_hour IS 'The hour of the last window that is closed';
+COMMENT ON COLUMN usage_runs.closed_us IS 'Up to where of the host''s seen_us windows are closed';
+COMMENT ON COLUMN usage_runs.is_closed IS 'It ended, and all of it is in windows';
+CREATE FUNCTION note_run() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+  UPDATE public.usage_runs r SET to_at = greatest(l.last_heartbeat_at, r.from_at),
+    to_us = l.seen_us, is_closed = r.closed_us = l.seen_us
+  FROM public.liveness l
+  WHERE l.host_no = NEW.host_no AND r.host_no = NEW.host_no
+    AND r.assignment_no = NEW.assignment_no AND r.to_us IS NULL;
+  IF NEW.state = 'running' AND NEW.ended_at IS NULL AND NEW.held_until IS NULL THEN
+    INSERT INTO public.usage_runs (assignment_no, host_no, from_at, from_us, closed_hour, closed_us)
+    SELECT NEW.assignment_no, NEW.host_no, l.last_heartbeat_at, l.seen_us,
+      date_trunc('hour', l.last_heartbeat_at, 'UTC'), l.seen_us
+    FROM public.liveness l WHERE l.host_no = NEW.host_no AND l.last_heartbeat_at IS NOT NULL;
+  END IF;
+  RETURN NULL;
+END $$;
+COMMENT ON FUNCTION note_run IS 'The one way in which a run begins and ends';
+REVOKE ALL ON FUNCTION note_run FROM PUBLIC;
+CREATE TRIGGER assignments_run AFTER UPDATE ON assignments FOR EACH ROW
+  WHEN ((OLD.state = 'running' AND OLD.ended_at IS NULL AND OLD.held_until IS NULL)
+    <> (NEW.state = 'running' AND NEW.ended_at IS NULL AND NEW.held_until IS NULL))
+  EXECUTE FUNCTION note_run();
+INSERT INTO usage_runs (assignment_no, host_no, from_at, from_us, closed_hour, closed_us)
+SELECT a.assignment_no, a.host_no, l.last_heartbeat_at, 0,
+  date_trunc('hour', l.last_heartbeat_at, 'UTC'), 0
+FROM assignments a JOIN liveness l USING (host_no)
+WHERE a.state = 'running' AND a.ended_at IS NULL AND a.held_until IS NULL
+  AND l.last_heartbeat_at IS NOT NULL;
+
+CREATE TABLE usage_counters (
+  assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  boot_id uuid NOT NULL,
+  container_id bytea NOT NULL CHECK (length(container_id) = 32),
+  cpu_ns bigint NOT NULL CHECK (cpu_ns >= 0),
+  memory_byte_s bigint NOT NULL CHECK (memory_byte_s >= 0),
+  rx_bytes bigint NOT NULL CHECK (rx_bytes >= 0),
+  tx_bytes bigint NOT NULL CHECK (tx_bytes >= 0),
+  at timestamptz NOT NULL,
+  PRIMARY KEY (assignment_no, boot_id, container_id)
+);
+COMMENT ON TABLE usage_counters IS 'What hosts counted: it only grows, whatever comes twice';
+COMMENT ON COLUMN usage_counters.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_counters.boot_id IS 'The boot of its host';
+COMMENT ON COLUMN usage_counters.container_id IS 'The container, of which a copy may have several';
+COMMENT ON COLUMN usage_counters.cpu_ns IS 'Nanoseconds of processor time';
+COMMENT ON COLUMN usage_counters.memory_byte_s IS 'Bytes of memory times seconds';
+COMMENT ON COLUMN usage_counters.rx_bytes IS 'Bytes that it received';
+COMMENT ON COLUMN usage_counters.tx_bytes IS 'Bytes that it sent';
+COMMENT ON COLUMN usage_counters.at IS 'When any of it grew last';
+
+CREATE TABLE usage_egress (
+  assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  hour_at timestamptz NOT NULL CHECK (date_trunc('hour', hour_at, 'UTC') = hour_at),
+  bytes bigint NOT NULL CHECK (bytes >= 0),
+  closed_bytes bigint NOT NULL DEFAULT 0 CHECK (closed_bytes BETWEEN 0 AND bytes),
+  PRIMARY KEY (assignment_no, hour_at)
+);
+CREATE INDEX usage_egress_due ON usage_egress (assignment_no, hour_at) WHERE bytes > closed_bytes;
+COMMENT ON TABLE usage_egress IS 'By how much tx_bytes of a copy grew in an hour';
+COMMENT ON COLUMN usage_egress.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_egress.hour_at IS 'The hour, UTC, in which the control plane heard of it';
+COMMENT ON COLUMN usage_egress.bytes IS 'By how much';
+COMMENT ON COLUMN usage_egress.closed_bytes IS 'What of it is in windows';
+
+CREATE TABLE rate_cards (
+  card_no integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  customer_no integer REFERENCES customers (customer_no),
+  valid_from timestamptz NOT NULL CHECK (date_trunc('hour', valid_from, 'UTC') = valid_from),
+  cpu_hour_micros bigint NOT NULL CHECK (cpu_hour_micros BETWEEN 0 AND 1000000000000),
+  gb_hour_micros bigint NOT NULL CHECK (gb_hour_micros BETWEEN 0 AND 1000000000000),
+  egress_gb_micros bigint NOT NULL CHECK (egress_gb_micros BETWEEN 0 AND 1000000000000),
+  provider_share_ppm integer NOT NULL CHECK (provider_share_ppm BETWEEN 0 AND 1000000),
+  created_by text NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  UNIQUE NULLS NOT DISTINCT (customer_no, valid_from)
+);
+COMMENT ON TABLE rate_cards IS 'Prices; never changed: a later one takes the place of an earlier';
+COMMENT ON COLUMN rate_cards.card_no IS 'Order of making';
+COMMENT ON COLUMN rate_cards.customer_no IS 'Whose it is; null: of all that have none of their own';
+COMMENT ON COLUMN rate_cards.valid_from IS 'The first hour that it is for';
+COMMENT ON COLUMN rate_cards.cpu_hour_micros IS 'Micro-units for a reserved processor and an hour';
+COMMENT ON COLUMN rate_cards.gb_hour_micros IS 'Micro-units for 10^9 reserved bytes and an hour';
+COMMENT ON COLUMN rate_cards.egress_gb_micros IS 'Micro-units for 10^9 bytes that were sent';
+COMMENT ON COLUMN rate_cards.provider_share_ppm IS 'Of the charge to the provider, in millionths';
+COMMENT ON COLUMN rate_cards.created_by IS 'The actor as in audit_log';
+COMMENT ON COLUMN rate_cards.created_at IS 'When it was made';
+
+CREATE SEQUENCE ledger_numbers;
+COMMENT ON SEQUENCE ledger_numbers IS 'Numbers of ledger transactions, and of windows';
+CREATE TABLE usage_windows (
+  window_no bigint PRIMARY KEY,
+  assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  hour_at timestamptz NOT NULL CHECK (date_trunc('hour', hour_at, 'UTC') = hour_at),
+  part integer NOT NULL CHECK (part > 0),
+  month date NOT NULL CHECK (extract(day FROM month) = 1),
+  card_no integer NOT NULL,
+  billed_us bigint NOT NULL CHECK (billed_us >= 0),
+  egress_bytes bigint NOT NULL CHECK (egress_bytes >= 0),
+  cpu_micros bigint NOT NULL CHECK (cpu_micros >= 0),
+  memory_micros bigint NOT NULL CHECK (memory_micros >= 0),
+  egress_micros bigint NOT NULL CHECK (egress_micros >= 0),
+  share_micros bigint NOT NULL CHECK (share_micros BETWEEN 0
+    AND cpu_micros + memory_micros + egress_micros),
+  closed_at timestamptz NOT NULL,
+  UNIQUE (assignment_no, hour_at, part),
+  CHECK (billed_us > 0 OR egress_bytes > 0)
+);
+COMMENT ON TABLE usage_windows IS 'What a copy used in an hour, and what that costs; never changed';
+COMMENT ON COLUMN usage_windows.window_no IS 'Its number, and that of its ledger transaction';
+COMMENT ON COLUMN usage_windows.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_windows.hour_at IS 'The hour, UTC';
+COMMENT ON COLUMN usage_windows.part IS '1; what came when the hour was closed already: 2 and on';
+COMMENT ON COLUMN usage_windows.month IS 'First day of the month whose invoice it is on';
+COMMENT ON COLUMN usage_windows.card_no IS 'The rate card; 0: there was none, so it is free';
+COMMENT ON COLUMN usage_windows.billed_us IS 'Microseconds that it ran, as the CP saw it';
+COMMENT ON COLUMN usage_windows.egress_bytes IS 'Bytes that it sent';
+COMMENT ON COLUMN usage_windows.cpu_micros IS 'Micro-units for its reserved processors';
+COMMENT ON COLUMN usage_windows.memory_micros IS 'Micro-units for its reserved memory';
+COMMENT ON COLUMN usage_windows.egress_micros IS 'Micro-units for what it sent';
+COMMENT ON COLUMN usage_windows.share_micros IS 'Of these three, what the provider gets';
+COMMENT ON COLUMN usage_windows.closed_at IS 'When it was closed';
+
+CREATE TABLE usage_lines (
+  assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  month date NOT NULL,
+  card_no integer NOT NULL,
+  customer_no integer NOT NULL REFERENCES customers (customer_no),
+  namespace text REFERENCES namespaces,
+  billed_us bigint NOT NULL,
+  egress_bytes bigint NOT NULL,
+  cpu_micros bigint NOT NULL,
+  memory_micros bigint NOT NULL,
+  egress_micros bigint NOT NULL,
+  share_micros bigint NOT NULL,
+  PRIMARY KEY (assignment_no, month, card_no)
+);
+CREATE INDEX usage_lines_customer ON usage_lines (customer_no, month);
+CREATE INDEX usage_lines_provider ON usage_lines (namespace, month);
+COMMENT ON TABLE usage_lines IS 'Sums of windows: the lines of invoices and of statements';
+COMMENT ON COLUMN usage_lines.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_lines.month IS 'First day of the month';
+COMMENT ON COLUMN usage_lines.card_no IS 'The rate card; 0: none';
+COMMENT ON COLUMN usage_lines.customer_no IS 'Who pays';
+COMMENT ON COLUMN usage_lines.namespace IS 'The provider who earns; null: its host has no wallet';
+COMMENT ON COLUMN usage_lines.billed_us IS 'Sum over its windows, as all that follows';
+COMMENT ON COLUMN usage_lines.egress_bytes IS 'Bytes that it sent';
+COMMENT ON COLUMN usage_lines.cpu_micros IS 'Micro-units for processors: rounded down once, here';
+COMMENT ON COLUMN usage_lines.memory_micros IS 'Micro-units for memory, rounded down once';
+COMMENT ON COLUMN usage_lines.egress_micros IS 'Micro-units for egress, rounded down once';
+COMMENT ON COLUMN usage_lines.share_micros IS 'What the provider gets, rounded down once';
+
+CREATE TABLE usage_totals (
+  assignment_no bigint PRIMARY KEY REFERENCES assignments (assignment_no),
+  billed_us bigint NOT NULL CHECK (billed_us >= 0),
+  counted_bytes bigint NOT NULL,
+  egress_bytes bigint NOT NULL CHECK (egress_bytes BETWEEN 0 AND counted_bytes)
+);
+COMMENT ON TABLE usage_totals IS 'Sums over a copy''s whole life, for the limit of its egress';
+COMMENT ON COLUMN usage_totals.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_totals.billed_us IS 'Microseconds in its windows';
+COMMENT ON COLUMN usage_totals.counted_bytes IS 'Bytes that its host counted in closed hours';
+COMMENT ON COLUMN usage_totals.egress_bytes IS 'What of it is in windows; the rest was impossible';
+
+CREATE TABLE ledger_accounts (
+  account_no integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  kind text NOT NULL CHECK (kind IN ('customer', 'provider', 'fees', 'payments')),
+  customer_no integer UNIQUE REFERENCES customers (customer_no),
+  namespace text UNIQUE REFERENCES namespaces,
+  CHECK ((kind = 'customer') = (customer_no IS NOT NULL)),
+  CHECK ((kind = 'provider') = (namespace IS NOT NULL))
+);
+CREATE UNIQUE INDEX ledger_accounts_own ON ledger_accounts (kind)
+  WHERE kind IN ('fees', 'payments');
+COMMENT ON TABLE ledger_accounts IS 'Whose money it is';
+COMMENT ON COLUMN ledger_accounts.account_no IS 'Short key for the entries';
+COMMENT ON COLUMN ledger_accounts.kind IS 'fees: the operator''s; payments: from outside';
+COMMENT ON COLUMN ledger_accounts.customer_no IS 'Its balance is what it may still use';
+COMMENT ON COLUMN ledger_accounts.namespace IS 'Its balance is what the provider is owed';
+INSERT INTO ledger_accounts (kind) VALUES ('fees'), ('payments');
+
+CREATE TABLE ledger_transactions (
+  transaction_no bigint PRIMARY KEY,
+  kind text NOT NULL CHECK (kind IN ('usage', 'payment', 'correction')),
+  window_no bigint UNIQUE REFERENCES usage_windows CHECK (window_no = transaction_no),
+  reference text UNIQUE CHECK (length(reference) BETWEEN 1 AND 100),
+  note text NOT NULL DEFAULT '',
+  actor text NOT NULL,
+  at timestamptz NOT NULL,
+  xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+  UNIQUE (transaction_no, xid),
+  CHECK ((kind = 'usage') = (window_no IS NOT NULL)),
+  CHECK ((kind = 'usage') = (reference IS NULL))
+);
+COMMENT ON TABLE ledger_transactions IS 'Groups of entries whose sum is zero; never changed';
+COMMENT ON COLUMN ledger_transactions.transaction_no IS 'Its number; gaps mean nothing';
+COMMENT ON COLUMN ledger_transactions.kind IS 'usage, payment or correction';
+COMMENT ON COLUMN ledger_transactions.window_no IS 'The window that it charges for, once';
+COMMENT ON COLUMN ledger_transactions.reference IS 'A payment with the same one is the same';
+COMMENT ON COLUMN ledger_transactions.note IS 'For people';
+COMMENT ON COLUMN ledger_transactions.actor IS 'Who made it, as in audit_log';
+COMMENT ON COLUMN ledger_transactions.at IS 'When it was made';
+COMMENT ON COLUMN ledger_transactions.xid IS 'Its database transaction, and its entries''';
+
+CREATE TABLE ledger_entries (
+  transaction_no bigint NOT NULL,
+  account_no integer NOT NULL REFERENCES ledger_accounts,
+  amount_micros bigint NOT NULL CHECK (amount_micros <> 0),
+  xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+  PRIMARY KEY (transaction_no, account_no),
+  FOREIGN KEY (transaction_no, xid) REFERENCES ledger_transactions (transaction_no, xid)
+    DEFERRABLE INITIALLY DEFERRED
+);
+CREATE INDEX ledger_entries_account ON ledger_entries (account_no) INCLUDE (amount_micros);
+COMMENT ON TABLE ledger_entries IS 'Double entry: what an account got (or gave, below zero)';
+COMMENT ON COLUMN ledger_entries.transaction_no IS 'The transaction, which comes after its entries';
+COMMENT ON COLUMN ledger_entries.account_no IS 'The account';
+COMMENT ON COLUMN ledger_entries.amount_micros IS 'Micro-units';
+COMMENT ON COLUMN ledger_entries.xid IS 'Its database transaction';
+CREATE FUNCTION check_entries() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+  IF EXISTS (SELECT FROM added JOIN public.ledger_transactions USING (transaction_no)) THEN
+    RAISE EXCEPTION 'a ledger transaction that is made takes no more entries'
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+COMMENT ON FUNCTION check_entries IS 'Entries come before their transaction';
+CREATE TRIGGER ledger_entries_open AFTER INSERT ON ledger_entries
+  REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION check_entries();
+CREATE FUNCTION check_transactions() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+  IF EXISTS (
+    SELECT FROM added t LEFT JOIN public.ledger_entries e USING (transaction_no)
+    GROUP BY t.transaction_no
+    HAVING count(e.account_no) < 2 OR sum(e.amount_micros) <> 0) THEN
+    RAISE EXCEPTION 'a ledger transaction has at least two entries, and their sum is zero'
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+COMMENT ON FUNCTION check_transactions IS 'Then they are all there, and their sum is zero';
+CREATE TRIGGER ledger_transactions_sum AFTER INSERT ON ledger_transactions
+  REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION check_transactions();
+
+CREATE TABLE invoices (
+  invoice_no integer PRIMARY KEY CHECK (invoice_no > 0),
+  customer_no integer NOT NULL REFERENCES customers (customer_no),
+  month date NOT NULL CHECK (extract(day FROM month) = 1),
+  total_micros bigint NOT NULL,
+  issued_at timestamptz NOT NULL,
+  UNIQUE (customer_no, month)
+);
+COMMENT ON TABLE invoices IS 'What was issued; its lines are the usage_lines of that month';
+COMMENT ON COLUMN invoices.invoice_no IS 'From 1, without gaps';
+COMMENT ON COLUMN invoices.customer_no IS 'Who pays';
+COMMENT ON COLUMN invoices.month IS 'First day of the month';
+COMMENT ON COLUMN invoices.total_micros IS 'Sum of its lines';
+COMMENT ON COLUMN invoices.issued_at IS 'When; usage that comes later is on a later one';
+CREATE FUNCTION check_invoice() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+  IF NEW.invoice_no <> (SELECT coalesce(max(invoice_no), 0) + 1 FROM public.invoices) THEN
+    RAISE EXCEPTION 'invoices are numbered without gaps'
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$;
+COMMENT ON FUNCTION check_invoice IS 'The next number and no other';
+CREATE TRIGGER invoices_number BEFORE INSERT ON invoices FOR EACH ROW
+  EXECUTE FUNCTION check_invoice();
+CREATE FUNCTION check_month() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+  IF EXISTS (SELECT FROM added JOIN public.invoices USING (customer_no, month)) THEN
+    RAISE EXCEPTION 'an invoice that was issued stays as it is'
+      USING ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NULL;
+END $$;
+COMMENT ON FUNCTION check_month IS 'What is on an invoice stays';
+CREATE TRIGGER usage_lines_new AFTER INSERT ON usage_lines
+  REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION check_month();
+CREATE TRIGGER usage_lines_more AFTER UPDATE ON usage_lines
+  REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION check_month();
+
+DO $$
+DECLARE name text;
+BEGIN
+  FOREACH name IN ARRAY ARRAY['rate_cards', 'usage_windows', 'ledger_transactions',
+      'ledger_entries', 'invoices'] LOOP
+    EXECUTE format('CREATE TRIGGER %I BEFORE UPDATE OR DELETE ON %I FOR EACH ROW
+      EXECUTE FUNCTION refuse_change(%L)', name || '_final', name, name || ' is append-only');
+    EXECUTE format('CREATE TRIGGER %I BEFORE TRUNCATE ON %I FOR EACH STATEMENT
+      EXECUTE FUNCTION refuse_change(%L)', name || '_kept', name, name || ' is append-only');
+  END LOOP;
+END $$;
+
+ALTER TABLE customers ADD credit_limit_micros bigint CHECK (credit_limit_micros >= 0),
+  ADD out_of_credit_at timestamptz;
+COMMENT ON COLUMN customers.credit_limit_micros IS 'How far below zero it may go; null: no limit';
+COMMENT ON COLUMN customers.out_of_credit_at IS 'Since when nothing is left; null: there is';
+
+CREATE FUNCTION prune_hours(most integer) RETURNS integer
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+  WITH gone AS (
+    DELETE FROM public.usage_hours WHERE (host_no, hour_at) IN (
+      SELECT h.host_no, h.hour_at FROM public.usage_hours h
+      WHERE h.hour_at < now() - interval '7 days' AND NOT EXISTS (
+        SELECT FROM public.usage_runs r
+        WHERE r.host_no = h.host_no AND NOT r.is_closed AND r.closed_hour <= h.hour_at)
+      LIMIT most)
+    RETURNING 1)
+  SELECT count(*)::integer FROM gone
+$$;
+COMMENT ON FUNCTION prune_hours IS 'Deletes marks of hours that are in windows';
+REVOKE ALL ON FUNCTION prune_hours FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION prune_hours TO @ROLE@;
+COMMENT ON FUNCTION prune_sessions IS
+  'With prune_secrets and prune_hours all that the CP''s role may delete';
+
+GRANT SELECT ON usage_hours, usage_runs, usage_counters, usage_egress, rate_cards, usage_windows,
+  usage_lines, usage_totals, ledger_accounts, ledger_transactions, ledger_entries, invoices
+  TO @ROLE@;
+GRANT USAGE ON SEQUENCE ledger_numbers TO @ROLE@;
+GRANT UPDATE (seen_us) ON liveness TO @ROLE@;
+GRANT INSERT ON usage_hours TO @ROLE@;
+GRANT UPDATE (closed_hour, closed_us, is_closed) ON usage_runs TO @ROLE@;
+GRANT INSERT, UPDATE (cpu_ns, memory_byte_s, rx_bytes, tx_bytes, at) ON usage_counters TO @ROLE@;
+GRANT INSERT (assignment_no, hour_at, bytes), UPDATE (bytes, closed_bytes)
+  ON usage_egress TO @ROLE@;
+GRANT INSERT (customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
+  provider_share_ppm, created_by) ON rate_cards TO @ROLE@;
+GRANT INSERT ON usage_windows, invoices TO @ROLE@;
+GRANT INSERT, UPDATE (billed_us, egress_bytes, cpu_micros, memory_micros, egress_micros,
+  share_micros) ON usage_lines TO @ROLE@;
+GRANT INSERT, UPDATE (billed_us, counted_bytes, egress_bytes) ON usage_totals TO @ROLE@;
+GRANT INSERT (kind, customer_no, namespace) ON ledger_accounts TO @ROLE@;
+GRANT INSERT (transaction_no, kind, window_no, reference, note, actor, at)
+  ON ledger_transactions TO @ROLE@;
+GRANT INSERT (transaction_no, account_no, amount_micros) ON ledger_entries TO @ROLE@;
+GRANT UPDATE (credit_limit_micros, out_of_credit_at) ON customers TO @ROLE@;
+""",
+    ),
 )
 SCHEMA_VERSION = MIGRATIONS[-1][0]
 
@@ -3295,8 +3919,14 @@ VALUES (%(session_sha256)s, %(host_no)s, %(opened_by)s)
 HOST_IS_PLAIN = """h.payout_pubkey IS NOT NULL AND h.requested_payout_pubkey IS NULL
     AND n.approved_at IS NOT NULL AND h.unready = '' AND h.drained_at IS NULL"""
 
+# What a heartbeat adds to the time in which its host was seen.
+SEEN_US = """coalesce(least(greatest(
+      (extract(epoch FROM {at} - {before}.last_heartbeat_at) * 1000000)::bigint, 0),
+      %(intervals)s * 1000 * {before}.interval_ms::bigint), 0)"""
+
 SQL_HEARTBEATS = f"""
--- accept a batch of heartbeats: liveness, status; a number that is missing was refused
+-- accept a batch of heartbeats: liveness, the time that they cover and where it stood at a full
+-- hour, status; after a boot nothing runs until the host says so. One that is missing was refused
 WITH beat AS (
   SELECT * FROM unnest(%(session_sha256)s::bytea[], %(peer)s::inet[], %(interval_ms)s::integer[],
     %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[]) WITH ORDINALITY
@@ -3310,8 +3940,23 @@ WITH beat AS (
     AND (NOT %(peer_check)s OR h.wg_ip = beat.peer)
 ), alive AS (
   UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms, seq = good.seq,
-    boot_id = good.boot_id
-  FROM good WHERE l.host_no = good.host_no RETURNING l.host_no, l.desired_revision
+    boot_id = good.boot_id, seen_us = l.seen_us + {SEEN_US.format(before="l", at="now()")}
+  FROM good JOIN liveness b USING (host_no) WHERE l.host_no = good.host_no
+  RETURNING l.host_no, l.desired_revision, b.last_heartbeat_at, b.interval_ms, b.seen_us,
+    b.boot_id <> good.boot_id AS is_other_boot
+), marked AS (
+  INSERT INTO usage_hours (host_no, hour_at, seen_us)
+  SELECT b.host_no, h.hour_at, b.seen_us + {SEEN_US.format(before="b", at="h.hour_at")}
+  FROM alive b, LATERAL (VALUES (date_trunc('hour', now(), 'UTC')),
+    (date_trunc('hour', b.last_heartbeat_at, 'UTC') + interval '1 hour')) AS h (hour_at)
+  WHERE b.last_heartbeat_at < date_trunc('hour', now(), 'UTC') AND EXISTS (
+    SELECT FROM usage_runs r WHERE r.host_no = b.host_no AND r.to_us IS NULL)
+  ON CONFLICT DO NOTHING
+), rebooted AS (
+  UPDATE assignments a SET state = 'starting', reason = 'its host was started again',
+    state_at = now()
+  FROM alive WHERE a.host_no = alive.host_no AND alive.is_other_boot AND a.state = 'running'
+    AND a.ended_at IS NULL AND a.held_until IS NULL
 ), flipped AS (
   UPDATE hosts h SET status = good.status, status_at = now()
   FROM good WHERE h.host_no = good.host_no AND good.status <> good.old_status
@@ -3361,7 +4006,8 @@ WHERE revoked_at > now() - make_interval(secs => %(window_s)s) AND wg_pubkey IS 
 
 CUSTOMER_COLUMNS = """c.customer_no, c.customer_id, c.name, ARRAY(
     SELECT n.namespace FROM customer_namespaces n WHERE n.customer_no = c.customer_no
-    ORDER BY n.namespace) AS namespaces, c.created_by, c.created_at"""
+    ORDER BY n.namespace) AS namespaces, c.created_by, c.created_at, c.credit_limit_micros,
+  c.out_of_credit_at"""
 
 SQL_CUSTOMER_INSERT = """
 -- a new customer
@@ -3570,6 +4216,8 @@ WITH gone AS (
       WHEN w.deleted_at IS NOT NULL THEN 'the workload was deleted'
       WHEN a.replica >= w.replicas THEN 'fewer replicas are wanted'
       WHEN a.assignment_no = ANY(%(replaced)s) THEN 'a newer revision takes its place'
+      WHEN c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s)
+        THEN 'the balance is used up'
       WHEN h.drained_at IS NOT NULL THEN 'the operator drains its host'
       WHEN h.status = 'paused' THEN 'the provider paused its host'
       WHEN h.status = 'revoked' THEN 'its host was removed from the fleet'
@@ -3577,8 +4225,10 @@ WITH gone AS (
         THEN 'its host takes no secrets any more'
       ELSE 'its host''s namespace is not approved' END AS why
   FROM assignments a JOIN workloads w USING (workload_no) JOIN hosts h USING (host_no)
+  JOIN customer_namespaces cn ON cn.namespace = w.namespace JOIN customers c USING (customer_no)
   LEFT JOIN namespaces n ON n.namespace = h.namespace
   WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND (w.deleted_at IS NOT NULL
+    OR c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s)
     OR a.replica >= w.replicas OR a.assignment_no = ANY(%(replaced)s) OR h.drained_at IS NOT NULL
     OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL
     OR (a.spec ? 'secrets' AND NOT (h.disk_encrypted AND h.takes_secrets)))
@@ -3617,15 +4267,18 @@ WITH due AS (
   WHERE w.deleted_at IS NULL AND w.replicas > 0
   GROUP BY w.workload_id HAVING count(a.assignment_no) < w.replicas
 )
-SELECT w.workload_no, w.revision, w.replicas, w.spec,
+SELECT w.workload_no, w.revision, w.replicas, w.spec, coalesce(
+    c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s), false) AS out_of_credit,
   w.spec ? 'secrets' AND are_secrets_lost(w.workload_no, w.revision) AS secrets_lost,
   coalesce(jsonb_agg(jsonb_build_object('assignment_no', a.assignment_no, 'replica', a.replica,
     'revision', a.revision, 'state', a.state, 'is_stopping', a.stop_at IS NOT NULL,
     'state_age_s', extract(epoch FROM now() - a.state_at), 'host_no', a.host_no))
     FILTER (WHERE a.assignment_no IS NOT NULL), '[]') AS copies
-FROM due JOIN workloads w USING (workload_id) LEFT JOIN assignments a
-  ON a.workload_no = w.workload_no AND a.ended_at IS NULL
-GROUP BY w.workload_id ORDER BY w.workload_no
+FROM due JOIN workloads w USING (workload_id)
+JOIN customer_namespaces n ON n.namespace = w.namespace
+JOIN customers c ON c.customer_no = n.customer_no
+LEFT JOIN assignments a ON a.workload_no = w.workload_no AND a.ended_at IS NULL
+GROUP BY w.workload_id, c.out_of_credit_at ORDER BY w.workload_no
 """
 
 SQL_REJECTIONS = """
@@ -3728,6 +4381,285 @@ WHERE a.host_no = t.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
   AND a.assignment_id <> ALL(%(assignment_id)s::uuid[])
 """
 
+SQL_USAGE_COUNT = """
+-- counters as hosts say them: what is greater counts, and by how much tx_bytes grew in this hour.
+-- The hosts' rows of liveness are locked by their heartbeat, so that none is counted twice
+WITH said AS (
+  SELECT a.assignment_no, s.boot_id, s.container_id, max(s.cpu_ns) AS cpu_ns,
+    max(s.memory_byte_s) AS memory_byte_s, max(s.rx_bytes) AS rx_bytes, max(s.tx_bytes) AS tx_bytes
+  FROM unnest(%(host_no)s::integer[], %(assignment_id)s::uuid[], %(boot_id)s::uuid[],
+    %(container_id)s::bytea[], %(cpu_ns)s::bigint[], %(memory_byte_s)s::bigint[],
+    %(rx_bytes)s::bigint[], %(tx_bytes)s::bigint[]) AS s (host_no, assignment_id, boot_id,
+    container_id, cpu_ns, memory_byte_s, rx_bytes, tx_bytes)
+  JOIN assignments a ON a.assignment_id = s.assignment_id AND a.host_no = s.host_no
+  WHERE coalesce(a.ended_at > now() - make_interval(secs => %(late_s)s), true)
+  GROUP BY a.assignment_no, s.boot_id, s.container_id
+), known AS (
+  SELECT said.*, c.tx_bytes AS old_bytes FROM said
+  LEFT JOIN usage_counters c USING (assignment_no, boot_id, container_id)
+  WHERE c.assignment_no IS NOT NULL OR %(kept)s > (
+    SELECT count(*) FROM usage_counters k WHERE k.assignment_no = said.assignment_no)
+), counted AS (
+  INSERT INTO usage_counters AS c (assignment_no, boot_id, container_id, cpu_ns, memory_byte_s,
+    rx_bytes, tx_bytes, at)
+  SELECT assignment_no, boot_id, container_id, cpu_ns, memory_byte_s, rx_bytes, tx_bytes, now()
+  FROM known
+  ON CONFLICT (assignment_no, boot_id, container_id) DO UPDATE
+    SET cpu_ns = greatest(c.cpu_ns, EXCLUDED.cpu_ns),
+    memory_byte_s = greatest(c.memory_byte_s, EXCLUDED.memory_byte_s),
+    rx_bytes = greatest(c.rx_bytes, EXCLUDED.rx_bytes),
+    tx_bytes = greatest(c.tx_bytes, EXCLUDED.tx_bytes), at = EXCLUDED.at
+  WHERE (c.cpu_ns, c.memory_byte_s, c.rx_bytes, c.tx_bytes) <> (
+    greatest(c.cpu_ns, EXCLUDED.cpu_ns), greatest(c.memory_byte_s, EXCLUDED.memory_byte_s),
+    greatest(c.rx_bytes, EXCLUDED.rx_bytes), greatest(c.tx_bytes, EXCLUDED.tx_bytes))
+)
+INSERT INTO usage_egress AS e (assignment_no, hour_at, bytes)
+SELECT assignment_no, date_trunc('hour', now(), 'UTC'),
+  least(sum(tx_bytes - coalesce(old_bytes, 0)), %(most)s)::bigint
+FROM known WHERE tx_bytes > coalesce(old_bytes, 0) GROUP BY assignment_no
+ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = least(
+  e.bytes::numeric + EXCLUDED.bytes, %(most)s)::bigint
+"""
+
+SQL_CARD_INSERT = """
+-- new prices
+INSERT INTO rate_cards (customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
+  provider_share_ppm, created_by)
+VALUES (%(customer_no)s, %(valid_from)s, %(cpu_hour_micros)s, %(gb_hour_micros)s,
+  %(egress_gb_micros)s, %(provider_share_ppm)s, %(actor)s)
+RETURNING card_no
+"""
+
+CARD_COLUMNS = """card_no, customer_no, valid_from, cpu_hour_micros, gb_hour_micros,
+  egress_gb_micros, provider_share_ppm"""
+
+SQL_CARD_LIST = f"""
+-- all prices
+SELECT {CARD_COLUMNS} FROM rate_cards ORDER BY valid_from, card_no
+"""
+
+SQL_BILLING_LOCK = """
+-- one at a time closes windows, issues invoices, makes rate cards; and what is over by now
+SELECT pg_try_advisory_xact_lock(7726004) AS is_mine, now() AS now,
+  date_trunc('hour', now() - make_interval(secs => %(grace_s)s), 'UTC') - interval '1 hour' AS until
+"""
+
+SQL_BILLING_WAIT = """
+-- the same, waiting for it
+SELECT pg_advisory_xact_lock(7726004), date_trunc(
+  'hour', now() - make_interval(secs => %(grace_s)s), 'UTC') AS open_from
+"""
+
+SQL_USAGE_COPIES = """
+-- copies of which an hour may be due, and what was billed of them
+WITH due AS (
+  (SELECT assignment_no FROM usage_runs
+   WHERE NOT is_closed AND closed_hour <= %(until)s AND assignment_no > %(cursor)s
+   ORDER BY assignment_no LIMIT %(most)s)
+  UNION
+  (SELECT assignment_no FROM usage_egress
+   WHERE bytes > closed_bytes AND hour_at <= %(until)s AND assignment_no > %(cursor)s
+   ORDER BY assignment_no LIMIT %(most)s)
+  ORDER BY assignment_no LIMIT %(most)s
+)
+SELECT a.assignment_no, n.customer_no, h.namespace, a.cpu_milli, a.memory_bytes,
+  coalesce(t.billed_us, 0) AS billed_us, coalesce(t.counted_bytes, 0) AS counted_bytes,
+  coalesce(t.egress_bytes, 0) AS egress_bytes
+FROM due JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
+JOIN customer_namespaces n ON n.namespace = w.namespace JOIN hosts h USING (host_no)
+LEFT JOIN usage_totals t USING (assignment_no)
+ORDER BY a.assignment_no
+"""
+
+SQL_USAGE_TIME = """
+-- by run and hour, the time that is in no window yet: a run from where windows end, cut at marks
+SELECT run_no, assignment_no, hour_at, to_us, to_us - from_us AS billed_us FROM (
+  SELECT r.run_no, r.assignment_no, c.hour_at, greatest(c.seen_us, r.closed_us) AS from_us,
+    least(coalesce(r.to_us, l.seen_us),
+      lead(c.seen_us) OVER (PARTITION BY r.run_no ORDER BY c.hour_at)) AS to_us
+  FROM usage_runs r JOIN liveness l USING (host_no), LATERAL (
+    SELECT r.closed_hour AS hour_at, r.closed_us AS seen_us
+    UNION ALL SELECT h.hour_at, h.seen_us FROM usage_hours h
+    WHERE h.host_no = r.host_no AND h.hour_at > r.closed_hour) c
+  WHERE r.assignment_no = ANY(%(assignment_nos)s) AND NOT r.is_closed
+) AS part WHERE to_us > from_us AND hour_at <= %(until)s
+ORDER BY run_no, hour_at
+"""
+
+SQL_USAGE_EGRESS = """
+-- bytes counted that are in no window yet
+SELECT assignment_no, hour_at, bytes, bytes - closed_bytes AS counted_bytes FROM usage_egress
+WHERE assignment_no = ANY(%(assignment_nos)s) AND bytes > closed_bytes AND hour_at <= %(until)s
+FOR UPDATE
+"""
+
+SQL_USAGE_LINES = """
+-- the lines of these copies
+SELECT assignment_no, month, card_no, billed_us, egress_bytes, cpu_micros, memory_micros,
+  egress_micros, share_micros
+FROM usage_lines WHERE assignment_no = ANY(%(assignment_nos)s)
+"""
+
+SQL_USAGE_PARTS = """
+-- how many windows these hours of copies have
+SELECT assignment_no, hour_at, max(part) AS part FROM usage_windows
+WHERE (assignment_no, hour_at) IN (
+  SELECT * FROM unnest(%(assignment_nos)s::bigint[], %(hours)s::timestamptz[]))
+GROUP BY assignment_no, hour_at
+"""
+
+SQL_INVOICED = """
+-- months of customers whose invoice is issued
+SELECT customer_no, month FROM invoices WHERE customer_no = ANY(%(customer_nos)s)
+"""
+
+SQL_LEDGER_NUMBERS = """
+-- numbers for transactions
+SELECT nextval('ledger_numbers') AS number FROM generate_series(1, %(count)s)
+"""
+
+SQL_WINDOW_INSERT = """
+-- windows
+INSERT INTO usage_windows (window_no, assignment_no, hour_at, part, month, card_no, billed_us,
+  egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros, closed_at)
+SELECT *, now() FROM unnest(%(window_no)s::bigint[], %(assignment_no)s::bigint[],
+  %(hour_at)s::timestamptz[], %(part)s::integer[], %(month)s::date[], %(card_no)s::integer[],
+  %(billed_us)s::bigint[], %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[],
+  %(memory_micros)s::bigint[], %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
+"""
+
+SQL_LINE_SET = """
+-- lines, as they are with new windows
+INSERT INTO usage_lines (assignment_no, month, card_no, customer_no, namespace, billed_us,
+  egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros)
+SELECT * FROM unnest(%(assignment_no)s::bigint[], %(month)s::date[], %(card_no)s::integer[],
+  %(customer_no)s::integer[], %(namespace)s::text[], %(billed_us)s::bigint[],
+  %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[], %(memory_micros)s::bigint[],
+  %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
+ON CONFLICT (assignment_no, month, card_no) DO UPDATE SET billed_us = EXCLUDED.billed_us,
+  egress_bytes = EXCLUDED.egress_bytes, cpu_micros = EXCLUDED.cpu_micros,
+  memory_micros = EXCLUDED.memory_micros, egress_micros = EXCLUDED.egress_micros,
+  share_micros = EXCLUDED.share_micros
+"""
+
+SQL_TOTAL_SET = """
+-- what is billed of copies in all
+INSERT INTO usage_totals (assignment_no, billed_us, counted_bytes, egress_bytes)
+SELECT * FROM unnest(%(assignment_no)s::bigint[], %(billed_us)s::bigint[],
+  %(counted_bytes)s::bigint[], %(egress_bytes)s::bigint[])
+ON CONFLICT (assignment_no) DO UPDATE SET billed_us = EXCLUDED.billed_us,
+  counted_bytes = EXCLUDED.counted_bytes, egress_bytes = EXCLUDED.egress_bytes
+"""
+
+SQL_RUN_CLOSE = """
+-- up to where runs are in windows now
+UPDATE usage_runs r SET closed_hour = t.hour_at, closed_us = t.to_us,
+  is_closed = coalesce(r.to_us = t.to_us, false)
+FROM unnest(%(run_no)s::bigint[], %(hour_at)s::timestamptz[], %(to_us)s::bigint[])
+  AS t (run_no, hour_at, to_us)
+WHERE r.run_no = t.run_no AND r.closed_us < t.to_us
+"""
+
+SQL_EGRESS_CLOSE = """
+-- bytes that are in windows now
+UPDATE usage_egress e SET closed_bytes = t.bytes
+FROM unnest(%(assignment_no)s::bigint[], %(hour_at)s::timestamptz[], %(bytes)s::bigint[])
+  AS t (assignment_no, hour_at, bytes)
+WHERE e.assignment_no = t.assignment_no AND e.hour_at = t.hour_at
+"""
+
+SQL_ACCOUNT_ADD = """
+-- accounts that are not there yet
+INSERT INTO ledger_accounts (kind, customer_no, namespace)
+SELECT DISTINCT * FROM unnest(%(kind)s::text[], %(customer_no)s::integer[], %(namespace)s::text[])
+ON CONFLICT DO NOTHING
+"""
+
+SQL_ACCOUNT_LIST = """
+-- the accounts of these
+SELECT account_no, kind, customer_no, namespace FROM ledger_accounts
+WHERE kind IN ('fees', 'payments') OR customer_no = ANY(%(customer_nos)s)
+  OR namespace = ANY(%(namespaces)s)
+"""
+
+SQL_ENTRY_INSERT = """
+-- entries, before their transactions
+INSERT INTO ledger_entries (transaction_no, account_no, amount_micros)
+SELECT * FROM unnest(%(transaction_no)s::bigint[], %(account_no)s::integer[],
+  %(amount_micros)s::bigint[])
+"""
+
+SQL_LEDGER_USAGE = """
+-- the transactions of windows: with them the entries must add up to nothing
+INSERT INTO ledger_transactions (transaction_no, kind, window_no, actor, at)
+SELECT number, 'usage', number, 'cp', now() FROM unnest(%(numbers)s::bigint[]) AS t (number)
+"""
+
+SQL_PAYMENT_FIND = """
+-- a payment or correction that is made already
+SELECT t.transaction_no, t.kind, c.customer_id, e.amount_micros
+FROM ledger_transactions t JOIN ledger_entries e USING (transaction_no)
+JOIN ledger_accounts a USING (account_no) JOIN customers c USING (customer_no)
+WHERE t.reference = %(reference)s
+"""
+
+SQL_PAYMENT_INSERT = """
+-- the transaction of a payment
+INSERT INTO ledger_transactions (transaction_no, kind, reference, note, actor, at)
+VALUES (%(number)s, %(kind)s, %(reference)s, %(note)s, %(actor)s, now())
+"""
+
+SQL_INVOICE_ISSUE = """
+-- invoices of months that are over for long enough, numbered on
+INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at)
+SELECT (SELECT coalesce(max(invoice_no), 0) FROM invoices)
+    + row_number() OVER (ORDER BY l.month, l.customer_no),
+  l.customer_no, l.month, sum(l.cpu_micros + l.memory_micros + l.egress_micros), now()
+FROM usage_lines l LEFT JOIN invoices i USING (customer_no, month)
+WHERE i.invoice_no IS NULL AND (l.month + interval '1 month') AT TIME ZONE 'UTC'
+  < now() - make_interval(secs => %(after_s)s)
+GROUP BY l.customer_no, l.month HAVING sum(l.cpu_micros + l.memory_micros + l.egress_micros) > 0
+ORDER BY l.month, l.customer_no
+RETURNING invoice_no, customer_no, month, total_micros
+"""
+
+SQL_BALANCES = """
+-- what customers have: these, or all that have a limit
+SELECT c.customer_no, c.credit_limit_micros,
+  coalesce(sum(e.amount_micros), 0)::bigint AS balance_micros
+FROM customers c LEFT JOIN ledger_accounts a USING (customer_no)
+LEFT JOIN ledger_entries e USING (account_no)
+WHERE c.customer_no = ANY(%(customer_nos)s::integer[])
+  OR (%(customer_nos)s::integer[] IS NULL AND c.credit_limit_micros IS NOT NULL)
+GROUP BY c.customer_no
+"""
+
+SQL_USAGE_OPEN = """
+-- what of customers with a limit is in no window yet
+SELECT n.customer_no, a.assignment_no, a.cpu_milli, a.memory_bytes,
+  sum(coalesce(r.to_us, l.seen_us) - r.closed_us)::bigint AS billed_us
+FROM usage_runs r JOIN liveness l USING (host_no) JOIN assignments a USING (assignment_no)
+JOIN workloads w USING (workload_no) JOIN customer_namespaces n ON n.namespace = w.namespace
+JOIN customers c ON c.customer_no = n.customer_no
+WHERE NOT r.is_closed AND c.credit_limit_micros IS NOT NULL
+GROUP BY n.customer_no, a.assignment_no
+"""
+
+SQL_CREDIT_SET = """
+-- since when these have no credit; all others have some
+UPDATE customers SET out_of_credit_at =
+  CASE WHEN customer_no = ANY(%(customer_nos)s) THEN coalesce(out_of_credit_at, now()) END
+WHERE (out_of_credit_at IS NOT NULL) <> (customer_no = ANY(%(customer_nos)s))
+RETURNING customer_id, name, out_of_credit_at
+"""
+
+SQL_CREDIT_LIMIT = """
+-- how far a customer may go below zero
+UPDATE customers SET credit_limit_micros = %(credit_limit_micros)s
+WHERE customer_id = %(customer_id)s
+  AND credit_limit_micros IS DISTINCT FROM %(credit_limit_micros)s::bigint RETURNING customer_no
+"""
+
 SQL_SERVE_START = """
 -- nobody is marked offline for what happened while this CP was away
 UPDATE cp_state SET serving_since = now(), alive_at = now()
@@ -3758,6 +4690,11 @@ SQL_PRUNE = """
 SELECT prune_sessions(%(most)s) AS gone
 """
 
+SQL_PRUNE_HOURS = """
+-- forget where hosts' seen_us stood at hours that are in windows
+SELECT prune_hours(%(most)s) AS gone
+"""
+
 SQL_TABLES = """
 -- size and dead rows of each table
 SELECT relname AS name, n_dead_tup AS dead_rows, pg_total_relation_size(relid) AS bytes
@@ -3783,6 +4720,81 @@ SQL_COUNTS = """
 -- hosts by status
 SELECT status, count(*) AS hosts FROM hosts GROUP BY status
 """
+
+SQL_LEDGER_SUMS = """
+-- the ledger in numbers
+SELECT (SELECT count(*) FROM ledger_transactions) AS transactions, count(*) AS entries,
+  coalesce(sum(amount_micros), 0)::bigint AS sum_micros,
+  coalesce(sum(amount_micros) FILTER (WHERE kind = 'customer'), 0)::bigint AS customers_micros,
+  coalesce(sum(amount_micros) FILTER (WHERE kind = 'provider'), 0)::bigint AS providers_micros,
+  coalesce(sum(amount_micros) FILTER (WHERE kind = 'fees'), 0)::bigint AS fees_micros,
+  coalesce(sum(amount_micros) FILTER (WHERE kind = 'payments'), 0)::bigint AS payments_micros
+FROM ledger_entries JOIN ledger_accounts USING (account_no)
+"""
+
+# What must hold of the ledger, as INVARIANTS below; over all of it, so that it takes a while.
+LEDGER_CHECKS: tuple[tuple[str, str, str], ...] = (
+    (
+        "ledger_sums_to_zero",
+        "each transaction has at least two entries, and their sum is zero",
+        """SELECT t.transaction_no AS subject FROM ledger_transactions t LEFT JOIN (
+             SELECT transaction_no, count(*) AS entries, sum(amount_micros) AS micros
+             FROM ledger_entries GROUP BY transaction_no) e USING (transaction_no)
+           WHERE e.entries IS NULL OR e.entries < 2 OR e.micros <> 0 LIMIT 100""",
+    ),
+    (
+        "entries_have_transactions",
+        "no entry is without its transaction",
+        """SELECT DISTINCT e.transaction_no AS subject FROM ledger_entries e
+           LEFT JOIN ledger_transactions t USING (transaction_no)
+           WHERE t.transaction_no IS NULL LIMIT 100""",
+    ),
+    (
+        "windows_are_charged",
+        "each window's charge and share are those of its transaction",
+        """SELECT w.window_no AS subject FROM usage_windows w LEFT JOIN (
+             SELECT transaction_no, -coalesce(sum(amount_micros)
+                 FILTER (WHERE kind = 'customer'), 0) AS charge,
+               coalesce(sum(amount_micros) FILTER (WHERE kind = 'provider'), 0) AS share
+             FROM ledger_entries JOIN ledger_accounts USING (account_no)
+             GROUP BY transaction_no) e ON e.transaction_no = w.window_no
+           WHERE coalesce(e.charge, 0) <> w.cpu_micros + w.memory_micros + w.egress_micros
+             OR coalesce(e.share, 0) <> w.share_micros LIMIT 100""",
+    ),
+    (
+        "lines_are_their_windows",
+        "the lines of invoices are the sums of their windows",
+        """SELECT assignment_no || '/' || month || '/' || card_no AS subject FROM (
+             SELECT assignment_no, month, card_no, sum(billed_us) AS a, sum(egress_bytes) AS b,
+               sum(cpu_micros) AS c, sum(memory_micros) AS d, sum(egress_micros) AS e,
+               sum(share_micros) AS f
+             FROM usage_windows GROUP BY assignment_no, month, card_no) w
+           FULL JOIN usage_lines l USING (assignment_no, month, card_no)
+           WHERE (a, b, c, d, e, f) IS DISTINCT FROM (l.billed_us::numeric,
+             l.egress_bytes::numeric, l.cpu_micros::numeric, l.memory_micros::numeric,
+             l.egress_micros::numeric, l.share_micros::numeric) LIMIT 100""",
+    ),
+    (
+        "time_is_billed_once",
+        "the windows of a copy have just the time of its runs that is closed",
+        """SELECT assignment_no AS subject FROM (
+             SELECT assignment_no, sum(closed_us - from_us) AS ran_us FROM usage_runs
+             GROUP BY assignment_no) r
+           FULL JOIN (SELECT assignment_no, sum(billed_us) AS billed_us FROM usage_windows
+             GROUP BY assignment_no) w USING (assignment_no)
+           WHERE coalesce(ran_us, 0) <> coalesce(billed_us, 0) LIMIT 100""",
+    ),
+    (
+        "invoices_add_up",
+        "invoices are numbered without gaps, and each is the sum of its lines",
+        """SELECT i.invoice_no AS subject FROM (
+             SELECT *, row_number() OVER (ORDER BY invoice_no) AS number FROM invoices) i
+           LEFT JOIN usage_lines l USING (customer_no, month)
+           GROUP BY i.invoice_no, i.number, i.total_micros HAVING i.invoice_no <> i.number
+             OR i.total_micros <> coalesce(sum(l.cpu_micros + l.memory_micros + l.egress_micros), 0)
+           LIMIT 100""",
+    ),
+)
 
 # What must hold after every fault: a name, a sentence, and a query that finds each violation.
 INVARIANTS: tuple[tuple[str, str, str], ...] = (
@@ -3873,13 +4885,23 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
            WHERE table_schema = 'public' AND table_type = 'BASE TABLE'
              AND has_table_privilege(current_user, 'public.' || table_name, privilege)
            UNION ALL SELECT table_name || '.' || column_name FROM information_schema.columns
-           WHERE table_schema = 'public' AND (table_name IN ('audit_log', 'schema_migrations')
+           WHERE table_schema = 'public' AND (table_name IN ('audit_log', 'schema_migrations',
+               'rate_cards', 'usage_windows', 'ledger_transactions', 'ledger_entries', 'invoices')
              OR column_name IN ('created_at', 'created_by', 'expires_at', 'secret_sha256',
                'session_sha256', 'started_at', 'host_no', 'opened_by', 'customer_no', 'key_id',
                'workload_no', 'workload_id', 'assignment_no', 'assignment_id', 'replica'))
              AND has_column_privilege(current_user, 'public.' || table_name, column_name,
                'UPDATE')""",
     ),
+    (
+        "copies_that_run_are_billed",
+        "a copy has an open run just while its host says that it runs",
+        """SELECT a.assignment_id::text AS subject FROM assignments a LEFT JOIN usage_runs r
+             ON r.assignment_no = a.assignment_no AND r.to_us IS NULL
+           WHERE (r.run_no IS NOT NULL)
+             <> (a.state = 'running' AND a.ended_at IS NULL AND a.held_until IS NULL)""",
+    ),
+    *LEDGER_CHECKS,
 )
 
 
@@ -4449,6 +5471,7 @@ async def record_heartbeats(
     async with db.transaction() as tx:
         rows = await tx.dicts(
             SQL_HEARTBEATS,
+            intervals=OFFLINE_AFTER_INTERVALS,
             peer_check=peer_check,
             session_sha256=[beat.session_sha256 for beat in beats],
             peer=[beat.peer for beat in beats],
@@ -4473,6 +5496,7 @@ async def record_heartbeats(
                     standing = decide_standing(dataclasses.replace(host, status=beat.status))
                     answers[beat.session_sha256, beat.peer] = Accepted(host.host_no, standing)
         changed = await _record_observed(tx, accepted)
+        await _record_counters(tx, accepted)
         await _add_desired(tx, accepted, answers, registry)
         refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
         if refused:
@@ -4513,6 +5537,16 @@ async def _record_observed(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]
         revision=[observed.revision for _, observed in said],
         assignment_id=ids,
     )
+
+
+async def _record_counters(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]) -> None:
+    """Keep what hosts counted."""
+    each = [
+        {"host_no": row["host_no"], **vars(one)} for row, beat in accepted for one in beat.counters
+    ]
+    if each:
+        limits = {"late_s": USAGE_LATE_S, "kept": COUNTERS_KEPT, "most": EGRESS_MAX_BYTES}
+        await tx.execute(SQL_USAGE_COUNT, **columns_of(each, *each[0]), **limits)
 
 
 async def _add_desired(
@@ -4563,9 +5597,13 @@ async def sweep(db: Database, gap_s: float) -> list[str]:
 
 
 async def prune(db: Database) -> int:
-    """Forget sessions that ended long ago; give back how many, at most PRUNE_MAX."""
+    """Forget sessions that ended long ago; give back how many, at most PRUNE_MAX.
+
+    And marks of hours that are in windows.
+    """
     async with db.transaction() as tx:
         row = await tx.the(SQL_PRUNE, most=PRUNE_MAX)
+        await tx.execute(SQL_PRUNE_HOURS, most=PRUNE_MAX)
     gone: int = row["gone"]
     return gone
 
@@ -4683,13 +5721,21 @@ async def _get_customer(tx: Transaction, customer_id: uuid.UUID) -> Customer:
 async def get_customer(db: Database, customer_id: uuid.UUID) -> Customer:
     """One customer; raises Refusal."""
     async with db.transaction() as tx:
-        return await _get_customer(tx, customer_id)
+        return (await _add_balances(tx, [await _get_customer(tx, customer_id)]))[0]
 
 
 async def list_customers(db: Database, values: Mapping[str, Any]) -> list[Customer]:
     """A page of customers in the order in which they were added."""
     async with db.transaction() as tx:
-        return await tx.rows(SQL_CUSTOMER_LIST, Customer, customer_id=None, **values)
+        found = await tx.rows(SQL_CUSTOMER_LIST, Customer, customer_id=None, **values)
+        return await _add_balances(tx, found)
+
+
+async def _add_balances(tx: Transaction, customers: Sequence[Customer]) -> list[Customer]:
+    """The same with their balances, which the ledger tells."""
+    rows = await tx.dicts(SQL_BALANCES, customer_nos=[each.customer_no for each in customers])
+    found = {row["customer_no"]: row["balance_micros"] for row in rows}
+    return [dataclasses.replace(each, balance_micros=found[each.customer_no]) for each in customers]
 
 
 async def mint_key(
@@ -4821,6 +5867,8 @@ async def put_workload(
     async with db.transaction() as tx:
         await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
         found = await tx.rows(SQL_WORKLOAD_LOCK, Workload, **names)
+        if order.replicas > (found[0].replicas if found else 0):
+            check_credit_left(customer)
         secret_names, is_secret = await _compare_secrets(tx, found, order.secrets)
         spec = {**order.spec, **({"secrets": secret_names} if secret_names else {})}
         values = {"replicas": order.replicas, "spec": Jsonb(spec)}
@@ -4978,7 +6026,7 @@ async def place(db: Database) -> Round:
             )
         demands = await _read_demands(tx)
         replaced = [number for demand in demands for number in plan_rollout(demand)[0]]
-        rows = await tx.dicts(SQL_ASSIGNMENT_STOP, replaced=replaced)
+        rows = await tx.dicts(SQL_ASSIGNMENT_STOP, replaced=replaced, notice_s=CREDIT_NOTICE_S)
         touched = {row["host_no"] for row in rows}
         made: list[Placement] = []
         reasons: dict[int, str] = {}
@@ -5007,7 +6055,7 @@ async def place(db: Database) -> Round:
 
 
 async def _read_demands(tx: Transaction) -> list[Demand]:
-    rows = await tx.dicts(SQL_DEMANDS)
+    rows = await tx.dicts(SQL_DEMANDS, notice_s=CREDIT_NOTICE_S)
     if not rows:
         return []
     refused: dict[int, list[Row]] = {}
@@ -5031,6 +6079,309 @@ def parse_copy(row: Row) -> Copy:
     """A live assignment as SQL_DEMANDS gives it."""
     state = row.pop("state")
     return Copy(**row, is_running=state == "running", is_done=state in DONE_STATES)
+
+
+async def add_rate_card(
+    db: Database,
+    actor: Actor,
+    customer_id: uuid.UUID | None,
+    valid_from: dt.datetime,
+    **prices: int,
+) -> RateCard:
+    """New prices from a full hour on, for a customer or for all; raises Refusal."""
+    async with db.transaction() as tx:
+        turn = await tx.the(SQL_BILLING_WAIT, grace_s=USAGE_GRACE_S)
+        if valid_from < turn["open_from"]:
+            what = f"hours before {turn['open_from']:%Y-%m-%dT%H:%MZ} are closed"
+            raise Refusal("CONFLICT", what, "give a later hour", "valid_from")
+        customer = await _get_customer(tx, customer_id) if customer_id else None
+        try:
+            row = await tx.the(
+                SQL_CARD_INSERT,
+                customer_no=customer.customer_no if customer else None,
+                valid_from=valid_from,
+                actor=actor.name,
+                **prices,
+            )
+        except psycopg.errors.UniqueViolation:
+            what = f"there is a rate card from {valid_from:%Y-%m-%dT%H:%MZ} on already"
+            raise Refusal("CONFLICT", what, "give another hour", "valid_from") from None
+        subject = str(customer_id) if customer_id else "all"
+        when = f"{valid_from:%Y-%m-%dT%H:%MZ}"
+        await audit(tx, actor, "rate_card.add", subject, valid_from=when, **prices)
+        found = await tx.rows(SQL_CARD_LIST, RateCard)
+        return next(card for card in found if card.card_no == row["card_no"])
+
+
+async def list_rate_cards(db: Database) -> list[tuple[RateCard, str | None]]:
+    """All of them, each with its customer's name."""
+    async with db.transaction() as tx:
+        page = {"limit": 2**31 - 1, "cursor": 0}
+        names = {
+            each.customer_no: each.name
+            for each in await tx.rows(SQL_CUSTOMER_LIST, Customer, customer_id=None, **page)
+        }
+        cards = await tx.rows(SQL_CARD_LIST, RateCard)
+    return [(card, names.get(card.customer_no or 0)) for card in cards]
+
+
+async def add_payment(
+    db: Database,
+    actor: Actor,
+    customer_id: uuid.UUID,
+    amount_micros: int,
+    reference: str,
+    note: str,
+) -> tuple[int, bool]:
+    """Book what a customer paid (or got back, below zero), once for each reference.
+
+    Gives back the transaction's number, and whether it is new; raises Refusal.
+    """
+    async with db.transaction() as tx:
+        customer = await _get_customer(tx, customer_id)
+        await tx.the(SQL_BILLING_WAIT, grace_s=USAGE_GRACE_S)
+        known = await tx.one(SQL_PAYMENT_FIND, reference=reference)
+        if known:
+            if (known["customer_id"], known["amount_micros"]) != (customer_id, amount_micros):
+                what = f"the reference {reference} is that of another payment"
+                raise Refusal("CONFLICT", what, "each payment has its own", "reference")
+            return known["transaction_no"], False
+        (row,) = await tx.dicts(SQL_LEDGER_NUMBERS, count=1)
+        of_customer: AccountKey = ("customer", customer.customer_no)
+        accounts = await ensure_accounts(tx, [of_customer, ("payments", None)])
+        number: int = row["number"]
+        amounts = {of_customer: amount_micros, ("payments", None): -amount_micros}
+        await write_entries(tx, [(number, accounts[key], each) for key, each in amounts.items()])
+        words = {"kind": "payment", "reference": reference, "note": note, "actor": actor.name}
+        await tx.execute(SQL_PAYMENT_INSERT, number=number, **words)
+        detail = {"amount_micros": amount_micros, "reference": reference}
+        await audit(tx, actor, "payment.add", str(customer_id), **detail)
+    return number, True
+
+
+async def set_credit_limit(
+    db: Database, actor: Actor, customer_id: uuid.UUID, micros: int | None
+) -> Customer:
+    """How far below zero a customer may go; None: as far as it likes; raises Refusal."""
+    async with db.transaction() as tx:
+        limit = {"customer_id": customer_id, "credit_limit_micros": micros}
+        if await tx.one(SQL_CREDIT_LIMIT, **limit):
+            await audit(
+                tx, actor, "customer.credit_limit", str(customer_id), credit_limit_micros=micros
+            )
+        return await _get_customer(tx, customer_id)
+
+
+async def verify_ledger(db: Database) -> tuple[list[str], Row]:
+    """What is wrong with the ledger, a line each; and its sums."""
+    wrong = []
+    async with db.transaction() as tx:
+        for name, sentence, sql in LEDGER_CHECKS:
+            found = [str(row["subject"]) for row in await tx.dicts(sql)]
+            wrong += [
+                f"{name}: it must hold that {sentence}, but not so for {each}" for each in found
+            ]
+        return wrong, await tx.the(SQL_LEDGER_SUMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Closing:
+    """What one transaction of closing windows did; the next one begins at `cursor`."""
+
+    windows: int = 0
+    charge_micros: int = 0
+    cursor: int | None = None  # None: nothing is left, or another process does it
+
+
+async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) -> Closing:
+    """Put hours that are over into windows, lines and ledger, for so many copies from there on.
+
+    A part of a copy's time is closed once: the run says up to where, in the same transaction.
+    """
+    async with db.transaction() as tx:
+        turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
+        if not turn["is_mine"]:
+            return Closing()
+        until = turn["until"]
+        found = await tx.rows(SQL_USAGE_COPIES, Meter, cursor=cursor, most=most, until=until)
+        if not found:
+            return Closing()
+        meters = {meter.assignment_no: meter for meter in found}
+        asked = {"assignment_nos": list(meters), "until": until}
+        times = await tx.dicts(SQL_USAGE_TIME, **asked)
+        egress = await tx.dicts(SQL_USAGE_EGRESS, **asked)
+        due: dict[int, dict[dt.datetime, Due]] = {}
+        for row in (*times, *egress):
+            hours = due.setdefault(row["assignment_no"], {})
+            one = hours.get(row["hour_at"], Due())
+            hours[row["hour_at"]] = Due(
+                one.billed_us + row.get("billed_us", 0),
+                one.counted_bytes + row.get("counted_bytes", 0),
+            )
+        if due:
+            windows, charge = await _close_windows(tx, meters, due, turn["now"])
+            await tx.execute(
+                SQL_RUN_CLOSE,
+                **columns_of(
+                    list({r["run_no"]: r for r in times}.values()), "run_no", "hour_at", "to_us"
+                ),
+            )
+            await tx.execute(
+                SQL_EGRESS_CLOSE, **columns_of(egress, "assignment_no", "hour_at", "bytes")
+            )
+            failpoint("close_windows.before_commit")
+        else:
+            windows, charge = 0, 0
+    return Closing(windows, charge, max(meters) if len(found) == most else None)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
+    """Rows as one list for each column, for unnest."""
+    return {name: [row[name] for row in rows] for name in names}
+
+
+async def _close_windows(
+    tx: Transaction,
+    meters: Mapping[int, Meter],
+    due: Mapping[int, Mapping[dt.datetime, Due]],
+    now: dt.datetime,
+) -> tuple[int, int]:
+    """Write what the rules make of what is due; give back how many windows, and their charge."""
+    cards = await tx.rows(SQL_CARD_LIST, RateCard)
+    lines: dict[int, dict[LineKey, Usage]] = {}
+    for row in await tx.dicts(SQL_USAGE_LINES, assignment_nos=list(due)):
+        key = (row.pop("assignment_no"), row.pop("month"), row.pop("card_no"))
+        lines.setdefault(key[0], {})[key] = Usage(**row)
+    pairs = [(number, hour_at) for number, hours in due.items() for hour_at in hours]
+    parts: dict[int, dict[dt.datetime, int]] = {}
+    numbers, hours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    for row in await tx.dicts(SQL_USAGE_PARTS, assignment_nos=numbers, hours=hours):
+        parts.setdefault(row["assignment_no"], {})[row["hour_at"]] = row["part"]
+    customers = list({meters[number].customer_no for number in due})
+    issued: dict[int, set[dt.date]] = {}
+    for row in await tx.dicts(SQL_INVOICED, customer_nos=customers):
+        issued.setdefault(row["customer_no"], set()).add(row["month"])
+    made: list[tuple[Meter, Window]] = []
+    changed: list[Row] = []
+    totals: list[Meter] = []
+    for number, of_hours in due.items():
+        meter = meters[number]
+        meter, windows, after = decide_windows(
+            meter,
+            of_hours,
+            cards,
+            lines.get(number, {}),
+            parts.get(number, {}),
+            frozenset(issued.get(meter.customer_no, ())),
+            now,
+        )
+        totals.append(meter)
+        made += [(meter, window) for window in windows]
+        changed += [render_line(meter, key, usage) for key, usage in after.items()]
+    await tx.execute(
+        SQL_TOTAL_SET,
+        **columns_of(
+            [vars(each) for each in totals],
+            "assignment_no",
+            "billed_us",
+            "counted_bytes",
+            "egress_bytes",
+        ),
+    )
+    if made:
+        await _write_windows(tx, made, changed)
+    return len(made), sum(window.usage.charge_micros for _, window in made)
+
+
+def render_line(meter: Meter, key: LineKey, usage: Usage) -> Row:
+    """A row of `usage_lines`."""
+    who = {"customer_no": meter.customer_no, "namespace": meter.namespace}
+    names = ("assignment_no", "month", "card_no")
+    return {**dict(zip(names, key, strict=True)), **who, **vars(usage)}
+
+
+async def _write_windows(
+    tx: Transaction, made: Sequence[tuple[Meter, Window]], lines: Sequence[Row]
+) -> None:
+    numbers = [row["number"] for row in await tx.dicts(SQL_LEDGER_NUMBERS, count=len(made))]
+    rows = [{**vars(window), **vars(window.usage)} for _, window in made]
+    columns = columns_of(
+        rows, "assignment_no", "hour_at", "part", "month", "card_no", *vars(Usage())
+    )
+    await tx.execute(SQL_WINDOW_INSERT, window_no=numbers, **columns)
+    await tx.execute(SQL_LINE_SET, **columns_of(lines, *lines[0]))
+    entries = [
+        (number, account, amount)
+        for number, (meter, window) in zip(numbers, made, strict=True)
+        for account, amount in list_entries(meter, window.usage)
+    ]
+    accounts = await ensure_accounts(tx, {account for _, account, _ in entries})
+    charged = sorted({number for number, _, _ in entries})
+    await write_entries(
+        tx, [(number, accounts[whose], micros) for number, whose, micros in entries]
+    )
+    await tx.execute(SQL_LEDGER_USAGE, numbers=charged)
+
+
+AccountKey = tuple[str, object]  # kind, and customer_no or namespace
+
+
+async def ensure_accounts(tx: Transaction, wanted: Collection[AccountKey]) -> dict[AccountKey, int]:
+    """The numbers of these accounts; those that are missing are made."""
+    customers = [whose for kind, whose in wanted if kind == "customer"]
+    namespaces = [whose for kind, whose in wanted if kind == "provider"]
+
+    async def read() -> dict[AccountKey, int]:
+        rows = await tx.dicts(SQL_ACCOUNT_LIST, customer_nos=customers, namespaces=namespaces)
+        return {(r["kind"], r["customer_no"] or r["namespace"]): r["account_no"] for r in rows}
+
+    found = await read()
+    if missing := [key for key in wanted if key not in found]:
+        await tx.execute(
+            SQL_ACCOUNT_ADD,
+            kind=[kind for kind, _ in missing],
+            customer_no=[whose if kind == "customer" else None for kind, whose in missing],
+            namespace=[whose if kind == "provider" else None for kind, whose in missing],
+        )
+        found = await read()
+    return found
+
+
+async def write_entries(tx: Transaction, entries: Sequence[tuple[int, int, int]]) -> None:
+    """Entries (transaction, account, micro-units); their transactions come after them."""
+    numbers, accounts, amounts = zip(*entries, strict=True) if entries else ((), (), ())
+    await tx.execute(
+        SQL_ENTRY_INSERT,
+        transaction_no=list(numbers),
+        account_no=list(accounts),
+        amount_micros=list(amounts),
+    )
+
+
+async def issue_invoices(db: Database) -> list[Row]:
+    """Issue the invoices of months that are over; give back those that are new."""
+    async with db.transaction() as tx:
+        turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
+        return await tx.dicts(SQL_INVOICE_ISSUE, after_s=INVOICE_AFTER_S) if turn["is_mine"] else []
+
+
+async def check_credit(db: Database) -> list[Row]:
+    """Look whose balance is used up, with what is in no window yet; give back what changed."""
+    async with db.transaction() as tx:
+        limits = await tx.dicts(SQL_BALANCES, customer_nos=None)
+        cards = await tx.rows(SQL_CARD_LIST, RateCard) if limits else []
+        now = (await tx.the("SELECT now() AS now"))["now"]
+        left = {
+            row["customer_no"]: row["credit_limit_micros"] + row["balance_micros"] for row in limits
+        }
+        for row in await tx.dicts(SQL_USAGE_OPEN) if limits else []:
+            billed_us, customer_no = row.pop("billed_us"), row["customer_no"]
+            meter = Meter(**row, namespace=None)
+            left[customer_no] -= price(
+                meter, find_card(cards, customer_no, now), billed_us, 0
+            ).charge_micros
+        out = [customer_no for customer_no, micros in left.items() if micros <= 0]
+        return await tx.dicts(SQL_CREDIT_SET, customer_nos=out)
 
 
 async def count_lost_secrets(db: Database) -> int:
@@ -5141,6 +6492,10 @@ METRICS = (
     ("openinfra_placed_time_seconds", "gauge", "When places were last looked for, Unix time."),
     ("openinfra_place_seconds_total", "counter", "Time those looks took."),
     ("openinfra_nudges_total", "counter", "Hosts asked by a packet for a heartbeat."),
+    ("openinfra_usage_windows_total", "counter", "Hours of copies that were closed."),
+    ("openinfra_usage_charged_micros_total", "counter", "What customers were charged for them."),
+    ("openinfra_invoices_total", "counter", "Invoices that were issued."),
+    ("openinfra_billed_time_seconds", "gauge", "When usage was last closed, Unix time."),
     ("openinfra_start_time_seconds", "gauge", "When this process began to serve, Unix time."),
     ("openinfra_cpu_seconds_total", "counter", "Processor time of this process."),
     ("openinfra_resident_memory_bytes", "gauge", "Resident memory of this process."),
@@ -5420,6 +6775,43 @@ class Placer:
             self._socket.sendto(b"openinfra", self._nudges[host_no])
 
 
+class Biller:
+    """Closes hours that are over, issues invoices, and looks whose balance is used up."""
+
+    def __init__(self, db: Database, metrics: Metrics) -> None:
+        self._db = db
+        self._metrics = metrics
+        for name in ("usage_windows", "usage_charged_micros", "invoices"):
+            metrics.add(f"openinfra_{name}_total", 0)
+
+    async def bill_forever(self) -> None:
+        """Look again and again; a fault is logged and tried again."""
+        while True:
+            try:
+                await self._bill()
+                self._metrics.set("openinfra_billed_time_seconds", time.time())
+            except Refusal:
+                pass  # the store has logged it
+            except Exception as error:  # the loop must not end before the process does
+                log("ERROR", "billing failed", error=type(error).__name__, said=str(error))
+            await asyncio.sleep(USAGE_S)
+
+    async def _bill(self) -> None:
+        cursor: int | None = 0
+        while cursor is not None:
+            done = await close_windows(self._db, cursor)
+            cursor = done.cursor
+            self._metrics.add("openinfra_usage_windows_total", done.windows)
+            self._metrics.add("openinfra_usage_charged_micros_total", done.charge_micros)
+        for row in await issue_invoices(self._db):
+            self._metrics.add("openinfra_invoices_total")
+            log("INFO", "invoice issued", number=row["invoice_no"], month=f"{row['month']:%Y-%m}")
+        for row in await check_credit(self._db):
+            is_out = row["out_of_credit_at"] is not None
+            what = "customer has no credit" if is_out else "customer has credit again"
+            log("WARN" if is_out else "INFO", what, customer_id=row["customer_id"])
+
+
 AskedLog = tuple[pb.LogRequest, "asyncio.Future[Log]"]
 
 
@@ -5529,6 +6921,7 @@ class ControlPlane:
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self.placer = Placer(beat_db, self._judging, self.metrics)
         self.logs = Logs(self.placer)
+        self.biller = Biller(admin_db, self.metrics)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -5587,7 +6980,10 @@ class ControlPlane:
         else:  # a retry overtook the first try: one commit answers both
             earlier, futures = known
             merged = dataclasses.replace(
-                beat, facts=beat.facts or earlier.facts, observed=beat.observed or earlier.observed
+                beat,
+                facts=beat.facts or earlier.facts,
+                observed=beat.observed or earlier.observed,
+                counters=beat.counters + earlier.counters,
             )
             self._waiting[key] = (merged, [*futures, future])
         self._wake.set()
@@ -6083,8 +7479,9 @@ async def http_revoke_key(cp: ControlPlane, request: Request) -> Answer:
     return 200, render_key(await revoke_key(cp.admin_db, request.actor, *which))
 
 
-async def http_get_account(_cp: ControlPlane, request: Request) -> Answer:
-    return 200, render_customer(request.of_customer())
+async def http_get_account(cp: ControlPlane, request: Request) -> Answer:
+    customer = await get_customer(cp.customer_db, request.of_customer().customer_id)
+    return 200, render_customer(customer)
 
 
 async def http_drain_host(cp: ControlPlane, request: Request) -> Answer:
@@ -6489,6 +7886,10 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "namespaces": "strings",
         "created_by": "string",
         "created_at": "date-time",
+        "balance_micros": "integer",
+        "credit_limit_micros": "integer?",
+        "out_of_credit_at": "date-time?",
+        "stops_at": "date-time?",
     },
     "Customers": {"customers": "[Customer]", "next_cursor": "integer?"},
     "CustomerKey": {
@@ -7137,7 +8538,7 @@ async def run_server(cp: ControlPlane) -> None:
     await server.start()
     threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
     flusher = asyncio.create_task(cp.flush_forever())
-    loops = (cp.sweep_forever, cp.placer.place_forever)
+    loops = (cp.sweep_forever, cp.placer.place_forever, cp.biller.bill_forever)
     keepers = [*(asyncio.create_task(each()) for each in loops), *cp.peers.loops()]
     ended = asyncio.create_task(server.wait_for_termination())  # without being told to
     stop = catch_signals(loop)

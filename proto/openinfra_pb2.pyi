@@ -608,6 +608,47 @@ class LogAnswer(google.protobuf.message.Message):
 global___LogAnswer = LogAnswer
 
 @typing.final
+class UsageCounter(google.protobuf.message.Message):
+    """What a container used since it was made: numbers that only grow."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    CONTAINER_ID_FIELD_NUMBER: builtins.int
+    CPU_NS_FIELD_NUMBER: builtins.int
+    MEMORY_BYTE_S_FIELD_NUMBER: builtins.int
+    RX_BYTES_FIELD_NUMBER: builtins.int
+    TX_BYTES_FIELD_NUMBER: builtins.int
+    assignment_id: builtins.str
+    """Of this host; it may have ended a while ago."""
+    boot_id: builtins.str
+    """The boot in which it was counted."""
+    container_id: builtins.bytes
+    """32 bytes, the engine's id of the container."""
+    cpu_ns: builtins.int
+    """Nanoseconds of processor time."""
+    memory_byte_s: builtins.int
+    """Bytes of memory times seconds that they were in use."""
+    rx_bytes: builtins.int
+    """Bytes through its network interface."""
+    tx_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        assignment_id: builtins.str = ...,
+        boot_id: builtins.str = ...,
+        container_id: builtins.bytes = ...,
+        cpu_ns: builtins.int = ...,
+        memory_byte_s: builtins.int = ...,
+        rx_bytes: builtins.int = ...,
+        tx_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "boot_id", b"boot_id", "container_id", b"container_id", "cpu_ns", b"cpu_ns", "memory_byte_s", b"memory_byte_s", "rx_bytes", b"rx_bytes", "tx_bytes", b"tx_bytes"]) -> None: ...
+
+global___UsageCounter = UsageCounter
+
+@typing.final
 class RegisterRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -753,6 +794,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
     OBSERVED_FIELD_NUMBER: builtins.int
     NUDGE_PORT_FIELD_NUMBER: builtins.int
     LOGS_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """32 bytes; says which host this is."""
     seq: builtins.int
@@ -777,6 +819,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
     def logs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LogAnswer]:
         """As many as the message has room for (the control plane takes 64 KiB); never sent again."""
 
+    @property
+    def usage(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UsageCounter]:
+        """At most 64; a reply means that they are committed. Repeats and late ones change nothing."""
+
     def __init__(
         self,
         *,
@@ -789,9 +835,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
         observed: global___Observed | None = ...,
         nudge_port: builtins.int = ...,
         logs: collections.abc.Iterable[global___LogAnswer] | None = ...,
+        usage: collections.abc.Iterable[global___UsageCounter] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["facts", b"facts", "observed", b"observed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "desired_revision", b"desired_revision", "facts", b"facts", "logs", b"logs", "nudge_port", b"nudge_port", "observed", b"observed", "paused", b"paused", "seq", b"seq", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["boot_id", b"boot_id", "desired_revision", b"desired_revision", "facts", b"facts", "logs", b"logs", "nudge_port", b"nudge_port", "observed", b"observed", "paused", b"paused", "seq", b"seq", "session", b"session", "usage", b"usage"]) -> None: ...
 
 global___HeartbeatRequest = HeartbeatRequest
 

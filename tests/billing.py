@@ -1,0 +1,298 @@
+"""A fleet in a database whose clock a test sets, and what an oracle makes of the same events.
+
+Hosts, customers and copies are written by the superuser; heartbeats, ends and closed hours are the
+operations of cp_server.py. Its statements say now(); a schema that is looked through before
+pg_catalog has another one, which reads a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import hashlib
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+import cp_server
+from tests import billing_oracle as oracle
+from tests.harness import Postgres
+
+CLOCK = """
+CREATE SCHEMA clock;
+CREATE TABLE clock.time (at timestamptz NOT NULL);
+INSERT INTO clock.time VALUES ('2026-03-01T00:00Z');
+CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.time';
+GRANT USAGE ON SCHEMA clock TO openinfra;
+GRANT SELECT ON clock.time TO openinfra;
+"""
+SPEC = '{"image": "kuma/web@sha256:00", "ports": []}'
+
+
+def at(time_us: int) -> dt.datetime:
+    """Microseconds since the epoch as the database has times."""
+    return dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(microseconds=time_us)
+
+
+class Books:
+    """One database with its clock."""
+
+    def __init__(self, postgres: Postgres, interval_ms: int = 30_000) -> None:
+        self.postgres, self.interval_ms = postgres, interval_ms
+        self.database = postgres.new_database()
+        with psycopg.connect(postgres.dsn(self.database)) as connection:
+            connection.execute(CLOCK)
+        self.owner = psycopg.connect(
+            postgres.dsn(self.database), autocommit=True, row_factory=dict_row
+        )
+        self.owner.execute("SET session_replication_role = replica")
+        self.dsn = postgres.dsn(self.database, "openinfra")
+        self.copies: dict[str, oracle.Copy] = {}
+        self.ids: dict[str, uuid.UUID] = {}
+        self.customers: dict[str, uuid.UUID] = {}
+        self.hosts: dict[str, bytes] = {}
+        self.cards: list[oracle.RateCard] = []
+        self.events: list[oracle.Event] = []
+        self.running: dict[str, set[str]] = {}
+
+    def close(self) -> None:
+        """Let its connection go."""
+        self.owner.close()
+
+    def database_of(self, size: int = 4) -> cp_server.Database:
+        """The control plane's own way to it."""
+        options = "-c search_path=clock,pg_catalog,public"
+        return cp_server.Database(self.dsn, size, options=options)
+
+    def query(self, sql: str, *params: object) -> list[dict[str, Any]]:
+        """Rows, as the superuser sees them."""
+        return self.owner.execute(sql.encode(), params or None).fetchall()
+
+    def set_time(self, time_us: int) -> None:
+        """What the database's clock says from now on."""
+        self.owner.execute("UPDATE clock.time SET at = %s", (at(time_us),))
+
+    def add_host(self, host: str, provider: str) -> None:
+        """A host of this provider, online."""
+        name = f"solana:{hashlib.sha256(provider.encode()).hexdigest().replace('0', 'x')[:40]}"
+        session = hashlib.sha256(host.encode()).digest()
+        host_id = uuid.uuid5(uuid.NAMESPACE_DNS, host)
+        self.owner.execute(
+            "INSERT INTO namespaces (namespace, approved_at, approved_by)"
+            " VALUES (%s, now(), 'test') ON CONFLICT DO NOTHING",
+            (name,),
+        )
+        self.owner.execute(
+            "INSERT INTO hosts (host_id, invite_id, host_secret_sha256, payout_pubkey, namespace,"
+            " status, hostname, arch, kernel, agent_version, cpu_count, memory_bytes, disk_bytes,"
+            " disk_encrypted, engine_version) VALUES (%s, %s, %s, %s, %s, 'online', %s, 'x86_64',"
+            " '6', '1', 8, 1, 1, true, '20')",
+            (host_id, session.hex()[:16], session, name[7:], name, host),
+        )
+        self.owner.execute(
+            "INSERT INTO sessions (session_sha256, host_no, opened_by)"
+            " SELECT %s, host_no, 'register' FROM hosts WHERE host_id = %s",
+            (session, host_id),
+        )
+        self.owner.execute(
+            "INSERT INTO liveness (host_no, interval_ms)"
+            " SELECT host_no, %s FROM hosts WHERE host_id = %s",
+            (self.interval_ms, host_id),
+        )
+        self.hosts[host], self.running[host] = session, set()
+
+    def add_customer(self, customer: str, **columns: object) -> None:
+        """A customer with a namespace and one workload of each name of its copies."""
+        self.customers[customer] = uuid.uuid5(uuid.NAMESPACE_DNS, customer)
+        self.owner.execute(
+            "WITH c AS (INSERT INTO customers (customer_id, name, created_by,"
+            " credit_limit_micros) VALUES (%s, %s, 'test', %s) RETURNING customer_no)"
+            " INSERT INTO customer_namespaces (namespace, customer_no)"
+            " SELECT %s, customer_no FROM c",
+            (self.customers[customer], customer, columns.get("credit_limit_micros"), customer),
+        )
+
+    def add_copy(self, copy: oracle.Copy) -> None:
+        """A copy that its host has, and that does not run yet."""
+        self.copies[copy.copy], self.ids[copy.copy] = copy, uuid.uuid4()
+        workload_id = uuid.uuid5(uuid.NAMESPACE_DNS, f"{copy.customer}/{copy.workload}")
+        self.owner.execute(
+            "INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)"
+            " VALUES (%s, %s, %s, 20, %s, 'test') ON CONFLICT DO NOTHING",
+            (workload_id, copy.customer, copy.workload, SPEC),
+        )
+        self.owner.execute(
+            "INSERT INTO assignments (assignment_id, workload_no, revision, replica, host_no, spec,"
+            " cpu_milli, memory_bytes) SELECT %s, workload_no, 1, %s, h.host_no, %s, %s, %s"
+            " FROM workloads, hosts h WHERE workload_id = %s AND h.hostname = %s",
+            (
+                self.ids[copy.copy],
+                len(self.copies),
+                SPEC,
+                copy.cpu_milli,
+                copy.memory_bytes,
+                workload_id,
+                copy.host,
+            ),
+        )
+
+    async def add_card(self, db: cp_server.Database, card: oracle.RateCard) -> None:
+        """A rate card, by the operation."""
+        customer_id = self.customers[card.customer] if card.customer else None
+        await cp_server.add_rate_card(
+            db,
+            cp_server.Actor("test"),
+            customer_id,
+            at(card.valid_from_us),
+            cpu_hour_micros=card.cpu_hour_micros,
+            gb_hour_micros=card.gb_hour_micros,
+            egress_gb_micros=card.egress_gb_micros,
+            provider_share_ppm=card.share_ppm,
+        )
+        self.cards.append(card)
+
+    def beat(self, event: oracle.Heartbeat) -> cp_server.Beat:
+        """A heartbeat as the edge hands it on: with all that the host has."""
+        mine = [copy for copy in self.copies.values() if copy.host == event.host]
+        observed = cp_server.Observed(
+            0,
+            tuple(
+                cp_server.Observation(
+                    str(self.ids[copy.copy]),
+                    "running" if copy.copy in event.running else "waiting",
+                    "",
+                    0,
+                    None,
+                )
+                for copy in mine
+            ),
+        )
+        return cp_server.Beat(
+            session_sha256=self.hosts[event.host],
+            peer="10.77.0.2",
+            seq=1,
+            boot_id=str(uuid.UUID(int=1)),
+            status="online",
+            interval_ms=event.interval_ms,
+            facts=None,
+            desired_revision=1,
+            observed=observed,
+            counters=tuple(
+                cp_server.Counter(
+                    str(self.ids[each.copy]),
+                    str(uuid.uuid5(uuid.NAMESPACE_DNS, each.boot_id)),
+                    hashlib.sha256(each.container_id.encode()).digest(),
+                    each.cpu_ns,
+                    each.memory_byte_s,
+                    each.rx_bytes,
+                    each.tx_bytes,
+                )
+                for each in event.counters
+            ),
+        )
+
+    async def apply(self, db: cp_server.Database, event: oracle.Event) -> None:
+        """Let it happen, and note it for the oracle once it is committed."""
+        self.set_time(event.at_us)
+        if isinstance(event, oracle.Heartbeat):
+            beats = [self.beat(event)]
+            answers, _ = await cp_server.record_heartbeats(db, beats, peer_check=False)
+            (answer,) = answers.values()
+            assert isinstance(answer, cp_server.Accepted), answer
+        else:
+            self.owner.execute("SET session_replication_role = origin")
+            self.owner.execute(
+                "UPDATE assignments SET ended_at = %s, state = 'lost' WHERE assignment_id = %s",
+                (at(event.at_us), self.ids[event.copy]),
+            )
+            self.owner.execute("SET session_replication_role = replica")
+        self.events.append(event)
+
+    def windows(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """(copy, hour): the sums of its windows."""
+        names = {value: key for key, value in self.ids.items()}
+        rows = self.query(
+            "SELECT a.assignment_id, extract(epoch FROM hour_at)::bigint * 1000000 AS hour_us,"
+            " sum(billed_us)::bigint AS a, sum(egress_bytes)::bigint AS b,"
+            " sum(cpu_micros)::bigint AS c, sum(memory_micros)::bigint AS d,"
+            " sum(egress_micros)::bigint AS e, sum(share_micros)::bigint AS f"
+            " FROM usage_windows JOIN assignments a USING (assignment_no) GROUP BY 1, 2"
+        )
+        return {
+            (names[row["assignment_id"]], row["hour_us"]): tuple(row[key] for key in "abcdef")
+            for row in rows
+        }
+
+    def balances(self) -> dict[tuple[str, str], int]:
+        """Each account's balance."""
+        rows = self.query(
+            "SELECT kind, coalesce(c.name, a.namespace, '') AS whose, sum(amount_micros)::bigint"
+            " AS micros FROM ledger_entries JOIN ledger_accounts a USING (account_no)"
+            " LEFT JOIN customers c USING (customer_no) GROUP BY 1, 2"
+        )
+        return {(row["kind"], row["whose"]): row["micros"] for row in rows}
+
+    def check(self) -> oracle.Bill:
+        """Windows and ledger are what the oracle says, to the micro-unit; invariants hold."""
+        expected = oracle.bill(self.cards, list(self.copies.values()), self.events)
+        windows = {
+            (each.copy, each.hour_us): (
+                each.billed_us,
+                each.egress_bytes,
+                each.cpu_micros,
+                each.memory_micros,
+                each.egress_micros,
+                each.share_micros,
+            )
+            for each in expected.windows
+        }
+        assert self.windows() == windows
+        invoices, statements, fees = oracle.totals(expected)
+        balances = self.balances()
+        assert sum(balances.values()) == 0
+        payments = -balances.get(("payments", ""), 0)
+        customers = sum(v for (kind, _), v in balances.items() if kind == "customer")
+        assert payments - customers == sum(invoices.values())
+        shares = sum(v for (kind, _), v in balances.items() if kind == "provider")
+        assert shares == sum(statements.values())
+        assert balances.get(("fees", ""), 0) == sum(fees.values())
+        return expected
+
+
+async def close_all(db: cp_server.Database, most: int = cp_server.USAGE_BATCH) -> int:
+    """All that is due, as the loop does it; gives back how many windows."""
+    cursor: int | None = 0
+    windows = 0
+    while cursor is not None:
+        done = await cp_server.close_windows(db, cursor, most)
+        windows, cursor = windows + done.windows, done.cursor
+    return windows
+
+
+def run(books: Books, events: Iterable[oracle.Event | int], every: int = 0) -> None:
+    """Apply events in order; close what is due after each `every` of them, and at the end.
+
+    A number is a time at which what is due is closed, with no event.
+    """
+
+    async def work() -> None:
+        db = books.database_of()
+        await db.open()
+        try:
+            for number, event in enumerate(events, 1):
+                if isinstance(event, int):
+                    books.set_time(event)
+                else:
+                    await books.apply(db, event)
+                if isinstance(event, int) or (every and number % every == 0):
+                    await close_all(db, 7)
+            books.set_time(max(e.at_us for e in books.events) + 2 * oracle.HOUR_US)
+            await close_all(db)
+            assert await close_all(db) == 0
+        finally:
+            await db.close()
+
+    asyncio.run(work())
