@@ -57,8 +57,10 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime as dt
+import decimal
 import errno
 import fcntl
 import functools
@@ -66,6 +68,7 @@ import getpass
 import glob
 import hashlib
 import hmac
+import html
 import http
 import http.client
 import http.server
@@ -101,6 +104,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -373,7 +377,9 @@ CPU_HOUR = 1_000 * HOUR_US  # what a price is for: thousandths of a processor ti
 GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
 GB = 10**9  # and bytes
 INT64_MAX = 2**63 - 1
+NUMBERS = ("replica", "quantity", "price", "charge", "share", "owed")  # columns of a bill
 EGRESS_MAX_BYTES = 2**53  # counted for a copy in an hour; far more than EGRESS_MAX_BYTES_PER_US
+PRICE_MAX = 10**12  # micro-units for one hour or GB
 MONEY_MAX = 10**15  # micro-units in one payment or limit
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
@@ -795,6 +801,40 @@ class Window:
     month: dt.date
     card_no: int
     usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class BillLine:
+    """What one copy used in a month under one rate card."""
+
+    assignment_id: uuid.UUID
+    workload: str
+    replica: int
+    hostname: str
+    cpu_milli: int
+    memory_bytes: int
+    cpu_hour_micros: int
+    gb_hour_micros: int
+    egress_gb_micros: int
+    provider_share_ppm: int
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Bill:
+    """An invoice (of a customer) or a statement (of a provider): a month, and its lines."""
+
+    kind: str  # invoice or statement
+    whose: str
+    month: dt.date
+    number: int | None  # None: a statement, or preliminary
+    is_preliminary: bool
+    lines: Sequence[BillLine]
+
+    @property
+    def total_micros(self) -> int:
+        """What the customer pays, or what the provider is owed."""
+        return sum(amount_of(self, line) for line in self.lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1540,6 +1580,10 @@ CUSTOMER_FIELDS = (
         form=NAMESPACE,
         required=True,
     ),
+)
+PAYMENT_FIELDS = (
+    Field("reference", "string", "the bank's or your own", 1, 100, None, check_text, required=True),
+    Field("note", "string", "what it is for", 0, 200, "", check_text),
 )
 KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, form=LINE),)
 ARCHS = ("aarch64", "x86_64")
@@ -2624,6 +2668,186 @@ def render_metrics(samples: Sequence[tuple[str, str, str, Mapping[str, str], flo
         inner = ",".join(f"{key}={json.dumps(label)}" for key, label in sorted(labels.items()))
         lines.append(f"{name}{'{' + inner + '}' if inner else ''} {value:.12g}")
     return "\n".join(lines) + "\n"
+
+
+def amount_of(bill: Bill, line: BillLine) -> int:
+    """What a line adds to its bill."""
+    usage = line.usage
+    return usage.charge_micros if bill.kind == "invoice" else usage.share_micros
+
+
+def parse_money(text: str) -> int:
+    """An amount like 12.5 in micro-units, exactly; raises Error 2."""
+    try:
+        micros = decimal.Decimal(text).scaleb(6)
+        if micros == micros.to_integral_value() and abs(micros) <= MONEY_MAX:
+            return int(micros)
+    except decimal.InvalidOperation:
+        pass
+    what = f"{text!r} is no amount"
+    raise Error(what, "give a number with at most 6 decimals, like 12.5", USAGE)
+
+
+def render_money(micros: int) -> str:
+    """Micro-units as a number with 2 to 6 decimals."""
+    text = f"{abs(micros) // 1_000_000}.{abs(micros) % 1_000_000:06}"
+    whole, _, rest = text.partition(".")
+    return f"{'-' if micros < 0 else ''}{whole}.{rest[:2]}{rest[2:].rstrip('0')}"
+
+
+def render_quantity(value: int, unit: int) -> str:
+    """So many of a unit, with 6 decimals, rounded down."""
+    micros = value * 1_000_000 // unit
+    return f"{micros // 1_000_000}.{micros % 1_000_000:06}"
+
+
+def parse_month(text: str, field: str = "month") -> dt.date:
+    """A month like 2026-11, as its first day; raises Refusal."""
+    if re.fullmatch(r"20[0-9]{2}-(0[1-9]|1[0-2])", text):
+        return dt.date(int(text[:4]), int(text[5:]), 1)
+    raise Refusal("BAD_REQUEST", f"{field} is no month", "give one like 2026-11", field)
+
+
+def list_bill_rows(bill: Bill) -> Iterator[list[str]]:
+    """A bill as rows of text, the head first: each line is one resource of one copy."""
+    is_invoice = bill.kind == "invoice"
+    head = ["workload", "replica", "copy", "host", "what", "quantity", "unit", "price", "charge"]
+    yield head if is_invoice else [*head, "share", "owed"]
+    for line in bill.lines:
+        usage = line.usage
+        what = [line.workload, str(line.replica), str(line.assignment_id), line.hostname]
+        shares = list_shares(line)
+        for row, share in zip(
+            (
+                ("cpu", line.cpu_milli * usage.billed_us, CPU_HOUR, "cpu-hour"),
+                ("memory", line.memory_bytes * usage.billed_us, GB_HOUR, "GB-hour"),
+                ("egress", usage.egress_bytes, GB, "GB"),
+            ),
+            shares,
+            strict=True,
+        ):
+            name, value, unit, word = row
+            if not value:
+                continue
+            price_micros, charge = price_of(line, name)
+            cells = [*what, name, render_quantity(value, unit), word]
+            cells += [render_money(price_micros), render_money(charge)]
+            if not is_invoice:
+                cells += [f"{line.provider_share_ppm / 10_000:g} %", render_money(share)]
+            yield cells
+
+
+def price_of(line: BillLine, name: str) -> tuple[int, int]:
+    """The price and the amount of cpu, memory or egress."""
+    usage = line.usage
+    return {
+        "cpu": (line.cpu_hour_micros, usage.cpu_micros),
+        "memory": (line.gb_hour_micros, usage.memory_micros),
+        "egress": (line.egress_gb_micros, usage.egress_micros),
+    }[name]
+
+
+def list_shares(line: BillLine) -> tuple[int, int, int]:
+    """A line's share by resource: the first two rounded down, the last one what is left of it."""
+    usage = line.usage
+    if not usage.charge_micros:
+        return 0, 0, 0
+    amounts = [usage.cpu_micros, usage.memory_micros, usage.egress_micros]
+    shares = [each * usage.share_micros // usage.charge_micros for each in amounts]
+    largest = amounts.index(max(amounts))
+    shares[largest] += usage.share_micros - sum(shares)
+    return shares[0], shares[1], shares[2]
+
+
+def render_bill_csv(bill: Bill) -> Iterator[str]:
+    """A bill for a spreadsheet (RFC 4180), a line at a time; text never begins a formula."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    for row in list_bill_rows(bill):
+        writer.writerow(["'" + cell if cell[:1] in "=+@\t\r" and cell else cell for cell in row])
+        yield out.getvalue()
+        out.seek(0)
+        out.truncate()
+
+
+def render_bill_json(bill: Bill, currency: str) -> Row:
+    """A bill as the HTTP API has it."""
+    return {
+        "kind": bill.kind,
+        "number": bill.number,
+        "preliminary": bill.is_preliminary,
+        "month": f"{bill.month:%Y-%m}",
+        "whose": bill.whose,
+        "currency": currency,
+        "total_micros": bill.total_micros,
+        "lines": [
+            {
+                "assignment_id": str(line.assignment_id),
+                "workload": line.workload,
+                "replica": line.replica,
+                "hostname": line.hostname,
+                "cpu_milli": line.cpu_milli,
+                "memory_bytes": line.memory_bytes,
+                "cpu_hour_micros": line.cpu_hour_micros,
+                "gb_hour_micros": line.gb_hour_micros,
+                "egress_gb_micros": line.egress_gb_micros,
+                "provider_share_ppm": line.provider_share_ppm,
+                "charge_micros": line.usage.charge_micros,
+                **vars(line.usage),
+            }
+            for line in bill.lines
+        ],
+    }
+
+
+BILL_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 70rem;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } p { margin: .2rem 0; } .note { color: #8a4b00; }
+table { border-collapse: collapse; width: 100%; margin-top: 1.2rem; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd;
+  overflow-wrap: anywhere; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tfoot td { font-weight: 600; border-top: 2px solid #1a1a1a; border-bottom: 0; }
+thead { display: table-header-group; } tr { break-inside: avoid; }
+@media print { body { margin: 0; max-width: none; font-size: 10px; } @page { margin: 14mm; } }
+@media (max-width: 48rem) {
+  table, tbody, tr, td, tfoot { display: block; } thead { display: none; }
+  tr { border-bottom: 1px solid #ddd; padding: .5rem 0; } tfoot tr { border: 0; }
+  td { border: 0; padding: .1rem 0; display: flex; justify-content: space-between; gap: 1rem; }
+  td::before { content: attr(data-name); color: #666; }
+}
+"""
+
+
+def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
+    """A bill as a page of its own, without scripts: for a browser, paper and a phone."""
+    number = f" {bill.number}" if bill.number else ""
+    title = html.escape(f"{bill.kind.capitalize()}{number}, {bill.month:%B %Y}")
+    yield (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{BILL_STYLE}</style><h1>{title}</h1>"
+        f"<p>{html.escape(bill.whose)}</p><p>All amounts in {html.escape(currency)}. "
+        "Times are UTC.</p>"
+    )
+    if bill.is_preliminary:
+        yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
+    rows = list_bill_rows(bill)
+    head = next(rows)
+    classes = [' class="n"' if each in NUMBERS else "" for each in head]
+    yield "<table><thead><tr>"
+    yield "".join(f"<th{c}>{each}" for c, each in zip(classes, head, strict=True))
+    yield "</thead><tbody>\n"
+    starts = [f'<td{c} data-name="{each}">' for c, each in zip(classes, head, strict=True)]
+    for row in rows:
+        cells = zip(starts, row, strict=True)
+        yield "<tr>" + "".join(f"{start}{html.escape(cell)}</td>" for start, cell in cells) + "\n"
+    total = render_money(bill.total_micros)
+    yield (
+        f'</tbody><tfoot><tr><td colspan="{len(head) - 1}">Total</td>'
+        f'<td class="n">{total}</td></tfoot></table></html>\n'
+    )
 
 
 def render_table(rows: Sequence[Sequence[str]]) -> str:
@@ -4609,6 +4833,45 @@ INSERT INTO ledger_transactions (transaction_no, kind, reference, note, actor, a
 VALUES (%(number)s, %(kind)s, %(reference)s, %(note)s, %(actor)s, now())
 """
 
+SQL_BILL_LINES = """
+-- the lines of a customer's or a provider's month
+SELECT a.assignment_id, w.namespace || '/' || w.name AS workload, a.replica, h.hostname,
+  a.cpu_milli, a.memory_bytes, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
+  coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
+  coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
+  coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
+  l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
+FROM usage_lines l JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
+JOIN hosts h USING (host_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
+WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
+ORDER BY workload, a.replica, a.assignment_no, l.card_no
+"""
+
+SQL_BILL_OWNERS = """
+-- who has lines in this month
+SELECT DISTINCT c.customer_id, l.namespace FROM usage_lines l JOIN customers c USING (customer_no)
+WHERE l.month = %(month)s
+"""
+
+SQL_INVOICE_FIND = """
+-- a customer's invoice of a month, and whether the month is over
+SELECT (SELECT invoice_no FROM invoices
+  WHERE customer_no = %(customer_no)s AND month = %(month)s) AS invoice_no,
+  (%(month)s::date + interval '1 month') AT TIME ZONE 'UTC'
+    + make_interval(secs => %(after_s)s) > now() AS is_preliminary
+"""
+
+SQL_USAGE_LIST = """
+-- windows of a customer's month, newest first
+SELECT u.window_no, a.assignment_id, w.workload_id, w.name AS workload, u.hour_at, u.part,
+  u.card_no, u.billed_us, u.egress_bytes, u.cpu_micros, u.memory_micros, u.egress_micros, u.closed_at
+FROM usage_windows u JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
+JOIN customer_namespaces n ON n.namespace = w.namespace
+WHERE n.customer_no = %(customer_no)s AND u.month = %(month)s
+  AND (%(cursor)s = 0 OR u.window_no < %(cursor)s)
+ORDER BY u.window_no DESC LIMIT %(limit)s
+"""
+
 SQL_INVOICE_ISSUE = """
 -- invoices of months that are over for long enough, numbered on
 INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at)
@@ -6365,6 +6628,47 @@ async def issue_invoices(db: Database) -> list[Row]:
         return await tx.dicts(SQL_INVOICE_ISSUE, after_s=INVOICE_AFTER_S) if turn["is_mine"] else []
 
 
+async def read_invoice(db: Database, customer_id: uuid.UUID, month: dt.date) -> Bill:
+    """A customer's month, issued or preliminary; raises Refusal."""
+    async with db.transaction() as tx:
+        customer = await _get_customer(tx, customer_id)
+        which = {"customer_no": customer.customer_no, "month": month}
+        found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
+        lines = await _read_lines(tx, namespace=None, **which)
+    number = found["invoice_no"]
+    is_preliminary = number is None and found["is_preliminary"]
+    return Bill("invoice", customer.name, month, number, is_preliminary, lines)
+
+
+async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
+    """A provider's month."""
+    async with db.transaction() as tx:
+        which = {"customer_no": None, "month": month}
+        found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
+        lines = await _read_lines(tx, namespace=namespace, **which)
+    return Bill("statement", namespace, month, None, found["is_preliminary"], lines)
+
+
+async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
+    rows = await tx.dicts(SQL_BILL_LINES, **which)
+    names = [field.name for field in dataclasses.fields(Usage)]
+    return [BillLine(usage=Usage(*(row.pop(name) for name in names)), **row) for row in rows]
+
+
+async def list_bill_owners(db: Database, month: dt.date) -> tuple[list[uuid.UUID], list[str]]:
+    """The customers and providers of a month."""
+    async with db.transaction() as tx:
+        rows = await tx.dicts(SQL_BILL_OWNERS, month=month)
+    customers = dict.fromkeys(row["customer_id"] for row in rows)
+    return list(customers), sorted({row["namespace"] for row in rows if row["namespace"]})
+
+
+async def list_usage(db: Database, customer: Customer, values: Mapping[str, Any]) -> list[Row]:
+    """A page of the windows of a customer's month, newest first."""
+    async with db.transaction() as tx:
+        return await tx.dicts(SQL_USAGE_LIST, customer_no=customer.customer_no, **values)
+
+
 async def check_credit(db: Database) -> list[Row]:
     """Look whose balance is used up, with what is in no window yet; give back what changed."""
     async with db.transaction() as tx:
@@ -6430,6 +6734,7 @@ class Settings:
     registry: str
     registry_url: str
     registry_dir: str
+    currency: str
 
 
 class Metrics:
@@ -9664,6 +9969,7 @@ OPTIONS = (
     Option("registry", "", "host name of the registry that customers push to; empty: none"),
     Option("registry-url", "http://127.0.0.1:5000", "where that registry is on this machine"),
     Option("registry-dir", "", "on the disk that it fills; empty: nobody looks how full that is"),
+    Option("currency", "EUR", "what amounts are in; only written beside them"),
     Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
 )
 
@@ -9729,6 +10035,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         registry=parse_registry(chosen["registry"]),
         registry_url=parse_registry_url(chosen["registry-url"]),
         registry_dir=chosen["registry-dir"],
+        currency=chosen["currency"],
     )
 
 
@@ -9765,10 +10072,13 @@ def mint_jwt(key: JwtKey, sub: str, scope: str, ttl_s: int) -> str:
 
 
 async def with_database(
-    dsn_file: Path, work: Callable[[Database], Awaitable[T]], secrets_key: str = ""
+    dsn_file: Path,
+    work: Callable[[Database], Awaitable[T]],
+    secrets_key: str = "",
+    options: str = "",
 ) -> T:
     """Open the database, check its schema, run one operation, close it."""
-    db = Database(read_dsn(dsn_file), size=1, secrets_key=secrets_key)
+    db = Database(read_dsn(dsn_file), size=1, options=options, secrets_key=secrets_key)
     await db.open()
     try:
         async with db.transaction() as tx:
@@ -9931,6 +10241,173 @@ def command_workloads(args: argparse.Namespace, settings: Settings) -> int:
         rows.append((each["workload_id"], name, state, replicas, hosts, why))
     print(render_table(rows))
     return 0
+
+
+def command_rate_cards(args: argparse.Namespace, settings: Settings) -> int:
+    """List prices."""
+    found = asyncio.run(with_database(settings.dsn_file, list_rate_cards))
+    if args.json:
+        rows = [{**vars(card), "customer": name} for card, name in found]
+        shown = [{**row, "valid_from": render_time(row["valid_from"])} for row in rows]
+        print(json.dumps({"currency": settings.currency, "rate_cards": shown}, indent=1))
+        return 0
+    table: list[tuple[str, ...]] = [
+        ("CARD", "FROM", "CUSTOMER", "CPU-HOUR", "GB-HOUR", "EGRESS-GB", "PROVIDER")
+    ]
+    for card, name in found:
+        prices = (card.cpu_hour_micros, card.gb_hour_micros, card.egress_gb_micros)
+        table.append(
+            (
+                str(card.card_no),
+                f"{card.valid_from:%Y-%m-%dT%H:%MZ}",
+                name or "all",
+                *map(render_money, prices),
+                f"{card.provider_share_ppm / 10_000:g} %",
+            )
+        )
+    print(render_table(table))
+    return 0
+
+
+def command_add_rate_card(args: argparse.Namespace, settings: Settings) -> int:
+    """Add prices, from a full hour on, for all customers or for one."""
+    customer_id = parse_id(args.customer_id) if args.customer_id else None
+    share = parse_money(args.provider_share) * 1_000_000 // 100_000_000
+    prices = [parse_money(each) for each in (args.cpu_hour, args.gb_hour, args.egress_gb)]
+    if min(prices) < 0 or max(prices) > PRICE_MAX:
+        raise Error("a price is out of range", "give 0 to 1000000", USAGE)
+    if not 0 <= share <= 1_000_000:
+        raise Error("the provider's share is out of range", "give 0 to 100 percent", USAGE)
+    valid_from = parse_hour(args.valid_from)
+    names = ("cpu_hour_micros", "gb_hour_micros", "egress_gb_micros")
+    values = dict(zip(names, prices, strict=True))
+
+    async def work(db: Database) -> RateCard:
+        actor = cli_actor()
+        return await add_rate_card(
+            db, actor, customer_id, valid_from, provider_share_ppm=share, **values
+        )
+
+    card = asyncio.run(with_database(settings.dsn_file, work))
+    print(f"rate card {card.card_no} is valid from {card.valid_from:%Y-%m-%dT%H:%MZ} on")
+    return 0
+
+
+def parse_hour(text: str) -> dt.datetime:
+    """A full hour like 2026-12-01T00:00Z, or `next`; raises Error 2."""
+    if text == "next":
+        now = dt.datetime.now(dt.timezone.utc)
+        return now.replace(minute=0, second=0, microsecond=0) + dt.timedelta(hours=1)
+    if re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:00(:00)?Z", text):
+        with contextlib.suppress(ValueError):
+            return dt.datetime.fromisoformat(text[:-1]).replace(tzinfo=dt.timezone.utc)
+    raise Error(f"{text!r} is no full hour", "give one like 2026-12-01T00:00Z, or next", USAGE)
+
+
+def parse_id(text: str) -> uuid.UUID:
+    """A customer's id; raises Error 2."""
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        what = "the customer id is not a UUID"
+        raise Error(what, "copy it from: cp_server.py customers", USAGE) from None
+
+
+def command_add_payment(args: argparse.Namespace, settings: Settings) -> int:
+    """Book what a customer paid, or got back (below zero); once for each reference."""
+    micros = parse_money(args.amount)
+    if micros == 0:
+        raise Error("the amount is zero", "give what was paid", USAGE)
+    values = parse_fields(PAYMENT_FIELDS, {"reference": args.reference, "note": args.note})
+    customer_id = parse_id(args.customer_id)
+
+    async def work(db: Database) -> tuple[int, bool]:
+        return await add_payment(db, cli_actor(), customer_id, micros, **values)
+
+    number, is_new = asyncio.run(with_database(settings.dsn_file, work))
+    print(f"payment {number} " + ("is booked" if is_new else "was booked before"))
+    return 0
+
+
+def command_credit_limit(args: argparse.Namespace, settings: Settings) -> int:
+    """Say how far below zero a customer may go: 0 is prepaid, none is without limit."""
+    micros = None if args.amount == "none" else parse_money(args.amount)
+    if micros is not None and micros < 0:
+        raise Error("the limit is below zero", "give 0 or more, or none", USAGE)
+    customer_id = parse_id(args.customer_id)
+
+    async def work(db: Database) -> Customer:
+        return await set_credit_limit(db, cli_actor(), customer_id, micros)
+
+    customer = asyncio.run(with_database(settings.dsn_file, work))
+    limit = "no limit" if micros is None else f"a limit of {render_money(micros)}"
+    print(f"customer {customer.customer_id} has {limit}")
+    return 0
+
+
+def command_ledger(_args: argparse.Namespace, settings: Settings) -> int:
+    """Test all of the ledger, and print its sums."""
+    options = "-c statement_timeout=600s"
+    wrong, sums = asyncio.run(with_database(settings.dsn_file, verify_ledger, options=options))
+    for line in wrong:
+        print(f"ERROR {line}")
+    print(f"{sums['transactions']} transactions, {sums['entries']} entries")
+    for name in ("customers", "providers", "fees", "payments", "sum"):
+        print(f"  {name:<10} {render_money(sums[f'{name}_micros']):>24} {settings.currency}")
+    print("the ledger does not hold" if wrong else "the ledger holds")
+    return 1 if wrong else 0
+
+
+def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
+    """Print or write the invoices of a month."""
+
+    async def work(db: Database) -> list[Bill]:
+        owners, _ = await list_bill_owners(db, parse_month(args.month))
+        wanted = [parse_id(args.customer_id)] if args.customer_id else owners
+        return [await read_invoice(db, each, parse_month(args.month)) for each in wanted]
+
+    return show_bills(asyncio.run(with_database(settings.dsn_file, work)), args, settings)
+
+
+def command_statements(args: argparse.Namespace, settings: Settings) -> int:
+    """Print or write what providers are owed for a month."""
+
+    async def work(db: Database) -> list[Bill]:
+        _, owners = await list_bill_owners(db, parse_month(args.month))
+        wanted = [args.namespace] if args.namespace else owners
+        return [await read_statement(db, each, parse_month(args.month)) for each in wanted]
+
+    return show_bills(asyncio.run(with_database(settings.dsn_file, work)), args, settings)
+
+
+def show_bills(bills: Sequence[Bill], args: argparse.Namespace, settings: Settings) -> int:
+    """Bills as a table, or each as files."""
+    if args.out:
+        directory = Path(args.out)
+        directory.mkdir(parents=True, exist_ok=True)
+        for bill in bills:
+            stem = f"{bill.kind}-{bill.month:%Y-%m}-" + re.sub("[^a-zA-Z0-9]+", "-", bill.whose)
+            for suffix, parts in render_files(bill, settings.currency).items():
+                path = directory / f"{stem}.{suffix}"
+                write_file(path, "".join(parts).encode(), 0o644)
+                print(path)
+        return 0
+    rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
+    for bill in bills:
+        number = "preliminary" if bill.is_preliminary else str(bill.number or "-")
+        total = f"{render_money(bill.total_micros)} {settings.currency}"
+        rows.append((number, bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total))
+    print(render_table(rows))
+    return 0
+
+
+def render_files(bill: Bill, currency: str) -> dict[str, Iterable[str]]:
+    """A bill as the files that it is given out as, by suffix."""
+    return {
+        "html": render_bill_html(bill, currency),
+        "csv": render_bill_csv(bill),
+        "json": [json.dumps(render_bill_json(bill, currency), indent=1), "\n"],
+    }
 
 
 def command_drain(args: argparse.Namespace, settings: Settings) -> int:
@@ -10250,6 +10727,35 @@ def add_customer_commands(add: Callable[..., Any]) -> None:
             workloads.add_argument(f"--{field.name}", help=field.help)
     workloads.add_argument("--limit", type=int, default=PAGE_MAX, help="rows to show")
     workloads.add_argument("--json", action="store_true", help="print one JSON object")
+    add_billing_commands(add)
+
+
+def add_billing_commands(add: Callable[..., Any]) -> None:
+    """The command line for prices, payments and what comes of them."""
+    add("rate-cards", command_rate_cards).add_argument("--json", action="store_true")
+    card = add("add-rate-card", command_add_rate_card)
+    card.add_argument("--valid-from", required=True, help="2026-12-01T00:00Z, or next: next hour")
+    card.add_argument("--customer-id", help="for this customer; default: for all")
+    card.add_argument("--cpu-hour", required=True, help="price of a reserved processor and an hour")
+    card.add_argument("--gb-hour", required=True, help="price of 10^9 reserved bytes and an hour")
+    card.add_argument("--egress-gb", required=True, help="price of 10^9 bytes sent")
+    card.add_argument("--provider-share", required=True, help="percent of it to the provider")
+    payment = add("add-payment", command_add_payment)
+    payment.add_argument("customer_id", help="the customer's UUID")
+    payment.add_argument("amount", help="what was paid, like 12.5")
+    payment.add_argument("--reference", required=True, help="the bank's; twice is once")
+    payment.add_argument("--note", default="", help="what it is for")
+    limit = add("credit-limit", command_credit_limit)
+    limit.add_argument("customer_id", help="the customer's UUID")
+    limit.add_argument("amount", help="0: prepaid; none: no limit")
+    add("ledger", command_ledger).add_argument("what", choices=("verify",))
+    invoices = add("invoices", command_invoices)
+    invoices.add_argument("--customer-id", help="of this customer only")
+    statements = add("statements", command_statements)
+    statements.add_argument("--namespace", help="of this provider only, solana:...")
+    for command in (invoices, statements):
+        command.add_argument("--month", required=True, help="like 2026-11")
+        command.add_argument("--out", help="directory for HTML, CSV and JSON files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

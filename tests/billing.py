@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.rows import dict_row
 
 import cp_server
@@ -45,6 +46,10 @@ class Books:
         self.database = postgres.new_database()
         with psycopg.connect(postgres.dsn(self.database)) as connection:
             connection.execute(CLOCK)
+            words = (
+                "ALTER ROLE openinfra IN DATABASE {} SET search_path = clock, pg_catalog, public"
+            )
+            connection.execute(sql.SQL(words).format(sql.Identifier(self.database)))
         self.owner = psycopg.connect(
             postgres.dsn(self.database), autocommit=True, row_factory=dict_row
         )
@@ -64,12 +69,11 @@ class Books:
 
     def database_of(self, size: int = 4) -> cp_server.Database:
         """The control plane's own way to it."""
-        options = "-c search_path=clock,pg_catalog,public"
-        return cp_server.Database(self.dsn, size, options=options)
+        return cp_server.Database(self.dsn, size)
 
-    def query(self, sql: str, *params: object) -> list[dict[str, Any]]:
+    def query(self, text: str, *params: object) -> list[dict[str, Any]]:
         """Rows, as the superuser sees them."""
-        return self.owner.execute(sql.encode(), params or None).fetchall()
+        return self.owner.execute(text.encode(), params or None).fetchall()
 
     def set_time(self, time_us: int) -> None:
         """What the database's clock says from now on."""

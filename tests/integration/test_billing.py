@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import datetime as dt
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, run
-from tests.harness import Postgres
+from tests.harness import ROOT, Postgres
 
 S = 1_000_000
 HOUR = oracle.HOUR_US
@@ -172,3 +177,57 @@ def test_a_rate_card_that_would_change_what_was(books: Books, valid_from: int, s
         await db.close()
 
     asyncio.run(work())
+
+
+def test_bills_by_the_command_line(books: Books, tmp_path: Path) -> None:
+    """Prices, a payment, an hour of a copy, and the files that come of it."""
+    cp = tmp_path / "dsn"
+    cp_server.write_file(cp, books.dsn.encode(), 0o600)
+
+    def command(*words: str, code: int = 0) -> str:
+        argv = [sys.executable, "-W", "error", str(ROOT / "cp_server.py"), *words]
+        argv += [f"--dsn-file={cp}", "--env-file=/dev/null"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    add_fleet(books, WEB, cards=())
+    kuma = str(books.customers["kuma"])
+    prices = ["--cpu-hour=0.02", "--gb-hour=0.003", "--egress-gb=0.01", "--provider-share=80"]
+    said = command("add-rate-card", "--valid-from=2026-03-31T20:00Z", *prices)
+    assert "valid from 2026-03-31T20:00Z on" in said
+    books.cards.append(oracle.RateCard("1", None, T, 20_000, 3_000, 10_000, 800_000))
+    assert "already" in command("add-rate-card", "--valid-from=2026-03-31T20:00Z", *prices, code=1)
+    assert "is booked" in command("add-payment", kuma, "25", "--reference=SEPA 1")
+    assert "was booked before" in command("add-payment", kuma, "25", "--reference=SEPA 1")
+    assert "another payment" in command("add-payment", kuma, "26", "--reference=SEPA 1", code=1)
+    run(books, beats("h1", T, T + HOUR, {"a"}))
+    books.check()
+    # 0.5 processors for an hour at 0.02, 2 GB at 0.003: 0.016, of which 0.0128 for the provider.
+    assert "0.016" in command("invoices", "--month=2026-03")
+    assert "0.0128" in command("statements", "--month=2026-03")
+    said = command("ledger", "verify")
+    assert "the ledger holds" in said
+    assert "24.984" in said
+    out = tmp_path / "out"
+    files = command("invoices", "--month=2026-03", f"--out={out}").split()
+    files += command("statements", "--month=2026-03", f"--out={out}").split()
+    assert len(files) == 6
+    (invoice,) = out.glob("invoice*.json")
+    bill = json.loads(invoice.read_text())
+    assert (bill["total_micros"], bill["preliminary"]) == (16_000, True)
+    page = next(out.glob("invoice*.html")).read_text()
+    assert "Preliminary" in page
+    assert '<td class="n">0.016</td>' in page
+    rows = list(csv.reader(next(out.glob("statement*.csv")).read_text().splitlines()))
+    assert [row[-1] for row in rows] == ["owed", "0.008", "0.0048"]
+    for words in (
+        ["add-rate-card", "--valid-from=2026-03-31T20:30Z", *prices],
+        ["add-rate-card", "--valid-from=next", "--cpu-hour=-1", *prices[1:]],
+        ["add-rate-card", "--valid-from=next", *prices[:3], "--provider-share=101"],
+        ["add-payment", kuma, "0.0000001", "--reference=x"],
+        ["add-payment", kuma, "NaN", "--reference=x"],
+        ["credit-limit", kuma, "-1"],
+        ["credit-limit", "kuma", "1"],
+    ):
+        assert "Traceback" not in command(*words, code=2)

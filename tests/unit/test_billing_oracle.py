@@ -1,6 +1,5 @@
 """Tables for the billing oracle: cases computed by hand, rule by rule."""
 
-
 from __future__ import annotations
 
 import random
