@@ -4864,7 +4864,8 @@ SELECT (SELECT invoice_no FROM invoices
 SQL_USAGE_LIST = """
 -- windows of a customer's month, newest first
 SELECT u.window_no, a.assignment_id, w.workload_id, w.name AS workload, u.hour_at, u.part,
-  u.card_no, u.billed_us, u.egress_bytes, u.cpu_micros, u.memory_micros, u.egress_micros, u.closed_at
+  u.card_no, u.billed_us, u.egress_bytes, u.cpu_micros, u.memory_micros, u.egress_micros,
+  u.closed_at
 FROM usage_windows u JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
 JOIN customer_namespaces n ON n.namespace = w.namespace
 WHERE n.customer_no = %(customer_no)s AND u.month = %(month)s
@@ -4894,7 +4895,7 @@ FROM customers c LEFT JOIN ledger_accounts a USING (customer_no)
 LEFT JOIN ledger_entries e USING (account_no)
 WHERE c.customer_no = ANY(%(customer_nos)s::integer[])
   OR (%(customer_nos)s::integer[] IS NULL AND c.credit_limit_micros IS NOT NULL)
-GROUP BY c.customer_no
+GROUP BY c.customer_id
 """
 
 SQL_USAGE_OPEN = """
@@ -4905,7 +4906,7 @@ FROM usage_runs r JOIN liveness l USING (host_no) JOIN assignments a USING (assi
 JOIN workloads w USING (workload_no) JOIN customer_namespaces n ON n.namespace = w.namespace
 JOIN customers c ON c.customer_no = n.customer_no
 WHERE NOT r.is_closed AND c.credit_limit_micros IS NOT NULL
-GROUP BY n.customer_no, a.assignment_no
+GROUP BY n.customer_no, a.assignment_id
 """
 
 SQL_CREDIT_SET = """

@@ -1,0 +1,222 @@
+"""What the database refuses to the control plane's own role; invoices, balances."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
+
+import psycopg
+import pytest
+
+import cp_server
+from tests import billing_oracle as oracle
+from tests.billing import Books, run
+from tests.harness import Postgres
+from tests.integration.test_billing import HOUR, WEB, S, T, add_fleet, beats
+
+V = TypeVar("V")
+
+
+@pytest.fixture(scope="module")
+def books(postgres: Postgres) -> Iterator[Books]:
+    """An hour of a copy, booked."""
+    made = Books(postgres)
+    made.set_time(T)
+    add_fleet(made, WEB)
+    run(made, beats("h1", T, T + HOUR, {"a"}))
+    made.check()
+    yield made
+    made.close()
+
+
+def attempt(dsn: str, *statements: tuple[str, tuple[object, ...]]) -> None:
+    """One transaction of these, committed."""
+    with contextlib.closing(psycopg.connect(dsn)) as connection:
+        for text, params in statements:
+            connection.execute(text.encode(), params or None)
+        connection.commit()
+
+
+TABLES = ("rate_cards", "usage_windows", "ledger_transactions", "ledger_entries", "invoices")
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("verb", ["UPDATE {} SET xid = xid", "DELETE FROM {}", "TRUNCATE {}"])
+def test_what_is_booked_is_never_changed(books: Books, table: str, verb: str) -> None:
+    """Not by the role that serves; and not by mistake by the owner either."""
+    columns = {"rate_cards": "valid_from", "usage_windows": "part", "invoices": "month"}
+    text = verb.format(table).replace("xid", columns.get(table, "xid"))
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        attempt(books.dsn, (text, ()))
+    if table == "invoices" and "TRUNCATE" not in verb:
+        return  # there is none that a trigger could see
+    no = (psycopg.errors.IntegrityConstraintViolation, psycopg.errors.FeatureNotSupported)
+    with pytest.raises(no):
+        attempt(books.postgres.dsn(books.database), (text, ()))
+
+
+PAYMENT = (
+    "INSERT INTO ledger_transactions (transaction_no, kind, reference, actor, at)"
+    " VALUES (%s, 'payment', %s, 'x', now())"
+)
+ENTRY = "INSERT INTO ledger_entries (transaction_no, account_no, amount_micros) VALUES (%s, %s, %s)"
+
+
+@pytest.mark.parametrize(
+    ("entries", "error"),
+    [
+        ([], "at least two entries"),
+        ([(1, 5)], "at least two entries"),
+        ([(1, 5), (2, -4)], "at least two entries"),
+        ([(1, 5), (2, 0)], "amount_micros_check"),
+        ([(1, 5), (1, -5)], "ledger_entries_pkey"),
+        ([(1, 2**63 - 1), (2, -(2**63 - 1)), (3, 1)], "at least two entries"),
+        ([(1, 5), (99, -5)], "account_no_fkey"),
+    ],
+)
+def test_a_transaction_that_does_not_add_up_is_refused(
+    books: Books, entries: list[tuple[int, int]], error: str
+) -> None:
+    rows = [(ENTRY, (900_001, account, amount)) for account, amount in entries]
+    with pytest.raises(psycopg.errors.IntegrityError, match=error):
+        attempt(books.dsn, *rows, (PAYMENT, (900_001, "r1")))
+    assert books.query("SELECT 1 FROM ledger_entries WHERE transaction_no = 900001") == []
+
+
+def test_entries_without_a_transaction_are_refused(books: Books) -> None:
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        attempt(books.dsn, (ENTRY, (900_002, 1, 5)), (ENTRY, (900_002, 2, -5)))
+
+
+def test_no_entry_joins_a_transaction_that_is_made(books: Books) -> None:
+    """Neither later, nor from a database transaction that ran beside it."""
+    (booked,) = books.query("SELECT min(transaction_no) AS number FROM ledger_transactions")
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="takes no more entries"):
+        attempt(books.dsn, (ENTRY, (booked["number"], 2, 5)))
+    with contextlib.closing(psycopg.connect(books.dsn)) as other:
+        other.execute(ENTRY, (900_003, 3, 7))  # the transaction is not to be seen yet
+        rows = [(ENTRY, (900_003, 1, 5)), (ENTRY, (900_003, 2, -5))]
+        attempt(books.dsn, *rows, (PAYMENT, (900_003, "r3")))
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            other.commit()
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        attempt(books.dsn, ("INSERT INTO ledger_entries VALUES (900003, 3, 7, '1')", ()))
+
+
+def test_a_run_is_begun_and_ended_by_what_hosts_say_only(books: Books) -> None:
+    again = (
+        "INSERT INTO usage_runs (assignment_no, host_no, from_at, from_us, closed_hour, closed_us)"
+        " SELECT assignment_no, host_no, from_at, 0, closed_hour, 0 FROM usage_runs"
+    )
+    for text in (
+        again,
+        "UPDATE usage_runs SET to_us = 9223372036854775807",
+        "UPDATE usage_runs SET from_us = 0",
+        "DELETE FROM usage_hours",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            attempt(books.dsn, (text, ()))
+
+
+def in_database(books: Books, work: Callable[[cp_server.Database], Awaitable[V]]) -> V:
+    async def run_it() -> V:
+        db = books.database_of()
+        await db.open()
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    return asyncio.run(run_it())
+
+
+def test_an_invoice_is_issued_once_and_stays(postgres: Postgres) -> None:
+    """Two customers, a month's end, numbers without gaps; what is late is on the next invoice."""
+    books = Books(postgres)
+    books.set_time(T)
+    gull = oracle.Copy("b", "api", "gull", "h2", "tern", 1000, 10**9)
+    add_fleet(books, WEB, gull)
+    end = T + 4 * HOUR  # the first of April
+    run(books, beats("h1", T, end, {"a"}) + beats("h2", T, end - 30 * S, {"b"}))
+    assert in_database(books, cp_server.issue_invoices) == []
+    books.set_time(end + 24 * HOUR)
+    assert in_database(books, cp_server.issue_invoices) == []
+    books.set_time(end + 24 * HOUR + 1)
+    issued = in_database(books, cp_server.issue_invoices)
+    assert [row["invoice_no"] for row in issued] == [1, 2]
+    assert in_database(books, cp_server.issue_invoices) == []
+    # The second host comes back: the half minute up to midnight is in April now.
+    run(books, [*beats("h2", end + 25 * HOUR, end + 25 * HOUR, {"b"})])
+    parts = books.query("SELECT month::text, billed_us FROM usage_windows WHERE part = 2")
+    assert [(row["month"], row["billed_us"]) for row in parts] == [("2026-04-01", 30 * S)]
+    march = dt.date(2026, 3, 1)
+    customer = books.customers["gull"]
+    bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
+    assert (bill.number, bill.is_preliminary) == (2, False)
+    assert bill.total_micros == issued[1]["total_micros"]
+    wrong, _ = in_database(books, cp_server.verify_ledger)
+    assert wrong == []
+    # Neither another number nor another sum of March.
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="without gaps"):
+        attempt(books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now()", ()))
+    text = "UPDATE usage_lines SET cpu_micros = 0 WHERE month = '2026-03-01'"
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="stays as it is"):
+        attempt(books.dsn, (text, ()))
+    books.close()
+
+
+def test_a_balance_that_is_used_up(postgres: Postgres) -> None:
+    """Notice, no new copies, the stop an hour later, and all again after a payment."""
+    books = Books(postgres)
+    books.set_time(T)
+    add_fleet(books, WEB)
+    kuma = books.customers["kuma"]
+    actor = cp_server.Actor("test")
+
+    async def pay(db: cp_server.Database, micros: int, reference: str) -> None:
+        await cp_server.add_payment(db, actor, kuma, micros, reference, "")
+
+    in_database(books, lambda db: cp_server.set_credit_limit(db, actor, kuma, 0))
+    in_database(books, lambda db: pay(db, 30_000, "one"))
+    assert in_database(books, cp_server.check_credit) == []
+
+    async def use(db: cp_server.Database, first_us: int, last_us: int) -> None:
+        for event in beats("h1", first_us, last_us, {"a"}):
+            await books.apply(db, event)
+
+    # 21,143 micro-units an hour: no window is closed yet, and the balance is used up all the same.
+    in_database(books, lambda db: use(db, T, T + HOUR * 3 // 2))
+    (changed,) = in_database(books, cp_server.check_credit)
+    assert changed["customer_id"] == kuma
+    assert in_database(books, cp_server.check_credit) == []
+    customer = in_database(books, lambda db: cp_server.get_customer(db, kuma))
+    assert customer.out_of_credit_at
+    assert cp_server.decide_stop(customer) == customer.out_of_credit_at + dt.timedelta(hours=1)
+    with pytest.raises(cp_server.Refusal, match="used up"):
+        cp_server.check_credit_left(customer)
+    stopped = "SELECT stop_reason FROM assignments WHERE stop_at IS NOT NULL"
+
+    def stop() -> list[str]:
+        async def work(db: cp_server.Database) -> None:
+            async with db.transaction() as tx:
+                await tx.execute(
+                    cp_server.SQL_ASSIGNMENT_STOP,
+                    replaced=[],
+                    notice_s=cp_server.CREDIT_NOTICE_S,
+                )
+
+        in_database(books, work)
+        return [row["stop_reason"] for row in books.query(stopped)]
+
+    assert stop() == []
+    in_database(books, lambda db: pay(db, 5_000, "two"))
+    (changed,) = in_database(books, cp_server.check_credit)
+    assert changed["out_of_credit_at"] is None
+    in_database(books, lambda db: use(db, T + HOUR * 3 // 2, T + 2 * HOUR))
+    assert len(in_database(books, cp_server.check_credit)) == 1
+    in_database(books, lambda db: use(db, T + 2 * HOUR, T + 3 * HOUR + 60 * S))
+    assert stop() == ["the balance is used up"]
+    books.close()
