@@ -368,7 +368,8 @@ USAGE_S = 60.0  # between two looks for hours that are over
 USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
 COUNTERS_MAX = 64  # in one heartbeat
 COUNTERS_KEPT = 1_000  # containers of one copy
-USAGE_BATCH = 1_000  # copies in one transaction
+USAGE_BATCH = 1_000  # copies in one transaction,
+USAGE_PARTS = 5_000  # and hours of them
 INVOICE_AFTER_S = 86_400  # after a month is over its invoices are issued
 CREDIT_NOTICE_S = 3_600  # a customer without credit has this long before its copies stop
 EGRESS_MAX_BYTES_PER_US = 125  # 1 Gbit/s: no copy sends more, whatever its host says
@@ -2426,8 +2427,14 @@ def price(meter: Meter, card: RateCard | None, billed_us: int, egress_bytes: int
 
 def subtract_usage(one: Usage, other: Usage) -> Usage:
     """What one has more than the other."""
-    pairs = zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
-    return Usage(*(a - b for a, b in pairs))
+    return Usage(
+        one.billed_us - other.billed_us,
+        one.egress_bytes - other.egress_bytes,
+        one.cpu_micros - other.cpu_micros,
+        one.memory_micros - other.memory_micros,
+        one.egress_micros - other.egress_micros,
+        one.share_micros - other.share_micros,
+    )
 
 
 def decide_stop(customer: Customer) -> dt.datetime | None:
@@ -3650,8 +3657,8 @@ INSERT INTO ledger_accounts (kind) VALUES ('fees'), ('payments');
 CREATE TABLE ledger_transactions (
   transaction_no bigint PRIMARY KEY,
   kind text NOT NULL CHECK (kind IN ('usage', 'payment', 'correction')),
-  window_no bigint UNIQUE REFERENCES usage_windows CHECK (window_no = transaction_no),
-  reference text UNIQUE CHECK (length(reference) BETWEEN 1 AND 100),
+  window_no bigint REFERENCES usage_windows CHECK (window_no = transaction_no),
+  reference text CHECK (length(reference) BETWEEN 1 AND 100),
   note text NOT NULL DEFAULT '',
   actor text NOT NULL,
   at timestamptz NOT NULL,
@@ -3660,6 +3667,8 @@ CREATE TABLE ledger_transactions (
   CHECK ((kind = 'usage') = (window_no IS NOT NULL)),
   CHECK ((kind = 'usage') = (reference IS NULL))
 );
+CREATE UNIQUE INDEX ledger_transactions_reference ON ledger_transactions (reference)
+  WHERE reference IS NOT NULL;
 COMMENT ON TABLE ledger_transactions IS 'Groups of entries whose sum is zero; never changed';
 COMMENT ON COLUMN ledger_transactions.transaction_no IS 'Its number; gaps mean nothing';
 COMMENT ON COLUMN ledger_transactions.kind IS 'usage, payment or correction';
@@ -4707,7 +4716,7 @@ SELECT run_no, assignment_no, hour_at, to_us, to_us - from_us AS billed_us FROM 
     WHERE h.host_no = r.host_no AND h.hour_at > r.closed_hour) c
   WHERE r.assignment_no = ANY(%(assignment_nos)s) AND NOT r.is_closed
 ) AS part WHERE to_us > from_us AND hour_at <= %(until)s
-ORDER BY run_no, hour_at
+ORDER BY hour_at, run_no LIMIT %(most)s
 """
 
 SQL_USAGE_EGRESS = """
@@ -6471,9 +6480,14 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
         if not found:
             return Closing()
         meters = {meter.assignment_no: meter for meter in found}
-        asked = {"assignment_nos": list(meters), "until": until}
-        times = await tx.dicts(SQL_USAGE_TIME, **asked)
-        egress = await tx.dicts(SQL_USAGE_EGRESS, **asked)
+        asked = {"assignment_nos": list(meters)}
+        times = await tx.dicts(SQL_USAGE_TIME, **asked, until=until, most=USAGE_PARTS)
+        is_cut = len(times) == USAGE_PARTS
+        if is_cut:  # so many hours that the next transaction goes on with these copies
+            until = times[-1]["hour_at"]
+            times = [row for row in times if row["hour_at"] < until] or times
+            until = times[-1]["hour_at"]
+        egress = await tx.dicts(SQL_USAGE_EGRESS, **asked, until=until)
         due: dict[int, dict[dt.datetime, Due]] = {}
         for row in (*times, *egress):
             hours = due.setdefault(row["assignment_no"], {})
@@ -6486,22 +6500,34 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
             windows, charge = await _close_windows(tx, meters, due, turn["now"])
             await tx.execute(
                 SQL_RUN_CLOSE,
-                **columns_of(
+                **arrays_of(
                     list({r["run_no"]: r for r in times}.values()), "run_no", "hour_at", "to_us"
                 ),
             )
             await tx.execute(
-                SQL_EGRESS_CLOSE, **columns_of(egress, "assignment_no", "hour_at", "bytes")
+                SQL_EGRESS_CLOSE, **arrays_of(egress, "assignment_no", "hour_at", "bytes")
             )
             failpoint("close_windows.before_commit")
         else:
             windows, charge = 0, 0
+    if is_cut:
+        return Closing(windows, charge, cursor)
     return Closing(windows, charge, max(meters) if len(found) == most else None)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
     """Rows as one list for each column, for unnest."""
     return {name: [row[name] for row in rows] for name in names}
+
+
+def render_array(values: Iterable[int | dt.date | None]) -> str:
+    """Numbers or times as PostgreSQL writes an array: many times as fast as a list of psycopg."""
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
+
+
+def arrays_of(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, str]:
+    """The same for numbers and times only, when there are many."""
+    return {name: render_array([row[name] for row in rows]) for name in names}
 
 
 async def _close_windows(
@@ -6519,7 +6545,8 @@ async def _close_windows(
     pairs = [(number, hour_at) for number, hours in due.items() for hour_at in hours]
     parts: dict[int, dict[dt.datetime, int]] = {}
     numbers, hours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    for row in await tx.dicts(SQL_USAGE_PARTS, assignment_nos=numbers, hours=hours):
+    known = {"assignment_nos": render_array(numbers), "hours": render_array(hours)}
+    for row in await tx.dicts(SQL_USAGE_PARTS, **known):
         parts.setdefault(row["assignment_no"], {})[row["hour_at"]] = row["part"]
     customers = list({meters[number].customer_no for number in due})
     issued: dict[int, set[dt.date]] = {}
@@ -6544,7 +6571,7 @@ async def _close_windows(
         changed += [render_line(meter, key, usage) for key, usage in after.items()]
     await tx.execute(
         SQL_TOTAL_SET,
-        **columns_of(
+        **arrays_of(
             [vars(each) for each in totals],
             "assignment_no",
             "billed_us",
@@ -6569,11 +6596,13 @@ async def _write_windows(
 ) -> None:
     numbers = [row["number"] for row in await tx.dicts(SQL_LEDGER_NUMBERS, count=len(made))]
     rows = [{**vars(window), **vars(window.usage)} for _, window in made]
-    columns = columns_of(
+    columns = arrays_of(
         rows, "assignment_no", "hour_at", "part", "month", "card_no", *vars(Usage())
     )
-    await tx.execute(SQL_WINDOW_INSERT, window_no=numbers, **columns)
-    await tx.execute(SQL_LINE_SET, **columns_of(lines, *lines[0]))
+    await tx.execute(SQL_WINDOW_INSERT, window_no=render_array(numbers), **columns)
+    names = [name for name in lines[0] if name != "namespace"]
+    namespaces = [line["namespace"] for line in lines]
+    await tx.execute(SQL_LINE_SET, namespace=namespaces, **arrays_of(lines, *names))
     entries = [
         (number, account, amount)
         for number, (meter, window) in zip(numbers, made, strict=True)
@@ -6584,7 +6613,7 @@ async def _write_windows(
     await write_entries(
         tx, [(number, accounts[whose], micros) for number, whose, micros in entries]
     )
-    await tx.execute(SQL_LEDGER_USAGE, numbers=charged)
+    await tx.execute(SQL_LEDGER_USAGE, numbers=render_array(charged))
 
 
 AccountKey = tuple[str, object]  # kind, and customer_no or namespace
@@ -6616,9 +6645,9 @@ async def write_entries(tx: Transaction, entries: Sequence[tuple[int, int, int]]
     numbers, accounts, amounts = zip(*entries, strict=True) if entries else ((), (), ())
     await tx.execute(
         SQL_ENTRY_INSERT,
-        transaction_no=list(numbers),
-        account_no=list(accounts),
-        amount_micros=list(amounts),
+        transaction_no=render_array(numbers),
+        account_no=render_array(accounts),
+        amount_micros=render_array(amounts),
     )
 
 

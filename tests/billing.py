@@ -50,10 +50,8 @@ class Books:
                 "ALTER ROLE openinfra IN DATABASE {} SET search_path = clock, pg_catalog, public"
             )
             connection.execute(sql.SQL(words).format(sql.Identifier(self.database)))
-        self.owner = psycopg.connect(
-            postgres.dsn(self.database), autocommit=True, row_factory=dict_row
-        )
-        self.owner.execute("SET session_replication_role = replica")
+        self.owner = psycopg.connect(postgres.dsn(self.database))
+        self.connect()
         self.dsn = postgres.dsn(self.database, "openinfra")
         self.copies: dict[str, oracle.Copy] = {}
         self.ids: dict[str, uuid.UUID] = {}
@@ -62,6 +60,13 @@ class Books:
         self.cards: list[oracle.RateCard] = []
         self.events: list[oracle.Event] = []
         self.running: dict[str, set[str]] = {}
+
+    def connect(self) -> None:
+        """The superuser's connection; again after the server was killed."""
+        self.close()
+        dsn = self.postgres.dsn(self.database)
+        self.owner = psycopg.connect(dsn, autocommit=True)
+        self.owner.execute("SET session_replication_role = replica")
 
     def close(self) -> None:
         """Let its connection go."""
@@ -73,7 +78,8 @@ class Books:
 
     def query(self, text: str, *params: object) -> list[dict[str, Any]]:
         """Rows, as the superuser sees them."""
-        return self.owner.execute(text.encode(), params or None).fetchall()
+        with self.owner.cursor(row_factory=dict_row) as cursor:
+            return cursor.execute(text.encode(), params or None).fetchall()
 
     def set_time(self, time_us: int) -> None:
         """What the database's clock says from now on."""
