@@ -831,11 +831,7 @@ class Bill:
     number: int | None  # None: a statement, or preliminary
     is_preliminary: bool
     lines: Sequence[BillLine]
-
-    @property
-    def total_micros(self) -> int:
-        """What the customer pays, or what the provider is owed."""
-        return sum(amount_of(self, line) for line in self.lines)
+    total_micros: int  # what the customer pays, or what the provider is owed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1586,6 +1582,7 @@ PAYMENT_FIELDS = (
     Field("reference", "string", "the bank's or your own", 1, 100, None, check_text, required=True),
     Field("note", "string", "what it is for", 0, 200, "", check_text),
 )
+MONTH_FIELD = Field("month", "string", "like 2026-11; default: this month", 0, 7, "")
 KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, form=LINE),)
 ARCHS = ("aarch64", "x86_64")
 EGRESSES = ("none", "internet")
@@ -2657,11 +2654,13 @@ def render_log(copy: Assignment, log: Log) -> dict[str, Any]:
 
 def render_row(row: Mapping[str, Any], without: str = "") -> dict[str, Any]:
     """A database row as JSON, times as RFC 3339, without its internal key."""
-    return {
-        key: render_time(value) if isinstance(value, dt.datetime) else value
-        for key, value in row.items()
-        if key != without
-    }
+    shown = {}
+    for key, value in row.items():
+        if key != without:
+            is_time = isinstance(value, dt.datetime)
+            text = str(value) if isinstance(value, uuid.UUID) else value
+            shown[key] = render_time(value) if is_time else text
+    return shown
 
 
 def render_metrics(samples: Sequence[tuple[str, str, str, Mapping[str, str], float]]) -> str:
@@ -2675,12 +2674,6 @@ def render_metrics(samples: Sequence[tuple[str, str, str, Mapping[str, str], flo
         inner = ",".join(f"{key}={json.dumps(label)}" for key, label in sorted(labels.items()))
         lines.append(f"{name}{'{' + inner + '}' if inner else ''} {value:.12g}")
     return "\n".join(lines) + "\n"
-
-
-def amount_of(bill: Bill, line: BillLine) -> int:
-    """What a line adds to its bill."""
-    usage = line.usage
-    return usage.charge_micros if bill.kind == "invoice" else usage.share_micros
 
 
 def parse_money(text: str) -> int:
@@ -2787,24 +2780,17 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
         "whose": bill.whose,
         "currency": currency,
         "total_micros": bill.total_micros,
-        "lines": [
-            {
-                "assignment_id": str(line.assignment_id),
-                "workload": line.workload,
-                "replica": line.replica,
-                "hostname": line.hostname,
-                "cpu_milli": line.cpu_milli,
-                "memory_bytes": line.memory_bytes,
-                "cpu_hour_micros": line.cpu_hour_micros,
-                "gb_hour_micros": line.gb_hour_micros,
-                "egress_gb_micros": line.egress_gb_micros,
-                "provider_share_ppm": line.provider_share_ppm,
-                "charge_micros": line.usage.charge_micros,
-                **vars(line.usage),
-            }
-            for line in bill.lines
-        ],
+        "lines": [render_bill_line(bill, line) for line in bill.lines],
     }
+
+
+def render_bill_line(bill: Bill, line: BillLine) -> Row:
+    """A line of it; what the provider gets is on its statement only."""
+    shown = {**vars(line), **vars(line.usage), "charge_micros": line.usage.charge_micros}
+    del shown["usage"]
+    if bill.kind == "invoice":
+        del shown["provider_share_ppm"], shown["share_micros"]
+    return {**shown, "assignment_id": str(line.assignment_id)}
 
 
 BILL_STYLE = """
@@ -4854,6 +4840,22 @@ FROM usage_lines l JOIN assignments a USING (assignment_no) JOIN workloads w USI
 JOIN hosts h USING (host_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
 WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
 ORDER BY workload, a.replica, a.assignment_no, l.card_no
+LIMIT %(limit)s OFFSET %(cursor)s
+"""
+
+SQL_BILL_TOTAL = """
+-- what a customer's month comes to
+SELECT coalesce(sum(cpu_micros + memory_micros + egress_micros), 0)::bigint AS total_micros
+FROM usage_lines WHERE customer_no = %(customer_no)s AND month = %(month)s
+"""
+
+SQL_INVOICE_LIST = """
+-- a customer's months, newest first
+SELECT to_char(l.month, 'YYYY-MM') AS month, i.invoice_no AS number, i.issued_at,
+  sum(l.cpu_micros + l.memory_micros + l.egress_micros)::bigint AS total_micros
+FROM usage_lines l LEFT JOIN invoices i USING (customer_no, month)
+WHERE l.customer_no = %(customer_no)s GROUP BY l.month, i.invoice_no, i.issued_at
+ORDER BY l.month DESC
 """
 
 SQL_BILL_OWNERS = """
@@ -6507,7 +6509,6 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
             await tx.execute(
                 SQL_EGRESS_CLOSE, **arrays_of(egress, "assignment_no", "hour_at", "bytes")
             )
-            failpoint("close_windows.before_commit")
         else:
             windows, charge = 0, 0
     if is_cut:
@@ -6658,16 +6659,24 @@ async def issue_invoices(db: Database) -> list[Row]:
         return await tx.dicts(SQL_INVOICE_ISSUE, after_s=INVOICE_AFTER_S) if turn["is_mine"] else []
 
 
-async def read_invoice(db: Database, customer_id: uuid.UUID, month: dt.date) -> Bill:
-    """A customer's month, issued or preliminary; raises Refusal."""
+async def read_invoice(
+    db: Database,
+    customer_id: uuid.UUID,
+    month: dt.date,
+    limit: int | None = None,
+    cursor: int = 0,
+) -> Bill:
+    """A customer's month, issued or preliminary, with some of its lines or all; raises Refusal."""
     async with db.transaction() as tx:
         customer = await _get_customer(tx, customer_id)
         which = {"customer_no": customer.customer_no, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
-        lines = await _read_lines(tx, namespace=None, **which)
+        total = await tx.the(SQL_BILL_TOTAL, **which)
+        lines = await _read_lines(tx, namespace=None, limit=limit, cursor=cursor, **which)
     number = found["invoice_no"]
     is_preliminary = number is None and found["is_preliminary"]
-    return Bill("invoice", customer.name, month, number, is_preliminary, lines)
+    money = total["total_micros"]
+    return Bill("invoice", customer.name, month, number, is_preliminary, lines, money)
 
 
 async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
@@ -6675,14 +6684,21 @@ async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
     async with db.transaction() as tx:
         which = {"customer_no": None, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
-        lines = await _read_lines(tx, namespace=namespace, **which)
-    return Bill("statement", namespace, month, None, found["is_preliminary"], lines)
+        lines = await _read_lines(tx, namespace=namespace, limit=None, cursor=0, **which)
+    total = sum(line.usage.share_micros for line in lines)
+    return Bill("statement", namespace, month, None, found["is_preliminary"], lines, total)
 
 
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
     rows = await tx.dicts(SQL_BILL_LINES, **which)
     names = [field.name for field in dataclasses.fields(Usage)]
     return [BillLine(usage=Usage(*(row.pop(name) for name in names)), **row) for row in rows]
+
+
+async def list_invoices(db: Database, customer: Customer) -> list[Row]:
+    """A customer's months, newest first; one without a number is preliminary."""
+    async with db.transaction() as tx:
+        return await tx.dicts(SQL_INVOICE_LIST, customer_no=customer.customer_no)
 
 
 async def list_bill_owners(db: Database, month: dt.date) -> tuple[list[uuid.UUID], list[str]]:
@@ -7874,6 +7890,33 @@ async def http_get_workload(cp: ControlPlane, request: Request) -> Answer:
     return 200, render_workload(*await get_workload(cp.customer_db, *which))
 
 
+async def http_list_usage(cp: ControlPlane, request: Request) -> Answer:
+    values = {**one_more(request.values), "month": month_or_now(request.values["month"])}
+    rows = await list_usage(cp.customer_db, request.of_customer(), values)
+    shown = [render_row(row) for row in rows]
+    return page("windows", rows, shown, "window_no", request.values["limit"])
+
+
+def month_or_now(text: str) -> dt.date:
+    """The month that is asked for, or this one; raises Refusal."""
+    return parse_month(text) if text else month_of(dt.datetime.now(dt.timezone.utc))
+
+
+async def http_list_invoices(cp: ControlPlane, request: Request) -> Answer:
+    rows = await list_invoices(cp.customer_db, request.of_customer())
+    return 200, {"invoices": [render_row(row) for row in rows]}
+
+
+async def http_get_invoice(cp: ControlPlane, request: Request) -> Answer:
+    customer_id, month = request.of_customer().customer_id, parse_month(request.path["month"])
+    limit, cursor = request.values["limit"], request.values["cursor"]
+    bill = await read_invoice(cp.customer_db, customer_id, month, limit + 1, cursor)
+    shown = render_bill_json(bill, cp.settings.currency)
+    more = len(bill.lines) > limit
+    lines = shown["lines"][:limit]
+    return 200, {**shown, "lines": lines, "next_cursor": cursor + limit if more else None}
+
+
 async def http_read_logs(cp: ControlPlane, request: Request) -> Answer:
     customer, only = request.of_customer(), request.values["assignment_id"]
     _, copies = await get_workload(cp.customer_db, customer, request.workload_id())
@@ -8130,6 +8173,32 @@ ROUTES = (
     ),
     Route(
         "GET",
+        "/api/v1/usage",
+        "customer",
+        "Hours of copies of a month and what they cost, newest first",
+        http_list_usage,
+        "Windows",
+        query=(*PAGE_FIELDS, MONTH_FIELD),
+    ),
+    Route(
+        "GET",
+        "/api/v1/invoices",
+        "customer",
+        "Your months, newest first",
+        http_list_invoices,
+        "Invoices",
+    ),
+    Route(
+        "GET",
+        "/api/v1/invoices/{month}",
+        "customer",
+        "A month, line by line; without a number it is preliminary",
+        http_get_invoice,
+        "Invoice",
+        query=PAGE_FIELDS,
+    ),
+    Route(
+        "GET",
         "/api/v1/admin/audit-log",
         "read",
         "Who changed what, newest first",
@@ -8276,6 +8345,57 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "changed_at": "date-time",
         "deleted_at": "date-time?",
         "assignments": "[Assignment]",
+    },
+    "Window": {
+        "window_no": "integer",
+        "assignment_id": "uuid",
+        "workload_id": "uuid",
+        "workload": "string",
+        "hour_at": "date-time",
+        "part": "integer",
+        "card_no": "integer",
+        "billed_us": "integer",
+        "egress_bytes": "integer",
+        "cpu_micros": "integer",
+        "memory_micros": "integer",
+        "egress_micros": "integer",
+        "closed_at": "date-time",
+    },
+    "Windows": {"windows": "[Window]", "next_cursor": "integer?"},
+    "InvoiceMonth": {
+        "month": "string",
+        "number": "integer?",
+        "issued_at": "date-time?",
+        "total_micros": "integer",
+    },
+    "Invoices": {"invoices": "[InvoiceMonth]"},
+    "InvoiceLine": {
+        "assignment_id": "uuid",
+        "workload": "string",
+        "replica": "integer",
+        "hostname": "string",
+        "cpu_milli": "integer",
+        "memory_bytes": "integer",
+        "cpu_hour_micros": "integer",
+        "gb_hour_micros": "integer",
+        "egress_gb_micros": "integer",
+        "billed_us": "integer",
+        "egress_bytes": "integer",
+        "cpu_micros": "integer",
+        "memory_micros": "integer",
+        "egress_micros": "integer",
+        "charge_micros": "integer",
+    },
+    "Invoice": {
+        "kind": "string",
+        "number": "integer?",
+        "preliminary": "boolean",
+        "month": "string",
+        "whose": "string",
+        "currency": "string",
+        "total_micros": "integer",
+        "lines": "[InvoiceLine]",
+        "next_cursor": "integer?",
     },
     "Workloads": {"workloads": "[Workload]", "next_cursor": "integer?"},
     "Log": {

@@ -9,15 +9,17 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, run
-from tests.harness import ROOT, Postgres
+from tests.harness import ROOT, ControlPlane, Postgres, wait_for
+from tests.integration.test_http_api import check_shape
 
 S = 1_000_000
 HOUR = oracle.HOUR_US
@@ -231,3 +233,47 @@ def test_bills_by_the_command_line(books: Books, tmp_path: Path) -> None:
         ["credit-limit", "kuma", "1"],
     ):
         assert "Traceback" not in command(*words, code=2)
+
+
+def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., ControlPlane]) -> None:
+    """The control plane that serves closes the hours; its API has account, usage and invoice."""
+    gull = oracle.Copy("b", "api", "gull", "h1", "mole", 1000, 10**9)
+    add_fleet(books, WEB, gull)
+    run(books, beats("h1", T, T + HOUR, {"a", "b"}), is_closed=False)
+    cp = make_cp(start=False)
+    cp.database = books.database
+    cp.set_dsn(books.dsn)
+    cp.start()
+    done = cp.command("mint-key", str(books.customers["kuma"]))
+    key = done.stdout.strip()
+
+    def get(path: str, status: int = 200) -> Any:
+        got, body = cp.call("GET", f"/api/v1/{path}", token=key)
+        assert got == status, body
+        return body
+
+    months = wait_for("the hour is closed", lambda: get("invoices")["invoices"] or None)
+    expected = books.check()
+    (line,) = (each for each in expected.lines if each.customer == "kuma")
+    charge = line.cpu_micros + line.memory_micros
+    shown = {"month": "2026-03", "number": None, "issued_at": None, "total_micros": charge}
+    assert months == [shown]
+    account = get("account")
+    check_shape("Customer", account)
+    assert account["balance_micros"] == -charge
+    invoice = get("invoices/2026-03")
+    check_shape("Invoice", invoice)
+    assert (invoice["total_micros"], invoice["preliminary"]) == (charge, True)
+    (shown,) = invoice["lines"]
+    check_shape("InvoiceLine", shown)
+    assert shown["charge_micros"] == charge
+    assert "share" not in json.dumps(invoice)
+    windows = get("usage?month=2026-03")["windows"]
+    for window in windows:
+        check_shape("Window", window)
+    assert sum(each["cpu_micros"] + each["memory_micros"] for each in windows) == charge
+    assert {each["workload"] for each in windows} == {"web"}
+    assert get("usage?month=2026-02")["windows"] == []
+    assert get("invoices/2026-02")["lines"] == []
+    for path in ("usage?month=2026-13", "invoices/2026-1", "usage?month=x", "invoices/%00"):
+        get(path, 400)
