@@ -11,6 +11,8 @@ What it does
   revoke    removes a host for good
   customers lists customers; add-customer, mint-key, revoke-key: with their keys
   workloads lists workloads, where each runs and why it does not
+  invoices  prints or writes what customers pay, statements what providers are owed; rate-cards,
+            add-rate-card, add-payment, credit-limit: what these come of; ledger verify adds it up
   drain     moves a host's workloads elsewhere and gives it no more; undrain: it may have them again
   label     says what a host is, KEY=VALUE, for workloads that ask for such ones only
   doctor    says what is wrong here; --invariants tests what must hold after every fault

@@ -110,6 +110,12 @@ def test_the_readme_from_a_control_plane_to_a_host_that_is_well(shell: Shell) ->
         key, *table = shell.run("operator-customer").splitlines()
         assert "kuma" in table[-1]
         assert '"kuma"' in shell.run("customer", OPENINFRA_KEY=key)
+        money = shell.run("operator-money", CUSTOMER_ID=table[-1].split()[0])
+        assert "is booked" in money
+        assert "the ledger holds" in money
+        account = shell.run("customer", OPENINFRA_KEY=key)
+        assert '"balance_micros": 25000000' in account
+        assert '"invoices": []' in shell.run("customer-invoice", OPENINFRA_KEY=key)
         posted = shell.run("customer-post", OPENINFRA_KEY=key)
         assert posted.count('"pending"') == 2
         assert "replica 1: " in posted
