@@ -36,6 +36,8 @@ Files (mode)
     identity.json.broken-<n>         0600  an unreadable identity, moved aside, never deleted
     refused.json                     0600  why the control plane ended this agent, for `doctor`
     paused.json                      0600  while it is there this host is paused, whatever it holds
+    usage.json                       0600  what workloads used, until the control plane has it
+    usage.json.broken                0600  one that could not be read, moved aside
     agent.lock                       0600  held while the agent runs
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
@@ -123,6 +125,7 @@ IDENTITY_NAME = "identity.json"
 LOCK_NAME = "agent.lock"
 REFUSED_NAME = "refused.json"
 PAUSED_NAME = "paused.json"
+USAGE_NAME = "usage.json"
 
 # Our own files are a few hundred bytes; more is not ours and is not read into memory.
 FILE_MAX_BYTES = 65_536
@@ -259,6 +262,12 @@ LOG_TIMEOUT_S = 3.0
 PULL_SILENCE_S = 60.0
 ENGINE_LINE_MAX_BYTES = 65_536
 ENGINE_ANSWER_MAX_BYTES = 4 << 20
+# What workloads use is read this often; the engine has this long for one of them; so many go with
+# one heartbeat, and are kept while the control plane is away.
+METER_S = 60.0
+METER_TIMEOUT_S = 2.0
+COUNTS_SENT_MAX, COUNTS_MAX = 64, 1_000
+USAGE_MAX_BYTES = 1 << 20
 # In the tunnel: any packet means "heartbeat now".
 NUDGE_PORT = 9093
 
@@ -298,6 +307,7 @@ WORKLOAD_ENV_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 SECRET_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 VOLUME_RE = re.compile(r"(?:/[A-Za-z0-9_.-]{1,64}){1,8}/?")
 HEX_32_RE = re.compile(r"[0-9a-f]{64}")
+INT64_MAX = 2**63 - 1
 WG_KEY_RE = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 ENV_KEY_RE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -705,6 +715,38 @@ class Step:
         return f"stop {self.container_id}" if is_stop else self.assignment_id
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the engine says of a container that runs: in all since its start, and memory now."""
+
+    cpu_ns: int
+    memory_bytes: int
+    rx_bytes: int
+    tx_bytes: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a container used; kept after its end until the control plane has it."""
+
+    assignment_id: str
+    boot_id: str
+    container_id: str
+    cpu_ns: int = 0
+    memory_byte_s: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    # Of the last reading: cpu_ns, rx_bytes, tx_bytes; they begin at nothing when it starts again.
+    last: tuple[int, int, int] = (0, 0, 0)
+    # True when a heartbeat may have brought it to the control plane.
+    is_sent: bool = False
+
+    @property
+    def sums(self) -> tuple[int, int, int, int]:
+        """What is told."""
+        return self.cpu_ns, self.memory_byte_s, self.rx_bytes, self.tx_bytes
+
+
 @dataclass
 class Memory:
     """What the agent remembers of its workloads, beside what the engine says."""
@@ -773,6 +815,14 @@ class Workloads:
     last_trouble: str = ""
     # What the control plane asks for, by its request_id, until the answer went out once.
     logs: dict[int, asyncio.Task[pb.LogAnswer]] = field(default_factory=dict)
+
+    # By container, in the order of their beginning; what the control plane acknowledged of them;
+    # what was read right before a stop; when all were read last.
+    counts: dict[str, Count] = field(default_factory=dict)
+    told: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    parting: dict[str, tuple[str, Reading]] = field(default_factory=dict)
+    metered_s: float = 0.0
+    is_usage_warned: bool = False
 
     nudge: socket.socket | None = None
     nudge_address: str = ""
@@ -1836,6 +1886,101 @@ def decide_unready(
     return "", ""
 
 
+def parse_reading(stats: Mapping[str, Any]) -> Reading:
+    """The engine's statistics of a container; all zero for one that does not run."""
+    networks = (stats.get("networks") or {}).values()
+    return Reading(
+        int(((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage") or 0),
+        int((stats.get("memory_stats") or {}).get("usage") or 0),
+        sum(int(each.get("rx_bytes") or 0) for each in networks),
+        sum(int(each.get("tx_bytes") or 0) for each in networks),
+    )
+
+
+def add_reading(count: Count, reading: Reading, elapsed_s: float) -> Count:
+    """Add what was used since the last reading; less than that is a container started again."""
+    now = (reading.cpu_ns, reading.rx_bytes, reading.tx_bytes)
+    pairs = zip(now, count.last, strict=True)
+    cpu_ns, rx_bytes, tx_bytes = (new - old if new >= old else new for new, old in pairs)
+    byte_s = int(reading.memory_bytes * min(max(elapsed_s, 0.0), 2 * METER_S))
+    return replace(
+        count,
+        cpu_ns=min(count.cpu_ns + cpu_ns, INT64_MAX),
+        memory_byte_s=min(count.memory_byte_s + byte_s, INT64_MAX),
+        rx_bytes=min(count.rx_bytes + rx_bytes, INT64_MAX),
+        tx_bytes=min(count.tx_bytes + tx_bytes, INT64_MAX),
+        last=now,
+    )
+
+
+def merge_counts(counts: Mapping[str, Count], live: Collection[str], most: int) -> dict[str, Count]:
+    """No more than so many: of those that are over and were never sent, the oldest of one
+    assignment goes into its next; a sent one may be known already, and would count twice."""
+    kept = dict(counts)
+    for name, count in counts.items():
+        if len(kept) <= most:
+            break
+        if count.is_sent or name in live:
+            continue
+        for other in [*kept.values()]:
+            same = (other.assignment_id, other.boot_id) == (count.assignment_id, count.boot_id)
+            if same and other.container_id != name and not other.is_sent:
+                pairs = zip(other.sums, count.sums, strict=True)
+                cpu_ns, byte_s, rx_bytes, tx_bytes = (min(a + b, INT64_MAX) for a, b in pairs)
+                kept[other.container_id] = replace(
+                    other,
+                    cpu_ns=cpu_ns,
+                    memory_byte_s=byte_s,
+                    rx_bytes=rx_bytes,
+                    tx_bytes=tx_bytes,
+                )
+                del kept[name]
+                break
+    return kept
+
+
+def list_due(
+    counts: Mapping[str, Count], told: Mapping[str, tuple[int, int, int, int]]
+) -> list[Count]:
+    """What the control plane does not have yet, the oldest first."""
+    due = [each for name, each in counts.items() if told.get(name) != each.sums and any(each.sums)]
+    return due[:COUNTS_SENT_MAX]
+
+
+def render_counter(count: Count) -> pb.UsageCounter:
+    """One for a heartbeat."""
+    return pb.UsageCounter(
+        assignment_id=count.assignment_id,
+        boot_id=count.boot_id,
+        container_id=bytes.fromhex(count.container_id),
+        cpu_ns=count.cpu_ns,
+        memory_byte_s=count.memory_byte_s,
+        rx_bytes=count.rx_bytes,
+        tx_bytes=count.tx_bytes,
+    )
+
+
+def render_counts(counts: Mapping[str, Count]) -> bytes:
+    """usage.json."""
+    return json.dumps([vars(count) for count in counts.values()]).encode() + b"\n"
+
+
+def parse_counts(raw: bytes) -> dict[str, Count]:
+    """The inverse; raises ValueError, TypeError or KeyError."""
+    found = {}
+    for row in json.loads(raw):
+        count = Count(**{**row, "last": tuple(row["last"])})
+        numbers = (*count.sums, *count.last)
+        is_named = HEX_32_RE.fullmatch(count.container_id) and UUID_RE.fullmatch(
+            count.assignment_id
+        )
+        is_right = all(type(each) is int and 0 <= each <= INT64_MAX for each in numbers)
+        if not (is_named and is_right and len(numbers) == 7):
+            raise ValueError("a count that cannot be")
+        found[count.container_id] = count
+    return found
+
+
 def decide_tick_s(workloads: Workloads, now_s: float) -> float:
     """Choose how long the containers need not be looked at."""
     if workloads.memory.stops:
@@ -2486,6 +2631,33 @@ def save_pause(data_dir: Path, pause: Pause | None) -> None:
         raise Error(f"cannot change {path}: {error.strerror}", todo) from None
 
 
+def read_counts(data_dir: Path) -> dict[str, Count]:
+    """What was counted before; a file that cannot be read is moved aside."""
+    path = data_dir / USAGE_NAME
+    try:
+        return parse_counts(read_small(path, USAGE_MAX_BYTES)[0])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        log("WARN", "usage file cannot be read, moved aside", path=path, error=error)
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(f"{USAGE_NAME}.broken"))
+        return {}
+
+
+def save_counts(agent: Agent) -> None:
+    """Write usage.json; on a full disk the counts go on in memory."""
+    workloads = agent.workloads
+    try:
+        write_file(agent.config.data_dir / USAGE_NAME, render_counts(workloads.counts), 0o600)
+        workloads.is_usage_warned = False
+    except OSError as error:
+        if not workloads.is_usage_warned:
+            workloads.is_usage_warned = True
+            todo = "what workloads used is lost when this agent ends; make room on that disk"
+            log("WARN", "usage cannot be saved", todo, error=error.strerror)
+
+
 def read_text(path: str) -> str:
     """Read a file of /proc; empty when it cannot be read."""
     try:
@@ -2989,6 +3161,23 @@ class Engine:
                 parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
             return cut_log(parse_frames(answer.read), limit_bytes)
 
+    def read_stats(self, container_id: str) -> Reading:
+        """What a container used since its start."""
+        path, query = f"/containers/{container_id}/stats", {"stream": "0", "one-shot": "1"}
+        stats = self.ask("GET", path, query, timeout_s=METER_TIMEOUT_S)
+        return parse_reading(stats if isinstance(stats, dict) else {})
+
+    def read_all_stats(self, container_ids: Sequence[str]) -> dict[str, Reading]:
+        """The same of many; one that gives no answer is left to the next time."""
+        found = {}
+        for name in container_ids:
+            try:
+                found[name] = self.read_stats(name)
+            except EngineError as error:  # noqa: PERF203 - each for itself
+                if error.status in (0, 504):
+                    break
+        return found
+
     def create(self, wish: Wish, address: str, network: str, secrets_dir: Path) -> None:
         """Make a workload's container, and its network unless it is there."""
         volumes = parse_volumes(self.read_image(wish.image), wish.has_secrets)
@@ -3219,6 +3408,8 @@ async def beat(agent: Agent) -> None:
     observed = render_observed(workloads, facts.unready) if workloads.looks else None
     if observed is not None and observed != workloads.acknowledged:
         request.observed.CopyFrom(observed)
+    usage = pop_usage(agent, BEAT_MAX_BYTES - request.ByteSize())
+    request.usage.extend(render_counter(each) for each in usage)
     request.logs.extend(pop_logs(workloads, BEAT_MAX_BYTES - request.ByteSize()))
     failpoint("Heartbeat.before_send")
     sent_s = read_boot_s()
@@ -3230,6 +3421,7 @@ async def beat(agent: Agent) -> None:
     agent.acknowledged_facts = facts
     agent.told_pause = pause
     workloads.acknowledged = observed
+    workloads.told |= {each.container_id: each.sums for each in usage}
     take_reply(agent, reply, sent_s)
     begin_logs(agent, reply.log_requests)
     agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
@@ -3447,6 +3639,55 @@ async def look(workloads: Workloads) -> None:
     memory.pasts = {name: past for name, past in memory.pasts.items() if name in known}
 
 
+async def meter(agent: Agent) -> None:
+    """Count what workloads use, each minute and right before a stop; and keep it on the disk."""
+    workloads, now_s = agent.workloads, read_boot_s()
+    parting, workloads.parting = workloads.parting, {}
+    is_due = now_s >= workloads.metered_s + METER_S
+    running = {each.id: each.assignment_id for each in workloads.containers if each.is_running}
+    readings = {}
+    elapsed_s, before = 0.0, workloads.counts
+    if is_due and running:
+        readings = await in_thread(workloads, workloads.engine.read_all_stats, [*running])
+        elapsed_s = now_s - workloads.metered_s if workloads.metered_s else 0.0
+    if is_due:
+        workloads.metered_s = now_s
+    counts = dict(before)
+    for name, assignment_id, reading, passed_s in (
+        *((name, running[name], reading, elapsed_s) for name, reading in readings.items()),
+        *((name, *pair, 0.0) for name, pair in parting.items()),
+    ):
+        count = counts.get(name, Count(assignment_id, agent.boot_id, name))
+        counts[name] = add_reading(count, reading, passed_s)
+    live = {each.id for each in workloads.containers}
+    gone = [
+        name
+        for name, count in counts.items()
+        if name not in live and workloads.told.get(name, (0, 0, 0, 0)) == count.sums
+    ]
+    for name in gone:
+        del counts[name]
+        workloads.told.pop(name, None)
+    workloads.counts = merge_counts(counts, live, COUNTS_MAX)
+    if workloads.counts != before:
+        save_counts(agent)
+
+
+def pop_usage(agent: Agent, room_bytes: int) -> list[Count]:
+    """What goes with a heartbeat; that it went is on the disk before it goes."""
+    workloads, chosen = agent.workloads, []
+    for count in list_due(workloads.counts, workloads.told):
+        room_bytes -= render_counter(count).ByteSize() + 4
+        if room_bytes < 0:
+            break
+        chosen.append(replace(count, is_sent=True))
+    fresh = {each.container_id: each for each in chosen}
+    if any(not workloads.counts[name].is_sent for name in fresh):
+        workloads.counts = {**workloads.counts, **fresh}
+        save_counts(agent)
+    return chosen
+
+
 async def tidy(workloads: Workloads) -> None:
     """Remove images that nothing uses, when the engine's disk is nearly full or was just full."""
     now_s = read_boot_s()
@@ -3515,6 +3756,9 @@ def run_step(workloads: Workloads, step: Step) -> None:
     if step.verb is Verb.REMOVE:
         engine.remove(step.container_id, step.network)
     elif step.verb in (Verb.TERM, Verb.KILL):
+        with contextlib.suppress(EngineError):
+            reading = engine.read_stats(step.container_id)
+            workloads.parting[step.container_id] = (step.assignment_id, reading)
         engine.ask_gone("POST", f"{container}/kill", {"signal": f"SIG{step.verb.name}"})
     elif step.wish is not None and step.verb is Verb.START:
         ensure_secrets(workloads.secrets_dir, step.wish)
@@ -4117,6 +4361,7 @@ async def tend(agent: Agent) -> NoReturn:
         if not workloads.engine_error:
             begin_steps(workloads, read_unready(agent)[0])
             await tidy(workloads)
+            await meter(agent)
         note_engine(workloads)
         note_observed(agent, read_unready(agent)[0])
         with contextlib.suppress(asyncio.TimeoutError):
@@ -4212,6 +4457,7 @@ async def serve(
     )
     ensure_lease(agent, *read_lease(config.lease_file, agent.boot_id))
     note_pause(agent)
+    agent.workloads.counts = read_counts(config.data_dir)
     await ask_version(agent.workloads)
     server = await asyncio.start_unix_server(
         lambda reader, writer: answer_client(agent, reader, writer),

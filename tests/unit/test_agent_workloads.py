@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
-from agent import Container, Limits, Memory, Past, Restart, Verb, Wish
+from agent import Container, Count, Limits, Memory, Past, Reading, Restart, Verb, Wish
 from proto import openinfra_pb2 as pb
 
 ID = "3f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f01"
@@ -908,3 +908,113 @@ def test_answers(status: int, raw: bytes, result: Any) -> None:
         assert error.value.status == result[0]
     else:
         assert read() == result
+
+
+# ------------------------------------------------------------------------------------------------
+# Usage
+# ------------------------------------------------------------------------------------------------
+
+BOOT, FIRST, SECOND = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f0b", "a" * 64, "b" * 64
+COUNT = Count(ID, BOOT, FIRST)
+
+
+def test_readings_add_up_and_a_start_begins_at_nothing() -> None:
+    count = agent.add_reading(COUNT, Reading(100, 10, 5, 7), 0)
+    assert (count.sums, count.last) == ((100, 0, 5, 7), (100, 5, 7))
+    count = agent.add_reading(count, Reading(150, 20, 5, 9), 30)
+    assert count.sums == (150, 600, 5, 9)
+    count = agent.add_reading(count, Reading(30, 40, 1, 0), 10)  # it was started again
+    assert count.sums == (180, 1000, 6, 9)
+    assert agent.add_reading(count, Reading(30, 40, 1, 0), 0).sums == count.sums
+    # An hour of suspend, or a clock that went back, is no hour of memory.
+    assert agent.add_reading(count, Reading(30, 1, 1, 0), 3600).memory_byte_s == 1120
+    assert agent.add_reading(count, Reading(30, 1, 1, 0), -5).memory_byte_s == 1000
+    full = dataclasses.replace(COUNT, tx_bytes=2**63 - 2)
+    assert agent.add_reading(full, Reading(0, 0, 0, 9), 0).tx_bytes == 2**63 - 1
+
+
+@given(st.lists(st.integers(0, 50), max_size=20))
+def test_sums_never_fall(readings: list[int]) -> None:
+    count = COUNT
+    for value in readings:
+        before = count
+        count = agent.add_reading(count, Reading(value, value, value, value), 1)
+        assert all(a >= b for a, b in zip(count.sums, before.sums, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [
+        ({}, Reading(0, 0, 0, 0)),
+        ({"cpu_stats": None, "memory_stats": None, "networks": None}, Reading(0, 0, 0, 0)),
+        (
+            {
+                "cpu_stats": {"cpu_usage": {"total_usage": 5}},
+                "memory_stats": {"usage": 6},
+                "networks": {
+                    "eth0": {"rx_bytes": 1, "tx_bytes": 2},
+                    "eth1": {"rx_bytes": 10, "tx_bytes": 20},
+                },
+            },
+            Reading(5, 6, 11, 22),
+        ),
+    ],
+)
+def test_statistics_of_the_engine(stats: dict[str, Any], expected: Reading) -> None:
+    assert agent.parse_reading(stats) == expected
+
+
+def make_counts(*rows: tuple[str, str, bool]) -> dict[str, Count]:
+    """(container, assignment, was sent), one byte sent each."""
+    return {
+        name * 64: Count(assignment, BOOT, name * 64, tx_bytes=1, is_sent=sent)
+        for name, assignment, sent in rows
+    }
+
+
+def test_only_what_was_never_sent_is_merged_into_the_next() -> None:
+    counts = make_counts(("a", ID, False), ("b", OTHER, False), ("c", ID, True), ("d", ID, False))
+    assert agent.merge_counts(counts, (), 4) == counts
+    merged = agent.merge_counts(counts, (), 3)
+    assert [name[0] for name in merged] == ["b", "c", "d"]
+    assert [each.tx_bytes for each in merged.values()] == [1, 1, 2]
+    # A container that is there, and one that was sent, stay what they are.
+    assert agent.merge_counts(counts, ("a" * 64,), 0) == {
+        **{name: counts[name] for name in ("a" * 64, "b" * 64, "c" * 64)},
+        "a" * 64: dataclasses.replace(counts["a" * 64], tx_bytes=2),
+    }
+    other_boot = {name: dataclasses.replace(each, boot_id=name) for name, each in counts.items()}
+    assert agent.merge_counts(other_boot, (), 0) == other_boot
+
+
+def test_what_is_told_again() -> None:
+    counts = make_counts(("a", ID, True), ("b", OTHER, False))
+    counts["c" * 64] = Count(ID, BOOT, "c" * 64)
+    assert [each.container_id[0] for each in agent.list_due(counts, {})] == ["a", "b"]
+    told = {"a" * 64: counts["a" * 64].sums, "b" * 64: (0, 0, 0, 0)}
+    assert [each.container_id[0] for each in agent.list_due(counts, told)] == ["b"]
+
+
+def test_the_file_of_usage_and_back() -> None:
+    counts = make_counts(("a", ID, True), ("b", OTHER, False))
+    assert agent.parse_counts(agent.render_counts(counts)) == counts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"container_id": "x"},
+        {"assignment_id": "x"},
+        {"cpu_ns": -1},
+        {"tx_bytes": 2**63},
+        {"tx_bytes": 1.5},
+        {"rx_bytes": True},
+        {"last": [1, 2]},
+        {"last": "123"},
+        {"more": 1},
+    ],
+)
+def test_a_broken_file_of_usage(change: dict[str, Any]) -> None:
+    row = {**vars(COUNT), **change}
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        agent.parse_counts(json.dumps([row]).encode())
