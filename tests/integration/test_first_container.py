@@ -74,14 +74,16 @@ def fleet(
     cp.check_invariants()
 
 
-def ask(engine: Engine, address: str) -> int:
+def ask(engine: Engine, address: str, path: str = "/busybox") -> int:
     """The HTTP status of what answers at an endpoint."""
     host, _, port = address.partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=5)
     with inside(engine.netns):
         connection.connect()
-    connection.request("GET", "/busybox")
-    return connection.getresponse().status
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
 
 
 def test_a_provider_pauses_takes_work_again_and_leaves(fleet: Fleet) -> None:
