@@ -876,6 +876,8 @@ class Agent:
     standing: pb.Standing | None = None
     warned_reason: str = ""
     onchain_payout: bool | None = None
+    # What the control plane said last: this month's.
+    earnings: str = ""
 
     # The present trouble; attempt counts the tries that failed since the last accepted heartbeat.
     attempt: int = 0
@@ -2039,6 +2041,7 @@ def render_answer(
         "assignable": standing.assignable if standing else False,
         "reasons": [parse_line(reason) for reason in standing.reasons[:16]] if standing else [],
         "onchain_payout": agent.onchain_payout,
+        "earnings": agent.earnings,
         "disk_encrypted": agent.disk_encrypted,
         "engine_version": workloads.engine_version,
         "unready": unready[0],
@@ -2059,6 +2062,13 @@ def render_answer(
         "pid": pid,
         "started_age_s": round(now_s - agent.started_s, 1),
     }
+
+
+def render_earnings(earnings: pb.Earnings) -> str:
+    """What this host earned in a month, for a person."""
+    whole, rest = divmod(abs(earnings.micros), 1_000_000)
+    sign, words = "-" if earnings.micros < 0 else "", f"{earnings.currency} in {earnings.month}"
+    return parse_line(f"{sign}{whole}.{rest:06} {words}, of hours that are closed", NAMED_MAX)
 
 
 def render_paused(pause: Pause | None) -> str:
@@ -2129,6 +2139,7 @@ def render_status(answer: Mapping[str, Any]) -> str:
         ("assignable", "yes" if answer.get("assignable") else "no"),
         *(("  reason", reason) for reason in answer.get("reasons") or ()),
         ("on-chain payout", "yes" if answer.get("onchain_payout") else "no"),
+        *((("earned", answer["earnings"]),) if answer.get("earnings") else ()),
         ("disk encrypted", "yes" if answer.get("disk_encrypted") else "no"),
         ("engine", answer.get("engine_version") or "none"),
         ("lends", lent),
@@ -3421,6 +3432,8 @@ async def beat(agent: Agent) -> None:
     agent.acknowledged_facts = facts
     agent.told_pause = pause
     workloads.acknowledged = observed
+    if reply.HasField("earnings"):
+        agent.earnings = render_earnings(reply.earnings)
     workloads.told |= {each.container_id: each.sums for each in usage}
     take_reply(agent, reply, sent_s)
     begin_logs(agent, reply.log_requests)

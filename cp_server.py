@@ -370,6 +370,7 @@ USAGE_S = 60.0  # between two looks for hours that are over
 USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
 COUNTERS_MAX = 64  # in one heartbeat
 COUNTERS_KEPT = 1_000  # containers of one copy
+COUNTERS_SLACK_US = 120_000_000
 USAGE_BATCH = 1_000  # copies in one transaction,
 USAGE_PARTS = 5_000  # and hours of them
 INVOICE_AFTER_S = 86_400  # after a month is over its invoices are issued
@@ -759,6 +760,7 @@ class Meter:
     assignment_no: int
     customer_no: int
     namespace: str | None
+    host_no: int
     cpu_milli: int
     memory_bytes: int
     billed_us: int = 0
@@ -820,6 +822,10 @@ class BillLine:
     gb_hour_micros: int
     egress_gb_micros: int
     provider_share_ppm: int
+    counted_cpu_ns: int  # by its host, over the copy's whole life, as all of the next three
+    counted_memory_byte_s: int
+    counted_tx_bytes: int
+    life_us: int  # that it was billed
     usage: Usage
 
 
@@ -843,6 +849,7 @@ class Accepted:
     host_no: int
     standing: Standing
     desired: pb.Desired | None = None
+    earnings: tuple[str, int] | None = None  # month and micro-units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2749,6 +2756,22 @@ def price_of(line: BillLine, name: str) -> tuple[int, int]:
     }[name]
 
 
+def decide_counters(line: BillLine) -> tuple[dict[str, int], bool]:
+    """What a host counted of a copy, capped by what is possible; and whether it was more.
+
+    Possible is what is reserved, for as long as it was billed; a tenth and two minutes more are
+    no reason to doubt a host, which looks once a minute.
+    """
+    most = {
+        "counted_cpu_ns": line.cpu_milli * line.life_us,
+        "counted_memory_byte_s": line.memory_bytes * line.life_us // 1_000_000,
+        "counted_tx_bytes": EGRESS_MAX_BYTES_PER_US * line.life_us,
+    }
+    life_us = line.life_us * 11 // 10 + COUNTERS_SLACK_US
+    doubt = any(getattr(line, n) * line.life_us > most[n] * life_us for n in most if line.life_us)
+    return {name: min(getattr(line, name), cap) for name, cap in most.items()}, doubt
+
+
 def list_shares(line: BillLine) -> tuple[int, int, int]:
     """A line's share by resource: the first two rounded down, the last one what is left of it."""
     usage = line.usage
@@ -2788,8 +2811,10 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
 
 def render_bill_line(bill: Bill, line: BillLine) -> Row:
     """A line of it; what the provider gets is on its statement only."""
+    counted, disagree = decide_counters(line)
     shown = {**vars(line), **vars(line.usage), "charge_micros": line.usage.charge_micros}
-    del shown["usage"]
+    shown |= {**counted, "counters_disagree": disagree}
+    del shown["usage"], shown["life_us"]
     if bill.kind == "invoice":
         del shown["provider_share_ppm"], shown["share_micros"]
     return {**shown, "assignment_id": str(line.assignment_id)}
@@ -3590,6 +3615,7 @@ CREATE TABLE usage_lines (
   card_no integer NOT NULL,
   customer_no integer NOT NULL REFERENCES customers (customer_no),
   namespace text REFERENCES namespaces,
+  host_no integer NOT NULL REFERENCES hosts,
   billed_us bigint NOT NULL,
   egress_bytes bigint NOT NULL,
   cpu_micros bigint NOT NULL,
@@ -3600,12 +3626,14 @@ CREATE TABLE usage_lines (
 );
 CREATE INDEX usage_lines_customer ON usage_lines (customer_no, month);
 CREATE INDEX usage_lines_provider ON usage_lines (namespace, month);
+CREATE INDEX usage_lines_host ON usage_lines (host_no, month);
 COMMENT ON TABLE usage_lines IS 'Sums of windows: the lines of invoices and of statements';
 COMMENT ON COLUMN usage_lines.assignment_no IS 'The copy';
 COMMENT ON COLUMN usage_lines.month IS 'First day of the month';
 COMMENT ON COLUMN usage_lines.card_no IS 'The rate card; 0: none';
 COMMENT ON COLUMN usage_lines.customer_no IS 'Who pays';
 COMMENT ON COLUMN usage_lines.namespace IS 'The provider who earns; null: its host has no wallet';
+COMMENT ON COLUMN usage_lines.host_no IS 'The host';
 COMMENT ON COLUMN usage_lines.billed_us IS 'Sum over its windows, as all that follows';
 COMMENT ON COLUMN usage_lines.egress_bytes IS 'Bytes that it sent';
 COMMENT ON COLUMN usage_lines.cpu_micros IS 'Micro-units for processors: rounded down once, here';
@@ -4683,7 +4711,7 @@ WITH due AS (
    ORDER BY assignment_no LIMIT %(most)s)
   ORDER BY assignment_no LIMIT %(most)s
 )
-SELECT a.assignment_no, n.customer_no, h.namespace, a.cpu_milli, a.memory_bytes,
+SELECT a.assignment_no, n.customer_no, h.namespace, h.host_no, a.cpu_milli, a.memory_bytes,
   coalesce(t.billed_us, 0) AS billed_us, coalesce(t.counted_bytes, 0) AS counted_bytes,
   coalesce(t.egress_bytes, 0) AS egress_bytes
 FROM due JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
@@ -4751,12 +4779,12 @@ SELECT *, now() FROM unnest(%(window_no)s::bigint[], %(assignment_no)s::bigint[]
 
 SQL_LINE_SET = """
 -- lines, as they are with new windows
-INSERT INTO usage_lines (assignment_no, month, card_no, customer_no, namespace, billed_us,
+INSERT INTO usage_lines (assignment_no, month, card_no, customer_no, namespace, host_no, billed_us,
   egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros)
 SELECT * FROM unnest(%(assignment_no)s::bigint[], %(month)s::date[], %(card_no)s::integer[],
-  %(customer_no)s::integer[], %(namespace)s::text[], %(billed_us)s::bigint[],
-  %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[], %(memory_micros)s::bigint[],
-  %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
+  %(customer_no)s::integer[], %(namespace)s::text[], %(host_no)s::integer[],
+  %(billed_us)s::bigint[], %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[],
+  %(memory_micros)s::bigint[], %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
 ON CONFLICT (assignment_no, month, card_no) DO UPDATE SET billed_us = EXCLUDED.billed_us,
   egress_bytes = EXCLUDED.egress_bytes, cpu_micros = EXCLUDED.cpu_micros,
   memory_micros = EXCLUDED.memory_micros, egress_micros = EXCLUDED.egress_micros,
@@ -4837,9 +4865,15 @@ SELECT a.assignment_id, w.namespace || '/' || w.name AS workload, a.replica, h.h
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
+  k.counted_cpu_ns, k.counted_memory_byte_s, k.counted_tx_bytes, t.billed_us AS life_us,
   l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
 FROM usage_lines l JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
-JOIN hosts h USING (host_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
+JOIN hosts h ON h.host_no = l.host_no LEFT JOIN rate_cards c ON c.card_no = l.card_no
+JOIN usage_totals t USING (assignment_no), LATERAL (
+  SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS counted_cpu_ns,
+    least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS counted_memory_byte_s,
+    least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS counted_tx_bytes
+  FROM usage_counters u WHERE u.assignment_no = l.assignment_no) k
 WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
 ORDER BY workload, a.replica, a.assignment_no, l.card_no
 LIMIT %(limit)s OFFSET %(cursor)s
@@ -4849,6 +4883,14 @@ SQL_BILL_TOTAL = """
 -- what a customer's month comes to
 SELECT coalesce(sum(cpu_micros + memory_micros + egress_micros), 0)::bigint AS total_micros
 FROM usage_lines WHERE customer_no = %(customer_no)s AND month = %(month)s
+"""
+
+SQL_EARNINGS = """
+-- what hosts earned in this month so far
+SELECT host_no, to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM') AS month,
+  coalesce((SELECT sum(share_micros) FROM usage_lines l WHERE l.host_no = h.host_no
+    AND l.month = date_trunc('month', now(), 'UTC')::date), 0)::bigint AS micros
+FROM unnest(%(host_nos)s::integer[]) AS h (host_no)
 """
 
 SQL_INVOICE_LIST = """
@@ -4913,7 +4955,7 @@ GROUP BY c.customer_id
 
 SQL_USAGE_OPEN = """
 -- what of customers with a limit is in no window yet
-SELECT n.customer_no, a.assignment_no, a.cpu_milli, a.memory_bytes,
+SELECT n.customer_no, a.assignment_no, a.host_no, a.cpu_milli, a.memory_bytes,
   sum(coalesce(r.to_us, l.seen_us) - r.closed_us)::bigint AS billed_us
 FROM usage_runs r JOIN liveness l USING (host_no) JOIN assignments a USING (assignment_no)
 JOIN workloads w USING (workload_no) JOIN customer_namespaces n ON n.namespace = w.namespace
@@ -5774,6 +5816,7 @@ async def record_heartbeats(
                     answers[beat.session_sha256, beat.peer] = Accepted(host.host_no, standing)
         changed = await _record_observed(tx, accepted)
         await _record_counters(tx, accepted)
+        await _add_earnings(tx, accepted, answers)
         await _add_desired(tx, accepted, answers, registry)
         refused = [beat for beat in beats if (beat.session_sha256, beat.peer) not in answers]
         if refused:
@@ -5824,6 +5867,23 @@ async def _record_counters(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]
     if each:
         limits = {"late_s": USAGE_LATE_S, "kept": COUNTERS_KEPT, "most": EGRESS_MAX_BYTES}
         await tx.execute(SQL_USAGE_COUNT, **columns_of(each, *each[0]), **limits)
+
+
+async def _add_earnings(
+    tx: Transaction,
+    accepted: Sequence[tuple[Row, Beat]],
+    answers: dict[BeatKey, Accepted | Refusal],
+) -> None:
+    """Add what its provider earned this month to the answer of each host that sent counters."""
+    asked = {row["host_no"]: beat for row, beat in accepted if beat.counters}
+    rows = await tx.dicts(SQL_EARNINGS, host_nos=list(asked)) if asked else []
+    for row in rows:
+        beat = asked[row["host_no"]]
+        key = (beat.session_sha256, beat.peer)
+        answer = answers[key]
+        if isinstance(answer, Accepted):
+            earned = (row["month"], row["micros"])
+            answers[key] = dataclasses.replace(answer, earnings=earned)
 
 
 async def _add_desired(
@@ -6589,7 +6649,7 @@ async def _close_windows(
 
 def render_line(meter: Meter, key: LineKey, usage: Usage) -> Row:
     """A row of `usage_lines`."""
-    who = {"customer_no": meter.customer_no, "namespace": meter.namespace}
+    who = {name: getattr(meter, name) for name in ("customer_no", "namespace", "host_no")}
     names = ("assignment_no", "month", "card_no")
     return {**dict(zip(names, key, strict=True)), **who, **vars(usage)}
 
@@ -6692,7 +6752,7 @@ async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
 
 
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
-    rows = await tx.dicts(SQL_BILL_LINES, **which)
+    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **which)
     names = [field.name for field in dataclasses.fields(Usage)]
     return [BillLine(usage=Usage(*(row.pop(name) for name in names)), **row) for row in rows]
 
@@ -7635,7 +7695,12 @@ class AgentEdge:
         accepted = await self.cp.heartbeat(beat)
         self.cp.placer.host_listens(accepted.host_no, peer, request.nudge_port % 65_536)
         self.cp.logs.take(accepted.host_no, request.logs)
+        earned = None
+        if accepted.earnings:
+            month, micros = accepted.earnings
+            earned = pb.Earnings(month=month, micros=micros, currency=self.cp.settings.currency)
         return pb.HeartbeatReply(
+            earnings=earned,
             next_heartbeat_ms=beat.interval_ms,
             standing=render_standing(accepted.standing),
             desired=accepted.desired,
@@ -8381,12 +8446,16 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "cpu_hour_micros": "integer",
         "gb_hour_micros": "integer",
         "egress_gb_micros": "integer",
+        "counted_cpu_ns": "integer",
+        "counted_memory_byte_s": "integer",
+        "counted_tx_bytes": "integer",
         "billed_us": "integer",
         "egress_bytes": "integer",
         "cpu_micros": "integer",
         "memory_micros": "integer",
         "egress_micros": "integer",
         "charge_micros": "integer",
+        "counters_disagree": "boolean",
     },
     "Invoice": {
         "kind": "string",
@@ -10521,6 +10590,35 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
     return show_bills(asyncio.run(with_database(settings.dsn_file, work)), args, settings)
 
 
+def command_usage(args: argparse.Namespace, settings: Settings) -> int:
+    """List what copies used in a month, and beside it what their hosts counted of them."""
+
+    async def work(db: Database) -> list[Bill]:
+        owners, _ = await list_bill_owners(db, parse_month(args.month))
+        wanted = [parse_id(args.customer_id)] if args.customer_id else owners
+        return [await read_invoice(db, each, parse_month(args.month)) for each in wanted]
+
+    table = [("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "COUNTED", "EGRESS-GB", "NOTE")]
+    for bill in asyncio.run(with_database(settings.dsn_file, work)):
+        for line in bill.lines:
+            counted, disagree = decide_counters(line)
+            usage = line.usage
+            table.append(
+                (
+                    bill.whose,
+                    f"{line.workload}/{line.replica}",
+                    line.hostname,
+                    render_quantity(usage.billed_us, HOUR_US),
+                    render_quantity(line.cpu_milli * usage.billed_us, CPU_HOUR),
+                    render_quantity(counted["counted_cpu_ns"], CPU_HOUR),
+                    render_quantity(usage.egress_bytes, GB),
+                    "its host counted more than is possible" if disagree else "",
+                )
+            )
+    print(render_table(table))
+    return 0
+
+
 def command_statements(args: argparse.Namespace, settings: Settings) -> int:
     """Print or write what providers are owed for a month."""
 
@@ -10905,6 +11003,9 @@ def add_billing_commands(add: Callable[..., Any]) -> None:
     invoices.add_argument("--customer-id", help="of this customer only")
     statements = add("statements", command_statements)
     statements.add_argument("--namespace", help="of this provider only, solana:...")
+    usage = add("usage", command_usage)
+    usage.add_argument("--customer-id", help="of this customer only")
+    usage.add_argument("--month", required=True, help="like 2026-11")
     for command in (invoices, statements):
         command.add_argument("--month", required=True, help="like 2026-11")
         command.add_argument("--out", help="directory for HTML, CSV and JSON files")

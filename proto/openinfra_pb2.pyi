@@ -851,6 +851,7 @@ class HeartbeatReply(google.protobuf.message.Message):
     DESIRED_FIELD_NUMBER: builtins.int
     LEASE_S_FIELD_NUMBER: builtins.int
     LOG_REQUESTS_FIELD_NUMBER: builtins.int
+    EARNINGS_FIELD_NUMBER: builtins.int
     next_heartbeat_ms: builtins.int
     """Milliseconds until the next heartbeat: about 30 s with jitter, at most 60 s."""
     lease_s: builtins.int
@@ -865,6 +866,10 @@ class HeartbeatReply(google.protobuf.message.Message):
     def log_requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LogRequest]:
         """All that is asked for now, in each reply until it is answered. Nothing depends on it."""
 
+    @property
+    def earnings(self) -> global___Earnings:
+        """What the host earned in this month so far; only when the request had usage."""
+
     def __init__(
         self,
         *,
@@ -873,8 +878,34 @@ class HeartbeatReply(google.protobuf.message.Message):
         desired: global___Desired | None = ...,
         lease_s: builtins.int = ...,
         log_requests: collections.abc.Iterable[global___LogRequest] | None = ...,
+        earnings: global___Earnings | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["desired", b"desired", "standing", b"standing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["desired", b"desired", "lease_s", b"lease_s", "log_requests", b"log_requests", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["desired", b"desired", "earnings", b"earnings", "standing", b"standing"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["desired", b"desired", "earnings", b"earnings", "lease_s", b"lease_s", "log_requests", b"log_requests", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
 
 global___HeartbeatReply = HeartbeatReply
+
+@typing.final
+class Earnings(google.protobuf.message.Message):
+    """What the windows that are closed of a month come to for the host's provider."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MONTH_FIELD_NUMBER: builtins.int
+    MICROS_FIELD_NUMBER: builtins.int
+    CURRENCY_FIELD_NUMBER: builtins.int
+    month: builtins.str
+    """Like 2026-11, UTC."""
+    micros: builtins.int
+    """Millionths of the currency."""
+    currency: builtins.str
+    def __init__(
+        self,
+        *,
+        month: builtins.str = ...,
+        micros: builtins.int = ...,
+        currency: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["currency", b"currency", "micros", b"micros", "month", b"month"]) -> None: ...
+
+global___Earnings = Earnings

@@ -32,6 +32,15 @@ def books(postgres: Postgres) -> Iterator[Books]:
     made.close()
 
 
+@pytest.fixture
+def fresh(postgres: Postgres) -> Iterator[Books]:
+    """With nothing in it."""
+    made = Books(postgres)
+    made.set_time(T)
+    yield made
+    made.close()
+
+
 def attempt(dsn: str, *statements: tuple[str, tuple[object, ...]]) -> None:
     """One transaction of these, committed."""
     with contextlib.closing(psycopg.connect(dsn)) as connection:
@@ -133,10 +142,9 @@ def in_database(books: Books, work: Callable[[cp_server.Database], Awaitable[V]]
     return asyncio.run(run_it())
 
 
-def test_an_invoice_is_issued_once_and_stays(postgres: Postgres) -> None:
+def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     """Two customers, a month's end, numbers without gaps; what is late is on the next invoice."""
-    books = Books(postgres)
-    books.set_time(T)
+    books = fresh
     gull = oracle.Copy("b", "api", "gull", "h2", "tern", 1000, 10**9)
     add_fleet(books, WEB, gull)
     end = T + 4 * HOUR  # the first of April
@@ -165,13 +173,11 @@ def test_an_invoice_is_issued_once_and_stays(postgres: Postgres) -> None:
     text = "UPDATE usage_lines SET cpu_micros = 0 WHERE month = '2026-03-01'"
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="stays as it is"):
         attempt(books.dsn, (text, ()))
-    books.close()
 
 
-def test_a_balance_that_is_used_up(postgres: Postgres) -> None:
+def test_a_balance_that_is_used_up(fresh: Books) -> None:
     """Notice, no new copies, the stop an hour later, and all again after a payment."""
-    books = Books(postgres)
-    books.set_time(T)
+    books = fresh
     add_fleet(books, WEB)
     kuma = books.customers["kuma"]
     actor = cp_server.Actor("test")
@@ -219,4 +225,58 @@ def test_a_balance_that_is_used_up(postgres: Postgres) -> None:
     assert len(in_database(books, cp_server.check_credit)) == 1
     in_database(books, lambda db: use(db, T + 2 * HOUR, T + 3 * HOUR + 60 * S))
     assert stop() == ["the balance is used up"]
-    books.close()
+
+
+@pytest.mark.parametrize(
+    ("counter", "disagrees"),
+    [
+        (oracle.Counter("a", "b", "c", 0, 0, 0, 0), False),
+        # Half a processor and 2 GB for three hours are 5,400 s and 21,600 GB-s.
+        (oracle.Counter("a", "b", "c", 5_400 * 10**9, 21_600 * 10**9, 7, 10**9), False),
+        (oracle.Counter("a", "b", "c", 5_900 * 10**9, 23_000 * 10**9, 7, 10**9), False),
+        (oracle.Counter("a", "b", "c", 7_000 * 10**9, 1, 7, 10**9), True),
+        (oracle.Counter("a", "b", "c", 1, 30_000 * 10**9, 7, 10**9), True),
+        (oracle.Counter("a", "b", "c", 1, 1, 7, 2 * 10**12), True),
+        (oracle.Counter("a", "b", "c", 2**63 - 1, 2**63 - 1, 2**63 - 1, 2**63 - 1), True),
+    ],
+)
+def test_counters_that_cannot_be_are_capped_and_said(
+    fresh: Books, counter: oracle.Counter, disagrees: bool
+) -> None:
+    """What is billed is the time that the control plane saw; what is sent has its cap."""
+    books = fresh
+    add_fleet(books, WEB)
+    events = beats("h1", T, T + 2 * HOUR - 30 * S, {"a"})
+    last = oracle.Heartbeat(T + 2 * HOUR, "h1", 30_000, frozenset("a"), (counter,))
+    run(books, [*events, last, *beats("h1", T + 2 * HOUR + 30 * S, T + 3 * HOUR, {"a"})])
+    expected = books.check()
+    egress = sum(each.egress_bytes for each in expected.windows)
+    assert egress == min(counter.tx_bytes, 125 * 3 * HOUR, cp_server.EGRESS_MAX_BYTES)
+    customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
+    bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
+    (shown,) = cp_server.render_bill_json(bill, "EUR")["lines"]
+    assert shown["counters_disagree"] == disagrees
+    assert shown["counted_cpu_ns"] == min(counter.cpu_ns, 500 * 3 * HOUR)
+    assert shown["billed_us"] == 3 * HOUR
+
+
+def test_a_host_is_told_what_it_earned(fresh: Books) -> None:
+    """In the answer to a heartbeat with counters, of this month."""
+    books = fresh
+    add_fleet(books, WEB)
+    run(books, beats("h1", T, T + HOUR, {"a"}))
+    (line,) = books.check().lines
+    counter = oracle.Counter("a", "b", "c", 1, 1, 1, 1)
+
+    async def earned(db: cp_server.Database, *counters: oracle.Counter) -> object:
+        event = oracle.Heartbeat(T + 2 * HOUR, "h1", 30_000, frozenset("a"), counters)
+        found, _ = await cp_server.record_heartbeats(db, [books.beat(event)], peer_check=False)
+        (answer,) = found.values()
+        assert isinstance(answer, cp_server.Accepted)
+        return answer.earnings
+
+    assert in_database(books, earned) is None
+    share = in_database(books, lambda db: earned(db, counter))
+    assert share == ("2026-03", line.share_micros)
+    books.set_time(T + 5 * HOUR)
+    assert in_database(books, lambda db: earned(db, counter)) == ("2026-04", 0)

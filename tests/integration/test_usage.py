@@ -91,6 +91,9 @@ def test_what_a_container_uses_is_counted_once(fleet: Fleet) -> None:
     assert 10_000_000 < row["cpu_ns"] < 20_000_000_000
     assert row["memory_byte_s"] > 100_000
     assert egress(fleet) == row["tx_bytes"]
+    earned = wait_for("earnings", lambda: fleet.agent.status().get("earnings"))
+    assert earned.startswith("0.000000 EUR in 20")
+    assert "earned" in fleet.agent.run_command("status").stdout
 
     # The agent is killed, and counts on where its file is.
     fleet.agent.process.stop(signal.SIGKILL)
