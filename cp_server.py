@@ -2826,12 +2826,15 @@ body { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto;
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } p { margin: .2rem 0; } .note { color: #8a4b00; }
 table { border-collapse: collapse; width: 100%; margin-top: 1.2rem; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tfoot td { font-weight: 600; border-top: 2px solid #1a1a1a; border-bottom: 0; }
 thead { display: table-header-group; } tr { break-inside: avoid; }
-@media print { body { margin: 0; max-width: none; font-size: 10px; } @page { margin: 14mm; } }
-@media (max-width: 48rem) {
+@media print {
+  body { margin: 0; max-width: none; font-size: 9px; } th, td { padding: .15rem .4rem; }
+  tfoot { display: table-row-group; } @page { size: A4 landscape; margin: 12mm; }
+}
+@media screen and (max-width: 48rem) {
   table, tbody, tr, td, tfoot { display: block; } thead { display: none; }
   tr { border-bottom: 1px solid #ddd; padding: .5rem 0; } tfoot tr { border: 0; }
   td { border: 0; padding: .1rem 0; display: flex; justify-content: space-between; gap: 1rem; }
@@ -2844,12 +2847,13 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
     """A bill as a page of its own, without scripts: for a browser, paper and a phone."""
     number = f" {bill.number}" if bill.number else ""
     title = html.escape(f"{bill.kind.capitalize()}{number}, {bill.month:%B %Y}")
+    total = render_money(bill.total_micros)
     yield (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{BILL_STYLE}</style><h1>{title}</h1>"
         f"<p>{html.escape(bill.whose)}</p><p>All amounts in {html.escape(currency)}. "
-        "Times are UTC.</p>"
+        f"Times are UTC.</p><p><b>Total {total}</b></p>"
     )
     if bill.is_preliminary:
         yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
@@ -2863,7 +2867,6 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
     for row in rows:
         cells = zip(starts, row, strict=True)
         yield "<tr>" + "".join(f"{start}{html.escape(cell)}</td>" for start, cell in cells) + "\n"
-    total = render_money(bill.total_micros)
     yield (
         f'</tbody><tfoot><tr><td colspan="{len(head) - 1}">Total</td>'
         f'<td class="n">{total}</td></tfoot></table></html>\n'
