@@ -56,13 +56,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import datetime as dt
-import decimal
 import errno
 import fcntl
 import functools
@@ -381,10 +381,10 @@ CPU_HOUR = 1_000 * HOUR_US  # what a price is for: thousandths of a processor ti
 GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
 GB = 10**9  # and bytes
 INT64_MAX = 2**63 - 1
+COUNTED_MAX_BYTES = 2**62
 NUMBERS = ("replica", "quantity", "price", "charge", "share", "owed")  # columns of a bill
-EGRESS_MAX_BYTES = 2**53  # counted for a copy in an hour; far more than EGRESS_MAX_BYTES_PER_US
+EGRESS_MAX_BYTES = 1_000 * EGRESS_MAX_BYTES_PER_US * HOUR_US  # counted for a copy in an hour
 PRICE_MAX = 10**12  # micro-units for one hour or GB
-MONEY_MAX = 10**15  # micro-units in one payment or limit
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
 TAKEOVER_WINDOW_S = 600
 BATCH_S = 0.1  # how long the first heartbeat of a batch waits for others
@@ -835,6 +835,7 @@ class Bill:
 
     kind: str  # invoice or statement
     whose: str
+    whose_id: str  # which no other has
     month: dt.date
     number: int | None  # None: a statement, or preliminary
     is_preliminary: bool
@@ -2411,12 +2412,24 @@ def decide_interval_ms(nominal_s: float, busy: float, unit: float) -> int:
     return int(min(nominal_s * (1 + busy) * (0.9 + 0.2 * unit), HEARTBEAT_MAX_S) * 1000)
 
 
-def find_card(cards: Sequence[RateCard], customer_no: int, hour_at: dt.datetime) -> RateCard | None:
+Cards = Mapping[int | None, Sequence[RateCard]]  # by customer, in the order of their hours
+
+
+def sort_cards(cards: Sequence[RateCard]) -> Cards:
+    """Cards as `find_card` looks through them."""
+    found: dict[int | None, list[RateCard]] = {}
+    for card in sorted(cards, key=lambda card: card.valid_from):
+        found.setdefault(card.customer_no, []).append(card)
+    return found
+
+
+def find_card(cards: Cards, customer_no: int, hour_at: dt.datetime) -> RateCard | None:
     """The prices of an hour: the customer's own latest card, else the latest for all."""
-    valid = [card for card in cards if card.valid_from <= hour_at]
     for whose in (customer_no, None):
-        if own := [card for card in valid if card.customer_no == whose]:
-            return max(own, key=lambda card: card.valid_from)
+        own = cards.get(whose, ())
+        count = bisect.bisect_right(own, hour_at, key=lambda card: card.valid_from)
+        if count:
+            return own[count - 1]
     return None
 
 
@@ -2449,6 +2462,14 @@ def decide_stop(customer: Customer) -> dt.datetime | None:
     return since + dt.timedelta(seconds=CREDIT_NOTICE_S) if since else None
 
 
+def is_more(order: WorkloadOrder, workload: Workload) -> bool:
+    """An order that reserves more than the workload does now."""
+    return any(
+        order.replicas * order.spec[name] > workload.replicas * workload.spec[name]
+        for name in ("cpu_milli", "memory_bytes")
+    )
+
+
 def check_credit_left(customer: Customer) -> None:
     """Raises Refusal for a customer whose balance is used up."""
     if stop := decide_stop(customer):
@@ -2461,10 +2482,25 @@ def month_of(at: dt.datetime) -> dt.date:
     return dt.date(at.year, at.month, 1)
 
 
+def decide_month(hour_at: dt.datetime, now: dt.datetime, issued: frozenset[dt.date]) -> dt.date:
+    """The month whose invoice an hour is on: its own, else the first from now that is open."""
+    month = month_of(hour_at)
+    if month in issued:
+        month = month_of(now)
+    while month in issued:
+        month = next_month(month)
+    return month
+
+
+def next_month(month: dt.date) -> dt.date:
+    """The first day of the month after."""
+    return dt.date(month.year + month.month // 12, month.month % 12 + 1, 1)
+
+
 def decide_windows(
     meter: Meter,
     due: Mapping[dt.datetime, Due],
-    cards: Sequence[RateCard],
+    cards: Cards,
     lines: Mapping[LineKey, Usage],
     parts: Mapping[dt.datetime, int],
     issued: frozenset[dt.date],
@@ -2480,7 +2516,7 @@ def decide_windows(
     changed: dict[LineKey, Usage] = {}
     for hour_at, one in sorted(due.items()):
         billed_us = meter.billed_us + one.billed_us
-        counted = meter.counted_bytes + one.counted_bytes
+        counted = min(meter.counted_bytes + one.counted_bytes, COUNTED_MAX_BYTES)
         egress_bytes = max(min(counted, EGRESS_MAX_BYTES_PER_US * billed_us), meter.egress_bytes)
         added = egress_bytes - meter.egress_bytes
         meter = dataclasses.replace(
@@ -2488,7 +2524,7 @@ def decide_windows(
         )
         if not (one.billed_us or added):
             continue
-        month = month_of(now) if month_of(hour_at) in issued else month_of(hour_at)
+        month = decide_month(hour_at, now, issued)
         card = find_card(cards, meter.customer_no, hour_at)
         key = (meter.assignment_no, month, card.card_no if card else 0)
         before = changed.get(key) or lines.get(key) or Usage()
@@ -2687,14 +2723,13 @@ def render_metrics(samples: Sequence[tuple[str, str, str, Mapping[str, str], flo
 
 def parse_money(text: str) -> int:
     """An amount like 12.5 in micro-units, exactly; raises Error 2."""
-    try:
-        micros = decimal.Decimal(text).scaleb(6)
-        if micros == micros.to_integral_value() and abs(micros) <= MONEY_MAX:
-            return int(micros)
-    except decimal.InvalidOperation:
-        pass
-    what = f"{text!r} is no amount"
-    raise Error(what, "give a number with at most 6 decimals, like 12.5", USAGE)
+    match = re.fullmatch(r"(-?)([0-9]{1,9})(?:\.([0-9]{1,6}))?", text, re.ASCII)
+    if not match:
+        what = f"{text!r} is no amount"
+        raise Error(what, "give a number with at most 6 decimals, like 12.5", USAGE)
+    sign, whole, rest = match.groups()
+    micros = int(whole) * 1_000_000 + int((rest or "").ljust(6, "0"))
+    return -micros if sign else micros
 
 
 def render_money(micros: int) -> str:
@@ -2773,23 +2808,27 @@ def decide_counters(line: BillLine) -> tuple[dict[str, int], bool]:
 
 
 def list_shares(line: BillLine) -> tuple[int, int, int]:
-    """A line's share by resource: the first two rounded down, the last one what is left of it."""
+    """A line's share by resource: each rounded down, and what is left of it to the first ones."""
     usage = line.usage
-    if not usage.charge_micros:
-        return 0, 0, 0
-    amounts = [usage.cpu_micros, usage.memory_micros, usage.egress_micros]
-    shares = [each * usage.share_micros // usage.charge_micros for each in amounts]
-    largest = amounts.index(max(amounts))
-    shares[largest] += usage.share_micros - sum(shares)
+    amounts = (usage.cpu_micros, usage.memory_micros, usage.egress_micros)
+    charge = max(usage.charge_micros, 1)
+    shares = [each * usage.share_micros // charge for each in amounts]
+    for number, amount in enumerate(amounts):
+        more = min(amount - shares[number], usage.share_micros - sum(shares))
+        shares[number] += more
     return shares[0], shares[1], shares[2]
 
 
 def render_bill_csv(bill: Bill) -> Iterator[str]:
-    """A bill for a spreadsheet (RFC 4180), a line at a time; text never begins a formula."""
+    """A bill for a spreadsheet (RFC 4180), a line at a time, all quoted.
+
+    The first four columns are others' words: none begins a formula there.
+    """
     out = io.StringIO()
-    writer = csv.writer(out)
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL)
     for row in list_bill_rows(bill):
-        writer.writerow(["'" + cell if cell[:1] in "=+@\t\r" and cell else cell for cell in row])
+        words = ["'" + cell if cell[:1] in tuple("=+-@\t\r") else cell for cell in row[:4]]
+        writer.writerow([*words, *row[4:]])
         yield out.getvalue()
         out.seek(0)
         out.truncate()
@@ -3458,6 +3497,7 @@ CREATE TABLE usage_hours (
   seen_us bigint NOT NULL,
   PRIMARY KEY (host_no, hour_at)
 );
+CREATE INDEX usage_hours_hour ON usage_hours (hour_at);
 COMMENT ON TABLE usage_hours IS 'Where seen_us of hosts with running copies stood at full hours';
 COMMENT ON COLUMN usage_hours.host_no IS 'The host';
 COMMENT ON COLUMN usage_hours.hour_at IS 'A full hour, UTC';
@@ -3479,6 +3519,7 @@ CREATE TABLE usage_runs (
 );
 CREATE UNIQUE INDEX usage_runs_open ON usage_runs (host_no, assignment_no) WHERE to_us IS NULL;
 CREATE INDEX usage_runs_due ON usage_runs (assignment_no) WHERE NOT is_closed;
+CREATE INDEX usage_runs_host ON usage_runs (host_no) WHERE NOT is_closed;
 COMMENT ON TABLE usage_runs IS 'From when to when a copy ran, as heartbeats of its host said';
 COMMENT ON COLUMN usage_runs.run_no IS 'Order of beginning';
 COMMENT ON COLUMN usage_runs.assignment_no IS 'The copy';
@@ -3498,7 +3539,8 @@ BEGIN
   FROM public.liveness l
   WHERE l.host_no = NEW.host_no AND r.host_no = NEW.host_no
     AND r.assignment_no = NEW.assignment_no AND r.to_us IS NULL;
-  IF NEW.state = 'running' AND NEW.ended_at IS NULL AND NEW.held_until IS NULL THEN
+  IF NEW.state = 'running' AND NEW.stop_at IS NULL AND NEW.ended_at IS NULL
+      AND NEW.held_until IS NULL THEN
     INSERT INTO public.usage_runs (assignment_no, host_no, from_at, from_us, closed_hour, closed_us)
     SELECT NEW.assignment_no, NEW.host_no, l.last_heartbeat_at, l.seen_us,
       date_trunc('hour', l.last_heartbeat_at, 'UTC'), l.seen_us
@@ -3509,14 +3551,16 @@ END $$;
 COMMENT ON FUNCTION note_run IS 'The one way in which a run begins and ends';
 REVOKE ALL ON FUNCTION note_run FROM PUBLIC;
 CREATE TRIGGER assignments_run AFTER UPDATE ON assignments FOR EACH ROW
-  WHEN ((OLD.state = 'running' AND OLD.ended_at IS NULL AND OLD.held_until IS NULL)
-    <> (NEW.state = 'running' AND NEW.ended_at IS NULL AND NEW.held_until IS NULL))
+  WHEN ((OLD.state = 'running' AND OLD.stop_at IS NULL AND OLD.ended_at IS NULL
+      AND OLD.held_until IS NULL)
+    <> (NEW.state = 'running' AND NEW.stop_at IS NULL AND NEW.ended_at IS NULL
+      AND NEW.held_until IS NULL))
   EXECUTE FUNCTION note_run();
 INSERT INTO usage_runs (assignment_no, host_no, from_at, from_us, closed_hour, closed_us)
 SELECT a.assignment_no, a.host_no, l.last_heartbeat_at, 0,
   date_trunc('hour', l.last_heartbeat_at, 'UTC'), 0
 FROM assignments a JOIN liveness l USING (host_no)
-WHERE a.state = 'running' AND a.ended_at IS NULL AND a.held_until IS NULL
+WHERE a.state = 'running' AND a.stop_at IS NULL AND a.ended_at IS NULL AND a.held_until IS NULL
   AND l.last_heartbeat_at IS NOT NULL;
 
 CREATE TABLE usage_counters (
@@ -3582,6 +3626,7 @@ COMMENT ON SEQUENCE ledger_numbers IS 'Numbers of ledger transactions, and of wi
 CREATE TABLE usage_windows (
   window_no bigint PRIMARY KEY,
   assignment_no bigint NOT NULL REFERENCES assignments (assignment_no),
+  customer_no integer NOT NULL,
   hour_at timestamptz NOT NULL CHECK (date_trunc('hour', hour_at, 'UTC') = hour_at),
   part integer NOT NULL CHECK (part > 0),
   month date NOT NULL CHECK (extract(day FROM month) = 1),
@@ -3597,9 +3642,12 @@ CREATE TABLE usage_windows (
   UNIQUE (assignment_no, hour_at, part),
   CHECK (billed_us > 0 OR egress_bytes > 0)
 );
+CREATE INDEX usage_windows_customer ON usage_windows (customer_no, month, window_no);
+ALTER SEQUENCE ledger_numbers OWNED BY usage_windows.window_no;
 COMMENT ON TABLE usage_windows IS 'What a copy used in an hour, and what that costs; never changed';
 COMMENT ON COLUMN usage_windows.window_no IS 'Its number, and that of its ledger transaction';
 COMMENT ON COLUMN usage_windows.assignment_no IS 'The copy';
+COMMENT ON COLUMN usage_windows.customer_no IS 'Who pays';
 COMMENT ON COLUMN usage_windows.hour_at IS 'The hour, UTC';
 COMMENT ON COLUMN usage_windows.part IS '1; what came when the hour was closed already: 2 and on';
 COMMENT ON COLUMN usage_windows.month IS 'First day of the month whose invoice it is on';
@@ -3799,15 +3847,15 @@ ALTER TABLE customers ADD credit_limit_micros bigint CHECK (credit_limit_micros 
 COMMENT ON COLUMN customers.credit_limit_micros IS 'How far below zero it may go; null: no limit';
 COMMENT ON COLUMN customers.out_of_credit_at IS 'Since when nothing is left; null: there is';
 
-CREATE FUNCTION prune_hours(most integer) RETURNS integer
+CREATE FUNCTION prune_hours(before timestamptz, most integer) RETURNS integer
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
   WITH gone AS (
     DELETE FROM public.usage_hours WHERE (host_no, hour_at) IN (
       SELECT h.host_no, h.hour_at FROM public.usage_hours h
-      WHERE h.hour_at < now() - interval '7 days' AND NOT EXISTS (
+      WHERE h.hour_at < before AND NOT EXISTS (
         SELECT FROM public.usage_runs r
         WHERE r.host_no = h.host_no AND NOT r.is_closed AND r.closed_hour <= h.hour_at)
-      LIMIT most)
+      ORDER BY h.hour_at LIMIT most)
     RETURNING 1)
   SELECT count(*)::integer FROM gone
 $$;
@@ -3822,7 +3870,7 @@ GRANT SELECT ON usage_hours, usage_runs, usage_counters, usage_egress, rate_card
   TO @ROLE@;
 GRANT USAGE ON SEQUENCE ledger_numbers TO @ROLE@;
 GRANT UPDATE (seen_us) ON liveness TO @ROLE@;
-GRANT INSERT ON usage_hours TO @ROLE@;
+GRANT INSERT, UPDATE (seen_us) ON usage_hours TO @ROLE@;
 GRANT UPDATE (closed_hour, closed_us, is_closed) ON usage_runs TO @ROLE@;
 GRANT INSERT, UPDATE (cpu_ns, memory_byte_s, rx_bytes, tx_bytes, at) ON usage_counters TO @ROLE@;
 GRANT INSERT (assignment_no, hour_at, bytes), UPDATE (bytes, closed_bytes)
@@ -4199,11 +4247,11 @@ WITH beat AS (
 ), marked AS (
   INSERT INTO usage_hours (host_no, hour_at, seen_us)
   SELECT b.host_no, h.hour_at, b.seen_us + {SEEN_US.format(before="b", at="h.hour_at")}
-  FROM alive b, LATERAL (VALUES (date_trunc('hour', now(), 'UTC')),
-    (date_trunc('hour', b.last_heartbeat_at, 'UTC') + interval '1 hour')) AS h (hour_at)
+  FROM alive b, LATERAL (SELECT date_trunc('hour', now(), 'UTC') AS hour_at UNION
+    SELECT date_trunc('hour', b.last_heartbeat_at, 'UTC') + interval '1 hour') h
   WHERE b.last_heartbeat_at < date_trunc('hour', now(), 'UTC') AND EXISTS (
     SELECT FROM usage_runs r WHERE r.host_no = b.host_no AND r.to_us IS NULL)
-  ON CONFLICT DO NOTHING
+  ON CONFLICT (host_no, hour_at) DO UPDATE SET seen_us = EXCLUDED.seen_us
 ), rebooted AS (
   UPDATE assignments a SET state = 'starting', reason = 'its host was started again',
     state_at = now()
@@ -4519,8 +4567,8 @@ WITH due AS (
   WHERE w.deleted_at IS NULL AND w.replicas > 0
   GROUP BY w.workload_id HAVING count(a.assignment_no) < w.replicas
 )
-SELECT w.workload_no, w.revision, w.replicas, w.spec, coalesce(
-    c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s), false) AS out_of_credit,
+SELECT w.workload_no, w.revision, w.replicas, w.spec,
+  c.out_of_credit_at IS NOT NULL AS out_of_credit,
   w.spec ? 'secrets' AND are_secrets_lost(w.workload_no, w.revision) AS secrets_lost,
   coalesce(jsonb_agg(jsonb_build_object('assignment_no', a.assignment_no, 'replica', a.replica,
     'revision', a.revision, 'state', a.state, 'is_stopping', a.stop_at IS NOT NULL,
@@ -4698,18 +4746,24 @@ SELECT pg_try_advisory_xact_lock(7726004) AS is_mine, now() AS now,
 
 SQL_BILLING_WAIT = """
 -- the same, waiting for it
-SELECT pg_advisory_xact_lock(7726004), date_trunc(
-  'hour', now() - make_interval(secs => %(grace_s)s), 'UTC') AS open_from
+SELECT pg_advisory_xact_lock(7726004)
+"""
+
+SQL_BILLING_OPEN = """
+-- the first hour that is not closed, by the time after that wait
+SELECT date_trunc('hour', statement_timestamp() - make_interval(secs => %(grace_s)s), 'UTC')
+  AS open_from
 """
 
 SQL_USAGE_COPIES = """
 -- copies of which an hour may be due, and what was billed of them
 WITH due AS (
-  (SELECT assignment_no FROM usage_runs
-   WHERE NOT is_closed AND closed_hour <= %(until)s AND assignment_no > %(cursor)s
+  (SELECT DISTINCT assignment_no FROM usage_runs
+   WHERE NOT is_closed AND (closed_hour <= %(until)s OR closed_hour > now())
+     AND assignment_no > %(cursor)s
    ORDER BY assignment_no LIMIT %(most)s)
   UNION
-  (SELECT assignment_no FROM usage_egress
+  (SELECT DISTINCT assignment_no FROM usage_egress
    WHERE bytes > closed_bytes AND hour_at <= %(until)s AND assignment_no > %(cursor)s
    ORDER BY assignment_no LIMIT %(most)s)
   ORDER BY assignment_no LIMIT %(most)s
@@ -4724,17 +4778,29 @@ ORDER BY a.assignment_no
 """
 
 SQL_USAGE_TIME = """
--- by run and hour, the time that is in no window yet: a run from where windows end, cut at marks
-SELECT run_no, assignment_no, hour_at, to_us, to_us - from_us AS billed_us FROM (
-  SELECT r.run_no, r.assignment_no, c.hour_at, greatest(c.seen_us, r.closed_us) AS from_us,
-    least(coalesce(r.to_us, l.seen_us),
-      lead(c.seen_us) OVER (PARTITION BY r.run_no ORDER BY c.hour_at)) AS to_us
-  FROM usage_runs r JOIN liveness l USING (host_no), LATERAL (
-    SELECT r.closed_hour AS hour_at, r.closed_us AS seen_us
+-- by run and hour, the time that is in no window yet: a run from where windows end, cut at marks.
+-- A clock that was wrong for a while left marks, and ends of windows, that are not yet: no mark
+-- of later counts, nor one below an earlier one. A run that somebody changes now waits
+WITH run AS (
+  SELECT * FROM usage_runs WHERE assignment_no = ANY(%(assignment_nos)s) AND NOT is_closed
+  FOR UPDATE SKIP LOCKED
+), cut AS (
+  SELECT r.run_no, r.assignment_no, c.hour_at, coalesce(r.to_us, l.seen_us) AS end_us,
+    max(greatest(c.seen_us, r.closed_us)) OVER (PARTITION BY r.run_no ORDER BY c.hour_at) AS from_us
+  FROM run r JOIN liveness l USING (host_no), LATERAL (
+    SELECT CASE WHEN r.closed_hour <= now() THEN r.closed_hour ELSE coalesce((
+      SELECT min(h.hour_at) - interval '1 hour' FROM usage_hours h WHERE h.host_no = r.host_no
+        AND h.seen_us > r.closed_us AND h.hour_at <= now()), date_trunc('hour', now(), 'UTC'))
+      END AS hour_at) f, LATERAL (
+    SELECT f.hour_at, r.closed_us AS seen_us
     UNION ALL SELECT h.hour_at, h.seen_us FROM usage_hours h
-    WHERE h.host_no = r.host_no AND h.hour_at > r.closed_hour) c
-  WHERE r.assignment_no = ANY(%(assignment_nos)s) AND NOT r.is_closed
-) AS part WHERE to_us > from_us AND hour_at <= %(until)s
+    WHERE h.host_no = r.host_no AND h.hour_at > f.hour_at AND h.hour_at <= now()) c
+), part AS (
+  SELECT run_no, assignment_no, hour_at, from_us, least(end_us,
+    lead(from_us) OVER (PARTITION BY run_no ORDER BY hour_at)) AS to_us FROM cut
+)
+SELECT run_no, assignment_no, hour_at, to_us, to_us - from_us AS billed_us FROM part
+WHERE to_us > from_us AND hour_at <= %(until)s
 ORDER BY hour_at, run_no LIMIT %(most)s
 """
 
@@ -4772,9 +4838,10 @@ SELECT nextval('ledger_numbers') AS number FROM generate_series(1, %(count)s)
 
 SQL_WINDOW_INSERT = """
 -- windows
-INSERT INTO usage_windows (window_no, assignment_no, hour_at, part, month, card_no, billed_us,
-  egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros, closed_at)
-SELECT *, now() FROM unnest(%(window_no)s::bigint[], %(assignment_no)s::bigint[],
+INSERT INTO usage_windows (window_no, customer_no, assignment_no, hour_at, part, month, card_no,
+  billed_us, egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros, closed_at)
+SELECT *, now() FROM unnest(%(window_no)s::bigint[], %(customer_no)s::integer[],
+  %(assignment_no)s::bigint[],
   %(hour_at)s::timestamptz[], %(part)s::integer[], %(month)s::date[], %(card_no)s::integer[],
   %(billed_us)s::bigint[], %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[],
   %(memory_micros)s::bigint[], %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
@@ -4861,6 +4928,11 @@ INSERT INTO ledger_transactions (transaction_no, kind, reference, note, actor, a
 VALUES (%(number)s, %(kind)s, %(reference)s, %(note)s, %(actor)s, now())
 """
 
+SQL_ONE_PICTURE = """
+-- all that follows sees the same
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
+"""
+
 SQL_BILL_LINES = """
 -- the lines of a customer's or a provider's month
 SELECT a.assignment_id, w.namespace || '/' || w.name AS workload, a.replica, h.hostname,
@@ -4925,8 +4997,7 @@ SELECT u.window_no, a.assignment_id, w.workload_id, w.name AS workload, u.hour_a
   u.card_no, u.billed_us, u.egress_bytes, u.cpu_micros, u.memory_micros, u.egress_micros,
   u.closed_at
 FROM usage_windows u JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
-JOIN customer_namespaces n ON n.namespace = w.namespace
-WHERE n.customer_no = %(customer_no)s AND u.month = %(month)s
+WHERE u.customer_no = %(customer_no)s AND u.month = %(month)s
   AND (%(cursor)s = 0 OR u.window_no < %(cursor)s)
 ORDER BY u.window_no DESC LIMIT %(limit)s
 """
@@ -4946,14 +5017,16 @@ RETURNING invoice_no, customer_no, month, total_micros
 """
 
 SQL_BALANCES = """
--- what customers have: these, or all that have a limit
-SELECT c.customer_no, c.credit_limit_micros,
-  coalesce(sum(e.amount_micros), 0)::bigint AS balance_micros
+-- what customers have: these, or all that have a limit; the ledger without a sum over all of it
+SELECT c.customer_no, c.credit_limit_micros, (coalesce((
+    SELECT sum(e.amount_micros) FROM ledger_transactions t JOIN ledger_entries e
+      ON e.transaction_no = t.transaction_no AND e.account_no = a.account_no
+    WHERE t.reference IS NOT NULL), 0) - coalesce((
+    SELECT sum(l.cpu_micros + l.memory_micros + l.egress_micros) FROM usage_lines l
+    WHERE l.customer_no = c.customer_no), 0))::bigint AS balance_micros
 FROM customers c LEFT JOIN ledger_accounts a USING (customer_no)
-LEFT JOIN ledger_entries e USING (account_no)
 WHERE c.customer_no = ANY(%(customer_nos)s::integer[])
   OR (%(customer_nos)s::integer[] IS NULL AND c.credit_limit_micros IS NOT NULL)
-GROUP BY c.customer_id
 """
 
 SQL_USAGE_OPEN = """
@@ -5013,8 +5086,8 @@ SELECT prune_sessions(%(most)s) AS gone
 """
 
 SQL_PRUNE_HOURS = """
--- forget where hosts' seen_us stood at hours that are in windows
-SELECT prune_hours(%(most)s) AS gone
+-- forget where hosts' seen_us stood a week ago and more, at hours that are in windows
+SELECT prune_hours(now() - interval '7 days', %(most)s) AS gone
 """
 
 SQL_TABLES = """
@@ -5076,12 +5149,17 @@ LEDGER_CHECKS: tuple[tuple[str, str, str], ...] = (
         "each window's charge and share are those of its transaction",
         """SELECT w.window_no AS subject FROM usage_windows w LEFT JOIN (
              SELECT transaction_no, -coalesce(sum(amount_micros)
-                 FILTER (WHERE kind = 'customer'), 0) AS charge,
-               coalesce(sum(amount_micros) FILTER (WHERE kind = 'provider'), 0) AS share
+                 FILTER (WHERE kind = 'customer'), 0) AS charge, min(customer_no) AS customer_no,
+               coalesce(sum(amount_micros) FILTER (WHERE kind = 'provider'), 0) AS share,
+               min(namespace) AS namespace
              FROM ledger_entries JOIN ledger_accounts USING (account_no)
              GROUP BY transaction_no) e ON e.transaction_no = w.window_no
+           JOIN usage_lines l USING (assignment_no, month, card_no)
            WHERE coalesce(e.charge, 0) <> w.cpu_micros + w.memory_micros + w.egress_micros
-             OR coalesce(e.share, 0) <> w.share_micros LIMIT 100""",
+             OR coalesce(e.share, 0) <> w.share_micros
+             OR (e.charge > 0 AND e.customer_no <> l.customer_no)
+             OR (e.share > 0 AND e.namespace <> l.namespace)
+             OR w.customer_no <> l.customer_no LIMIT 100""",
     ),
     (
         "lines_are_their_windows",
@@ -5095,6 +5173,40 @@ LEDGER_CHECKS: tuple[tuple[str, str, str], ...] = (
            WHERE (a, b, c, d, e, f) IS DISTINCT FROM (l.billed_us::numeric,
              l.egress_bytes::numeric, l.cpu_micros::numeric, l.memory_micros::numeric,
              l.egress_micros::numeric, l.share_micros::numeric) LIMIT 100""",
+    ),
+    (
+        "lines_are_priced",
+        "a line is its customer's and its provider's, and its quantities times its prices",
+        """SELECT l.assignment_no || '/' || l.month || '/' || l.card_no AS subject
+           FROM usage_lines l JOIN assignments a USING (assignment_no)
+           JOIN workloads w USING (workload_no) JOIN hosts h ON h.host_no = a.host_no
+           JOIN customer_namespaces n ON n.namespace = w.namespace
+           LEFT JOIN rate_cards c ON c.card_no = l.card_no
+           WHERE l.customer_no <> n.customer_no OR l.host_no <> a.host_no
+             OR l.namespace IS DISTINCT FROM h.namespace OR (l.card_no > 0 AND c.card_no IS NULL)
+             OR (c.customer_no IS NOT NULL AND c.customer_no <> l.customer_no)
+             OR l.cpu_micros <> floor(a.cpu_milli::numeric * l.billed_us
+               * coalesce(c.cpu_hour_micros, 0) / 3600000000000)
+             OR l.memory_micros <> floor(a.memory_bytes::numeric * l.billed_us
+               * coalesce(c.gb_hour_micros, 0) / 3600000000000000000)
+             OR l.egress_micros <> floor(l.egress_bytes::numeric
+               * coalesce(c.egress_gb_micros, 0) / 1000000000)
+             OR (l.namespace IS NOT NULL AND l.share_micros <> floor(
+               (l.cpu_micros + l.memory_micros + l.egress_micros)::numeric
+               * coalesce(c.provider_share_ppm, 0) / 1000000)) LIMIT 100""",
+    ),
+    (
+        "balances_are_the_ledgers",
+        "what an account is told is the sum of its entries",
+        """SELECT c.customer_id AS subject FROM customers c
+           JOIN ledger_accounts a USING (customer_no) WHERE coalesce((
+             SELECT sum(e.amount_micros) FROM ledger_entries e
+             WHERE e.account_no = a.account_no), 0) <> coalesce((
+             SELECT sum(e.amount_micros) FROM ledger_transactions t JOIN ledger_entries e
+               ON e.transaction_no = t.transaction_no AND e.account_no = a.account_no
+             WHERE t.reference IS NOT NULL), 0) - coalesce((
+             SELECT sum(l.cpu_micros + l.memory_micros + l.egress_micros) FROM usage_lines l
+             WHERE l.customer_no = c.customer_no), 0) LIMIT 100""",
     ),
     (
         "time_is_billed_once",
@@ -5217,11 +5329,12 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "copies_that_run_are_billed",
-        "a copy has an open run just while its host says that it runs",
+        "a copy has an open run just while its host says that it runs and nobody stops it",
         """SELECT a.assignment_id::text AS subject FROM assignments a LEFT JOIN usage_runs r
              ON r.assignment_no = a.assignment_no AND r.to_us IS NULL
            WHERE (r.run_no IS NOT NULL)
-             <> (a.state = 'running' AND a.ended_at IS NULL AND a.held_until IS NULL)""",
+             <> (a.state = 'running' AND a.stop_at IS NULL AND a.ended_at IS NULL
+               AND a.held_until IS NULL)""",
     ),
     *LEDGER_CHECKS,
 )
@@ -5937,13 +6050,9 @@ async def sweep(db: Database, gap_s: float) -> list[str]:
 
 
 async def prune(db: Database) -> int:
-    """Forget sessions that ended long ago; give back how many, at most PRUNE_MAX.
-
-    And marks of hours that are in windows.
-    """
+    """Forget sessions that ended long ago; give back how many, at most PRUNE_MAX."""
     async with db.transaction() as tx:
         row = await tx.the(SQL_PRUNE, most=PRUNE_MAX)
-        await tx.execute(SQL_PRUNE_HOURS, most=PRUNE_MAX)
     gone: int = row["gone"]
     return gone
 
@@ -6207,7 +6316,7 @@ async def put_workload(
     async with db.transaction() as tx:
         await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
         found = await tx.rows(SQL_WORKLOAD_LOCK, Workload, **names)
-        if order.replicas > (found[0].replicas if found else 0):
+        if not found or is_more(order, found[0]):
             check_credit_left(customer)
         secret_names, is_secret = await _compare_secrets(tx, found, order.secrets)
         spec = {**order.spec, **({"secrets": secret_names} if secret_names else {})}
@@ -6395,7 +6504,7 @@ async def place(db: Database) -> Round:
 
 
 async def _read_demands(tx: Transaction) -> list[Demand]:
-    rows = await tx.dicts(SQL_DEMANDS, notice_s=CREDIT_NOTICE_S)
+    rows = await tx.dicts(SQL_DEMANDS)
     if not rows:
         return []
     refused: dict[int, list[Row]] = {}
@@ -6430,9 +6539,10 @@ async def add_rate_card(
 ) -> RateCard:
     """New prices from a full hour on, for a customer or for all; raises Refusal."""
     async with db.transaction() as tx:
-        turn = await tx.the(SQL_BILLING_WAIT, grace_s=USAGE_GRACE_S)
-        if valid_from < turn["open_from"]:
-            what = f"hours before {turn['open_from']:%Y-%m-%dT%H:%MZ} are closed"
+        await tx.execute(SQL_BILLING_WAIT)
+        first = (await tx.the(SQL_BILLING_OPEN, grace_s=USAGE_GRACE_S))["open_from"]
+        if valid_from < first:
+            what = f"hours before {first:%Y-%m-%dT%H:%MZ} are closed"
             raise Refusal("CONFLICT", what, "give a later hour", "valid_from")
         customer = await _get_customer(tx, customer_id) if customer_id else None
         try:
@@ -6479,7 +6589,7 @@ async def add_payment(
     """
     async with db.transaction() as tx:
         customer = await _get_customer(tx, customer_id)
-        await tx.the(SQL_BILLING_WAIT, grace_s=USAGE_GRACE_S)
+        await tx.execute(SQL_BILLING_WAIT)
         known = await tx.one(SQL_PAYMENT_FIND, reference=reference)
         if known:
             if (known["customer_id"], known["amount_micros"]) != (customer_id, amount_micros):
@@ -6531,6 +6641,7 @@ class Closing:
     windows: int = 0
     charge_micros: int = 0
     cursor: int | None = None  # None: nothing is left, or another process does it
+    is_mine: bool = True
 
 
 async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) -> Closing:
@@ -6541,7 +6652,7 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
     async with db.transaction() as tx:
         turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
         if not turn["is_mine"]:
-            return Closing()
+            return Closing(is_mine=False)
         until = turn["until"]
         found = await tx.rows(SQL_USAGE_COPIES, Meter, cursor=cursor, most=most, until=until)
         if not found:
@@ -6581,6 +6692,14 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
     return Closing(windows, charge, max(meters) if len(found) == most else None)
 
 
+async def find_due(db: Database, cursor: int) -> int | None:
+    """The next copy of which something may be due."""
+    async with db.transaction() as tx:
+        turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
+        found = await tx.rows(SQL_USAGE_COPIES, Meter, cursor=cursor, most=1, until=turn["until"])
+    return found[0].assignment_no if found else None
+
+
 def columns_of(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
     """Rows as one list for each column, for unnest."""
     return {name: [row[name] for row in rows] for name in names}
@@ -6603,7 +6722,7 @@ async def _close_windows(
     now: dt.datetime,
 ) -> tuple[int, int]:
     """Write what the rules make of what is due; give back how many windows, and their charge."""
-    cards = await tx.rows(SQL_CARD_LIST, RateCard)
+    cards = sort_cards(await tx.rows(SQL_CARD_LIST, RateCard))
     lines: dict[int, dict[LineKey, Usage]] = {}
     for row in await tx.dicts(SQL_USAGE_LINES, assignment_nos=list(due)):
         key = (row.pop("assignment_no"), row.pop("month"), row.pop("card_no"))
@@ -6665,7 +6784,9 @@ async def _write_windows(
     columns = arrays_of(
         rows, "assignment_no", "hour_at", "part", "month", "card_no", *vars(Usage())
     )
-    await tx.execute(SQL_WINDOW_INSERT, window_no=render_array(numbers), **columns)
+    who = render_array([meter.customer_no for meter, _ in made])
+    columns |= {"window_no": render_array(numbers), "customer_no": who}
+    await tx.execute(SQL_WINDOW_INSERT, **columns)
     names = [name for name in lines[0] if name != "namespace"]
     namespaces = [line["namespace"] for line in lines]
     await tx.execute(SQL_LINE_SET, namespace=namespaces, **arrays_of(lines, *names))
@@ -6717,6 +6838,13 @@ async def write_entries(tx: Transaction, entries: Sequence[tuple[int, int, int]]
     )
 
 
+async def prune_hours(db: Database) -> int:
+    """Forget marks of hours that are in windows; give back how many, at most PRUNE_MAX."""
+    async with db.transaction() as tx:
+        gone: int = (await tx.the(SQL_PRUNE_HOURS, most=PRUNE_MAX))["gone"]
+    return gone
+
+
 async def issue_invoices(db: Database) -> list[Row]:
     """Issue the invoices of months that are over; give back those that are new."""
     async with db.transaction() as tx:
@@ -6733,6 +6861,7 @@ async def read_invoice(
 ) -> Bill:
     """A customer's month, issued or preliminary, with some of its lines or all; raises Refusal."""
     async with db.transaction() as tx:
+        await tx.execute(SQL_ONE_PICTURE)
         customer = await _get_customer(tx, customer_id)
         which = {"customer_no": customer.customer_no, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
@@ -6741,17 +6870,20 @@ async def read_invoice(
     number = found["invoice_no"]
     is_preliminary = number is None and found["is_preliminary"]
     money = total["total_micros"]
-    return Bill("invoice", customer.name, month, number, is_preliminary, lines, money)
+    whose = (customer.name, str(customer_id))
+    return Bill("invoice", *whose, month, number, is_preliminary, lines, money)
 
 
 async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
     """A provider's month."""
     async with db.transaction() as tx:
+        await tx.execute(SQL_ONE_PICTURE)
         which = {"customer_no": None, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
         lines = await _read_lines(tx, namespace=namespace, limit=None, cursor=0, **which)
     total = sum(line.usage.share_micros for line in lines)
-    return Bill("statement", namespace, month, None, found["is_preliminary"], lines, total)
+    whose = (namespace, namespace.replace(":", "-"))
+    return Bill("statement", *whose, month, None, found["is_preliminary"], lines, total)
 
 
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
@@ -6784,7 +6916,7 @@ async def check_credit(db: Database) -> list[Row]:
     """Look whose balance is used up, with what is in no window yet; give back what changed."""
     async with db.transaction() as tx:
         limits = await tx.dicts(SQL_BALANCES, customer_nos=None)
-        cards = await tx.rows(SQL_CARD_LIST, RateCard) if limits else []
+        cards = sort_cards(await tx.rows(SQL_CARD_LIST, RateCard)) if limits else {}
         now = (await tx.the("SELECT now() AS now"))["now"]
         left = {
             row["customer_no"]: row["credit_limit_micros"] + row["balance_micros"] for row in limits
@@ -6792,6 +6924,8 @@ async def check_credit(db: Database) -> list[Row]:
         for row in await tx.dicts(SQL_USAGE_OPEN) if limits else []:
             billed_us, customer_no = row.pop("billed_us"), row["customer_no"]
             meter = Meter(**row, namespace=None)
+            if customer_no not in left:
+                continue  # it has a limit since a moment ago
             left[customer_no] -= price(
                 meter, find_card(cards, customer_no, now), billed_us, 0
             ).charge_micros
@@ -7201,27 +7335,63 @@ class Biller:
             metrics.add(f"openinfra_{name}_total", 0)
 
     async def bill_forever(self) -> None:
-        """Look again and again; a fault is logged and tried again."""
+        """Look again and again; a fault of one part is logged, and holds up no other."""
         while True:
-            try:
-                await self._bill()
+            is_whole = await self._try("closing hours", self._close) or False
+            if is_whole:
+                await self._try("issuing invoices", self._issue)
+                await self._try("forgetting marks", self._prune)
+            await self._try("looking at credit", self._check_credit)
+            if is_whole:
                 self._metrics.set("openinfra_billed_time_seconds", time.time())
-            except Refusal:
-                pass  # the store has logged it
-            except Exception as error:  # the loop must not end before the process does
-                log("ERROR", "billing failed", error=type(error).__name__, said=str(error))
             await asyncio.sleep(USAGE_S)
 
-    async def _bill(self) -> None:
+    async def _try(self, what: str, work: Callable[[], Awaitable[T]]) -> T | None:
+        try:
+            return await work()
+        except Refusal:
+            return None  # the store has logged it
+        except Exception as error:  # the loop must not end before the process does
+            log("ERROR", f"{what} failed", error=type(error).__name__, said=str(error))
+            return None
+
+    async def _close(self) -> bool:
+        """Close what is due; False when that was not all of it.
+
+        A batch that fails is tried again in halves, down to the one copy that is at fault.
+        """
         cursor: int | None = 0
+        most, is_whole = USAGE_BATCH, True
         while cursor is not None:
-            done = await close_windows(self._db, cursor)
+            try:
+                done = await close_windows(self._db, cursor, most)
+            except Refusal:
+                raise
+            except Exception as error:
+                is_whole = False
+                if most > 1:
+                    most //= 2
+                    continue
+                what = {"error": type(error).__name__, "said": str(error)}
+                cursor = await find_due(self._db, cursor)
+                log("ERROR", "a copy cannot be billed", assignment_no=cursor, **what)
+                continue
             cursor = done.cursor
+            is_whole = is_whole and done.is_mine
             self._metrics.add("openinfra_usage_windows_total", done.windows)
             self._metrics.add("openinfra_usage_charged_micros_total", done.charge_micros)
+        return is_whole
+
+    async def _prune(self) -> None:
+        while await prune_hours(self._db) == PRUNE_MAX:
+            pass
+
+    async def _issue(self) -> None:
         for row in await issue_invoices(self._db):
             self._metrics.add("openinfra_invoices_total")
             log("INFO", "invoice issued", number=row["invoice_no"], month=f"{row['month']:%Y-%m}")
+
+    async def _check_credit(self) -> None:
         for row in await check_credit(self._db):
             is_out = row["out_of_credit_at"] is not None
             what = "customer has no credit" if is_out else "customer has credit again"
@@ -7303,8 +7473,9 @@ class Logs:
 class ControlPlane:
     """One serving process: what its edges and loops share.
 
-    Four small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
-    the sweep, `db` for joining agents, `admin_db` for the operator, `customer_db` for customers.
+    Five small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
+    the sweep, `db` for joining agents, `admin_db` for the operator, `customer_db` for customers,
+    `bill_db` for closing hours.
     """
 
     def __init__(
@@ -7314,6 +7485,7 @@ class ControlPlane:
         beat_db: Database,
         admin_db: Database,
         customer_db: Database,
+        bill_db: Database,
     ) -> None:
         self.settings = settings
         self.db = db
@@ -7337,7 +7509,7 @@ class ControlPlane:
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self.placer = Placer(beat_db, self._judging, self.metrics)
         self.logs = Logs(self.placer)
-        self.biller = Biller(admin_db, self.metrics)
+        self.biller = Biller(bill_db, self.metrics)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -7399,7 +7571,7 @@ class ControlPlane:
                 beat,
                 facts=beat.facts or earlier.facts,
                 observed=beat.observed or earlier.observed,
-                counters=beat.counters + earlier.counters,
+                counters=(beat.counters + earlier.counters)[: 4 * COUNTERS_MAX],
             )
             self._waiting[key] = (merged, [*futures, future])
         self._wake.set()
@@ -9023,10 +9195,11 @@ async def serve(settings: Settings) -> None:
     admin_db = Database(dsn, 2, wait_s=1, rest_s=1, options=custom, secrets_key=key)
     # Batches and sweeps do not wait for it one by one.
     beat_db = Database(dsn, 2, rest_s=1, secrets_key=key)
-    customer_db = Database(dsn, 2, wait_s=1, rest_s=1, secrets_key=key)
-    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db, customer_db)
+    customer_db = Database(dsn, 2, wait_s=1, rest_s=1, options=custom, secrets_key=key)
+    bill_db = Database(dsn, 1, options=custom)
+    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db, customer_db, bill_db)
     cp.has_key = bool(key)
-    pools = (cp.db, beat_db, admin_db, customer_db)
+    pools = (cp.db, beat_db, admin_db, customer_db, bill_db)
     try:
         for pool in pools:
             await pool.open()
@@ -9749,7 +9922,7 @@ DO $$ DECLARE command text; BEGIN
     INSERT INTO revoked_keys SELECT key_id FROM public.customer_keys WHERE revoked_at IS NOT NULL;
   END IF;
   FOR command IN SELECT format('DROP TABLE %s CASCADE', oid::regclass) FROM pg_class
-      WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+      WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'  -- and their sequences
     UNION ALL SELECT format('DROP FUNCTION %s CASCADE', p.oid::regprocedure) FROM pg_proc p
       WHERE pronamespace = 'public'::regnamespace AND NOT EXISTS (
         SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')  -- an extension's
@@ -10295,6 +10468,9 @@ def mint_jwt(key: JwtKey, sub: str, scope: str, ttl_s: int) -> str:
     return render_jwt(key, {**claims, "jti": new_public_id(), "iat": now, "exp": now + ttl_s})
 
 
+PATIENT = "-c statement_timeout=600s"  # for what looks at all of the ledger
+
+
 async def with_database(
     dsn_file: Path,
     work: Callable[[Database], Awaitable[T]],
@@ -10571,8 +10747,7 @@ def command_credit_limit(args: argparse.Namespace, settings: Settings) -> int:
 
 def command_ledger(_args: argparse.Namespace, settings: Settings) -> int:
     """Test all of the ledger, and print its sums."""
-    options = "-c statement_timeout=600s"
-    wrong, sums = asyncio.run(with_database(settings.dsn_file, verify_ledger, options=options))
+    wrong, sums = asyncio.run(with_database(settings.dsn_file, verify_ledger, options=PATIENT))
     for line in wrong:
         print(f"ERROR {line}")
     print(f"{sums['transactions']} transactions, {sums['entries']} entries")
@@ -10639,10 +10814,10 @@ def show_bills(bills: Sequence[Bill], args: argparse.Namespace, settings: Settin
         directory = Path(args.out)
         directory.mkdir(parents=True, exist_ok=True)
         for bill in bills:
-            stem = f"{bill.kind}-{bill.month:%Y-%m}-" + re.sub("[^a-zA-Z0-9]+", "-", bill.whose)
+            stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}"
             for suffix, parts in render_files(bill, settings.currency).items():
                 path = directory / f"{stem}.{suffix}"
-                write_file(path, "".join(parts).encode(), 0o644)
+                write_file(path, "".join(parts).encode(), 0o600)
                 print(path)
         return 0
     rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
@@ -10745,7 +10920,8 @@ async def diagnose(settings: Settings, invariants: bool) -> tuple[list[dict[str,
             )
             todo = "put the key there that they were set with, and restart openinfra-cp; without it"
             problems.append(Error(what, f"{todo} their customers set them again"))
-        found = await with_database(settings.dsn_file, find_violations if invariants else no_rows)
+        work = find_violations if invariants else no_rows
+        found = await with_database(settings.dsn_file, work, options=PATIENT)
         for name, sentence, subject in found:
             what = f"{name}: it must hold that {sentence}, but not so for {subject}"
             problems.append(Error(what, "keep a copy of the database and report this as a bug"))

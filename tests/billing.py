@@ -8,9 +8,11 @@ pg_catalog has another one, which reads a row.
 from __future__ import annotations
 
 import asyncio
+import collections
 import datetime as dt
 import hashlib
 import uuid
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +28,8 @@ CLOCK = """
 CREATE SCHEMA clock;
 CREATE TABLE clock.time (at timestamptz NOT NULL);
 INSERT INTO clock.time VALUES ('2026-03-01T00:00Z');
+CREATE FUNCTION clock.statement_timestamp() RETURNS timestamptz LANGUAGE sql STABLE
+  AS 'SELECT at FROM clock.time';
 CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.time';
 GRANT USAGE ON SCHEMA clock TO openinfra;
 GRANT SELECT ON clock.time TO openinfra;
@@ -34,6 +38,12 @@ SPEC = '{"image": "kuma/web@sha256:00", "ports": [], "arch": "", "provider": ""}
 
 
 LEDGER = {name for name, _, _ in cp_server.LEDGER_CHECKS} | {"copies_that_run_are_billed"}
+
+
+def namespace_of(provider: str) -> str:
+    """A provider's namespace."""
+    digest = hashlib.sha256(provider.encode()).hexdigest()
+    return f"solana:{digest.replace('0', 'x')[:40]}"
 
 
 def at(time_us: int) -> dt.datetime:
@@ -90,7 +100,7 @@ class Books:
 
     def add_host(self, host: str, provider: str) -> None:
         """A host of this provider, online."""
-        name = f"solana:{hashlib.sha256(provider.encode()).hexdigest().replace('0', 'x')[:40]}"
+        name = namespace_of(provider)
         session = hashlib.sha256(host.encode()).digest()
         host_id = uuid.uuid5(uuid.NAMESPACE_DNS, host)
         self.owner.execute(
@@ -216,13 +226,23 @@ class Books:
             (answer,) = answers.values()
             assert isinstance(answer, cp_server.Accepted), answer
         else:
-            self.owner.execute("SET session_replication_role = origin")
-            self.owner.execute(
-                "UPDATE assignments SET ended_at = %s, state = 'lost' WHERE assignment_id = %s",
-                (at(event.at_us), self.ids[event.copy]),
-            )
-            self.owner.execute("SET session_replication_role = replica")
+            self.end(event)
         self.events.append(event)
+
+    def end(self, event: oracle.CopyEnded, how: str = "") -> None:
+        """The control plane's own end of a copy, in one of its ways."""
+        ways = {
+            "lost": "ended_at = %s, state = 'lost'",
+            "stop": "stop_at = %s, stop_reason = 'x', stop_revision = 1",
+            "held": "held_until = %s",
+        }
+        way = ways[how or sorted(ways)[zlib.crc32(event.copy.encode()) % 3]]
+        self.owner.execute("SET session_replication_role = origin")
+        self.owner.execute(
+            f"UPDATE assignments SET {way} WHERE assignment_id = %s".encode(),  # noqa: S608
+            (at(event.at_us), self.ids[event.copy]),
+        )
+        self.owner.execute("SET session_replication_role = replica")
 
     def windows(self) -> dict[tuple[str, int], tuple[int, ...]]:
         """(copy, hour): the sums of its windows."""
@@ -236,6 +256,22 @@ class Books:
         )
         return {
             (names[row["assignment_id"]], row["hour_us"]): tuple(row[key] for key in "abcdef")
+            for row in rows
+        }
+
+    def lines(self) -> dict[tuple[str, str, int | None], tuple[object, ...]]:
+        """(copy, month, card): the line."""
+        names = {value: key for key, value in self.ids.items()}
+        rows = self.query(
+            "SELECT a.assignment_id, to_char(month, 'YYYY-MM') AS month, nullif(card_no, 0) card,"
+            " billed_us AS a, egress_bytes AS b, cpu_micros AS c, memory_micros AS d,"
+            " egress_micros AS e, share_micros AS f, c.name AS g FROM usage_lines"
+            " JOIN assignments a USING (assignment_no) JOIN customers c USING (customer_no)"
+        )
+        return {
+            (names[row["assignment_id"]], row["month"], row["card"]): tuple(
+                row[key] for key in "abcdefg"
+            )
             for row in rows
         }
 
@@ -266,12 +302,28 @@ class Books:
         invoices, statements, fees = oracle.totals(expected)
         balances = self.balances()
         assert sum(balances.values()) == 0
-        payments = -balances.get(("payments", ""), 0)
-        customers = sum(v for (kind, _), v in balances.items() if kind == "customer")
-        assert payments - customers == sum(invoices.values())
-        shares = sum(v for (kind, _), v in balances.items() if kind == "provider")
-        assert shares == sum(statements.values())
+        paid: collections.Counter[str] = collections.Counter()
+        for row in self.query(
+            "SELECT c.name, amount_micros FROM ledger_transactions JOIN ledger_entries"
+            " USING (transaction_no) JOIN ledger_accounts USING (account_no)"
+            " JOIN customers c USING (customer_no) WHERE ledger_transactions.kind = 'payment'"
+        ):
+            paid[row["name"]] += row["amount_micros"]
+        for customer in self.customers:
+            due = sum(micros for (whose, _), micros in invoices.items() if whose == customer)
+            assert balances.get(("customer", customer), 0) == paid[customer] - due
+        for provider in {copy.provider for copy in self.copies.values()}:
+            due = sum(micros for (whose, _), micros in statements.items() if whose == provider)
+            assert balances.get(("provider", namespace_of(provider)), 0) == due
         assert balances.get(("fees", ""), 0) == sum(fees.values())
+        lines = {
+            (each.copy, each.month, each.card and int(each.card)): (
+                *(each.billed_us, each.egress_bytes, each.cpu_micros, each.memory_micros),
+                *(each.egress_micros, each.share_micros, each.customer),
+            )
+            for each in expected.lines
+        }
+        assert self.lines() == lines
         for name, _, text in cp_server.INVARIANTS:
             if name in LEDGER:
                 assert self.query(text) == [], name
@@ -303,16 +355,18 @@ def run(
         db = books.database_of()
         await db.open()
         try:
+            last_us = 0
             for number, event in enumerate(events, 1):
+                last_us = event if isinstance(event, int) else event.at_us
                 if isinstance(event, int):
                     books.set_time(event)
                 else:
                     await books.apply(db, event)
                 if isinstance(event, int) or (every and number % every == 0):
                     await close_all(db, 7)
-            books.set_time(max(e.at_us for e in books.events) + 2 * oracle.HOUR_US)
+            books.set_time(last_us + 2 * oracle.HOUR_US)
             if is_closed:
-                await close_all(db)
+                await close_all(db, 2)
                 assert await close_all(db) == 0
         finally:
             await db.close()

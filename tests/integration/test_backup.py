@@ -427,7 +427,14 @@ def test_customers_and_their_keys(source: Machine, target: Machine, tmp_path: Pa
     added = source.cp.command("add-customer", "--name=Kuma", "--namespace=kuma")
     assert added.returncode == 0, added.stderr
     key_id = added.stdout.split("_")[1]
+    customer_id = str(source.cp.query("SELECT customer_id FROM customers")[0]["customer_id"])
+    pay = ("add-payment", customer_id, "25", "--reference")
+    assert source.cp.command(*pay, "one").returncode == 0
     target.restore(source.back_up(tmp_path / "with"))
+    assert "was booked before" in target.cp.command(*pay, "one").stdout
+    assert "is booked" in target.cp.command(*pay, "two").stdout
+    done = target.cp.command("ledger", "verify")
+    assert (done.returncode, "2 transactions, 4 entries" in done.stdout) == (0, True)
     assert target.cp.query("SELECT name FROM customers") == [{"name": "Kuma"}]
     assert target.cp.command("revoke-key", key_id).returncode == 0
     target.restore(tmp_path / "with", "--replace")
@@ -539,7 +546,9 @@ def test_an_older_schema_is_restored_and_migrated(
 ) -> None:
     old = Machine(spare_postgres, tmp_path / "old")
     tables = (
-        "workload_secrets, assignments, workloads, customer_keys, customer_namespaces, customers"
+        "workload_secrets, assignments, workloads, customer_keys, customer_namespaces, customers,"
+        " usage_hours, usage_runs, usage_counters, usage_egress, rate_cards, usage_windows,"
+        " usage_lines, usage_totals, ledger_accounts, ledger_transactions, ledger_entries, invoices"
     )
     facts = ["engine_version", "unready", "offered_cpu_milli", "offered_memory_bytes"]
     facts += ["drained_at", "labels", "takes_secrets"]
@@ -548,10 +557,11 @@ def test_an_older_schema_is_restored_and_migrated(
         "DROP INDEX audit_log_wg_key",
         f"DROP TABLE {tables}",
         f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
-        "ALTER TABLE liveness DROP desired_revision",
+        "ALTER TABLE liveness DROP desired_revision, DROP seen_us",
         "ALTER TABLE cp_state DROP restored_at, DROP secrets_key_sha256",
         "DROP FUNCTION secrets_key_sha256, seal_secrets, open_secrets, are_secrets_lost",
-        "DROP FUNCTION prune_secrets",
+        "DROP FUNCTION prune_secrets, prune_hours, note_run, check_entries, check_transactions",
+        "DROP FUNCTION check_invoice, check_month",
         "DROP EXTENSION pgcrypto",
         "DELETE FROM schema_migrations WHERE number >= 4",
     ):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import dataclasses
 import datetime as dt
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.billing import Books, run
 from tests.harness import ROOT, ControlPlane, Postgres, wait_for
 from tests.integration.test_http_api import check_shape
 
+V = TypeVar("V")
 S = 1_000_000
 HOUR = oracle.HOUR_US
 T = int(dt.datetime(2026, 3, 31, 20, tzinfo=dt.timezone.utc).timestamp()) * S
@@ -33,6 +35,20 @@ def books(postgres: Postgres) -> Iterator[Books]:
     made.set_time(T)
     yield made
     made.close()
+
+
+def in_database(books: Books, work: Callable[[cp_server.Database], Awaitable[V]]) -> V:
+    """One operation on it."""
+
+    async def run_it() -> V:
+        db = books.database_of()
+        await db.open()
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    return asyncio.run(run_it())
 
 
 def add_fleet(
@@ -153,6 +169,87 @@ def test_any_events_are_billed_as_the_oracle_says(books: Books, seed: str, every
     books.check()
 
 
+@pytest.mark.parametrize("how", ["lost", "stop", "held"])
+def test_a_copy_without_right_is_not_billed_whatever_its_host_says(books: Books, how: str) -> None:
+    add_fleet(books, WEB)
+    run(books, beats("h1", T, T + 600 * S, {"a"}), is_closed=False)
+    end = oracle.CopyEnded(T + 615 * S, "a")
+    books.set_time(end.at_us)
+    books.end(end, how)
+    books.events.append(end)
+    run(books, beats("h1", T + 630 * S, T + HOUR, {"a"}))
+    assert [each.billed_us for each in books.check().windows] == [600 * S]
+
+
+def test_hours_are_cut_in_many_small_transactions(
+    books: Books, seed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp_server, "USAGE_PARTS", 3)
+    copies = [oracle.Copy(f"c{n}", "w", "kuma", "h1", "p", 100, 10**9) for n in range(9)]
+    add_fleet(books, *copies)
+    run(books, random_events(random.Random(seed), copies))
+    books.check()
+
+
+def test_a_clock_of_the_control_plane_that_is_wrong_for_a_while(books: Books) -> None:
+    """A year ahead for one heartbeat, then right again: what is too much is one silence's cap."""
+    add_fleet(books, WEB, dataclasses.replace(WEB, copy="b"))
+    run(books, beats("h1", T, T + HOUR // 2, {"a"}), is_closed=False)
+    year = 365 * 24 * HOUR
+    run(books, beats("h1", T + year, T + year, {"a", "b"}), is_closed=False)
+    after = beats("h1", T + HOUR // 2 + 30 * S, T + 5 * HOUR // 2, {"a", "b"})
+    run(books, [*after, *beats("h1", T + 5 * HOUR // 2 + 30 * S, T + 6 * HOUR, set())])
+    books.set_time(T + 8 * HOUR)
+    wrong, _ = in_database(books, cp_server.verify_ledger)
+    assert wrong == []
+    rows = books.query(
+        "SELECT assignment_no, sum(billed_us)::bigint AS us, count(*) AS hours,"
+        " max(hour_at) AS last FROM usage_windows GROUP BY 1 ORDER BY 1"
+    )
+    billed = 5 * HOUR // 2
+    assert [row["us"] for row in rows] == [billed + 90 * S, 2 * HOUR]
+    assert {row["hours"] for row in rows} == {3}
+    assert books.query("SELECT 1 FROM usage_runs WHERE NOT is_closed") == []
+
+
+def test_marks_that_are_needed_stay(books: Books) -> None:
+    add_fleet(books, WEB)
+    run(books, beats("h1", T, T + 3 * HOUR, {"a"}), is_closed=False)
+    books.set_time(T + 9 * 24 * HOUR)
+    assert in_database(books, cp_server.prune_hours) == 0
+    run(books, beats("h1", T + 9 * 24 * HOUR, T + 9 * 24 * HOUR + HOUR, {"a"}))
+    books.check()
+    books.set_time(T + 20 * 24 * HOUR)
+    assert in_database(books, cp_server.prune_hours) >= 3
+    run(books, beats("h1", T + 20 * 24 * HOUR, T + 20 * 24 * HOUR + HOUR, {"a"}))
+    books.check()
+
+
+def test_one_copy_at_fault_holds_up_no_other(books: Books) -> None:
+    copies = [oracle.Copy(f"c{n}", "w", "kuma", "h1", "p", 100, 10**9) for n in range(20)]
+    add_fleet(books, *copies)
+    names = {copy.copy for copy in copies}
+    run(books, beats("h1", T, T + HOUR, names))
+    bad = books.ids["c7"]
+    books.owner.execute(
+        "UPDATE usage_lines SET cpu_micros = 10^15 WHERE assignment_no ="
+        " (SELECT assignment_no FROM assignments WHERE assignment_id = %s)",
+        (bad,),
+    )
+    run(books, beats("h1", T + HOUR + 30 * S, T + 2 * HOUR, names), is_closed=False)
+    books.set_time(T + 4 * HOUR)
+    metrics = cp_server.Metrics()
+    for name, kind, text in cp_server.METRICS:
+        metrics.define(name, kind, text)
+    is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics)._close())
+    assert is_whole is False
+    rows = books.query(
+        "SELECT assignment_id FROM assignments WHERE assignment_no NOT IN"
+        " (SELECT assignment_no FROM usage_windows WHERE hour_at = '2026-03-31T21:00Z')"
+    )
+    assert [row["assignment_id"] for row in rows] == [bad]
+
+
 def test_hours_without_a_rate_card_are_free(books: Books) -> None:
     add_fleet(books, WEB, cards=())
     run(books, beats("h1", T, T + HOUR, {"a"}))
@@ -229,6 +326,9 @@ def test_bills_by_the_command_line(books: Books, tmp_path: Path) -> None:
         ["add-rate-card", "--valid-from=next", *prices[:3], "--provider-share=101"],
         ["add-payment", kuma, "0.0000001", "--reference=x"],
         ["add-payment", kuma, "NaN", "--reference=x"],
+        ["add-payment", kuma, "1e999999", "--reference=x"],
+        ["add-payment", kuma, "1_000", "--reference=x"],
+        ["add-payment", kuma, "1234567890", "--reference=x"],
         ["credit-limit", kuma, "-1"],
         ["credit-limit", "kuma", "1"],
     ):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
     "agent.py": 4680,
-    "cp_server.py": 11_000,
+    "cp_server.py": 11_300,
     "install_agent.py": 1950,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
