@@ -16,6 +16,7 @@ What it does to this machine
   what carries its label `openinfra.assignment` and a name `oi-…`. It stops all of that when the
   control plane is silent for long, and leaves it running when it is itself stopped or upgraded.
   When the control plane asks what one of these printed, it reads the end of that and sends it.
+  Each minute it asks the engine what each of these uses, and tells the control plane the sums.
   When the engine's disk is nearly full it has images removed that nothing uses, but only by an
   engine whose own label says `openinfra.engine=1`.
   Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a

@@ -250,6 +250,28 @@ def test_one_copy_at_fault_holds_up_no_other(books: Books) -> None:
     assert [row["assignment_id"] for row in rows] == [bad]
 
 
+@pytest.mark.parametrize(
+    ("away_s", "interval_ms", "billed_s"),
+    [
+        (90, 30_000, 90),  # three intervals of silence count,
+        (91, 30_000, 90),  # and no more of it: a busy minute,
+        (3_600, 30_000, 90),  # an hour without a control plane,
+        (86_400, 30_000, 90),  # a day without a network;
+        (3_600, 60_000, 180),  # as the control plane asked last
+        (3_600, 25_000, 75),
+    ],
+)
+def test_a_silence_is_billed_up_to_three_intervals(
+    books: Books, away_s: int, interval_ms: int, billed_s: int
+) -> None:
+    """A copy that goes on through it: the control plane was away, or the host was."""
+    add_fleet(books, WEB)
+    first = oracle.Heartbeat(T + 60 * S, "h1", interval_ms, frozenset("a"), ())
+    again = dataclasses.replace(first, at_us=first.at_us + away_s * S)
+    run(books, [first, again, dataclasses.replace(again, at_us=again.at_us, running=frozenset())])
+    assert sum(each.billed_us for each in books.check().windows) == billed_s * S
+
+
 def test_hours_without_a_rate_card_are_free(books: Books) -> None:
     add_fleet(books, WEB, cards=())
     run(books, beats("h1", T, T + HOUR, {"a"}))

@@ -1,0 +1,317 @@
+"""Tables for the rules of billing: cards, windows, months, shares, amounts, and how bills look."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime as dt
+import json
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cp_server
+from cp_server import Bill, BillLine, Due, Error, Meter, RateCard, Usage
+
+UTC = dt.timezone.utc
+HOUR_US = cp_server.HOUR_US
+T = dt.datetime(2026, 3, 31, 22, tzinfo=UTC)
+HOUR = dt.timedelta(hours=1)
+METER = Meter(1, 7, "solana:x", 3, 1000, 10**9)
+NEVER: frozenset[dt.date] = frozenset()
+MARCH, APRIL, MAY = (dt.date(2026, month, 1) for month in (3, 4, 5))
+
+
+def card(number: int, customer_no: int | None, valid_from: dt.datetime, **prices: int) -> RateCard:
+    values = {"cpu_hour_micros": 10, "gb_hour_micros": 1, "egress_gb_micros": 5, **prices}
+    values.setdefault("provider_share_ppm", 800_000)
+    return RateCard(number, customer_no, valid_from, **values)
+
+
+CARDS = cp_server.sort_cards(
+    [
+        card(4, None, T + 2 * HOUR),
+        card(1, None, T - 5 * HOUR),
+        card(2, 7, T),
+        card(3, 8, T - 9 * HOUR),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("customer_no", "hour_at", "expected"),
+    [
+        (7, T - 6 * HOUR, None),
+        (7, T - HOUR, 1),
+        (7, T, 2),
+        (7, T + 5 * HOUR, 2),  # its own, though there is a newer one for all
+        (8, T + 5 * HOUR, 3),
+        (9, T + HOUR, 1),
+        (9, T + 2 * HOUR, 4),
+    ],
+)
+def test_whose_card_it_is(customer_no: int, hour_at: dt.datetime, expected: int | None) -> None:
+    found = cp_server.find_card(CARDS, customer_no, hour_at)
+    assert (found and found.card_no) == expected
+
+
+ALL = cp_server.sort_cards([card(1, None, T - 5 * HOUR)])
+
+
+def close(due: dict[dt.datetime, Due], **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "cards": ALL,
+        "lines": {},
+        "parts": {},
+        "issued": NEVER,
+        "now": T + 5 * HOUR,
+        **changes,
+    }
+    return cp_server.decide_windows(values.pop("meter", METER), due, **values)
+
+
+def test_windows_add_up_to_a_line_that_is_rounded_once() -> None:
+    third = Due(HOUR_US // 3)
+    meter, windows, lines = close({T - n * HOUR: third for n in range(3)})
+    # A processor for three times a third of an hour, at 10 an hour.
+    assert [window.usage.cpu_micros for window in windows] == [3, 3, 4]
+    assert [window.usage.share_micros for window in windows] == [2, 2, 4]
+    (line,) = lines.values()
+    assert (line.cpu_micros, line.memory_micros, line.share_micros) == (10, 1, 8)
+    meter, (window,), lines = close({T + HOUR: Due(HOUR_US)}, meter=meter, lines=lines)
+    assert (meter.billed_us, window.usage.cpu_micros, window.month) == (2 * HOUR_US, 10, MARCH)
+    assert lines[1, MARCH, 1].cpu_micros == 20
+    # The next month's is another line, which begins at nothing.
+    _, (window,), lines = close({T + 2 * HOUR: Due(HOUR_US // 6)}, meter=meter, lines=lines)
+    assert (window.usage.cpu_micros, window.month) == (1, APRIL)
+
+
+@given(st.lists(st.integers(1, HOUR_US), min_size=1, max_size=20))
+def test_in_whatever_parts_the_line_is_the_same(parts: list[int]) -> None:
+    whole = Due(sum(parts))
+    _, _, together = close({T: whole})
+    meter: Meter = METER
+    lines: dict[cp_server.LineKey, Usage] = {}
+    for number, part in enumerate(parts):
+        meter, windows, changed = close(
+            {T: Due(part)}, meter=meter, lines=lines, parts={T: number} if number else {}
+        )
+        assert [window.part for window in windows] == [number + 1]
+        assert min(windows[0].usage) >= 0
+        lines |= changed
+    assert lines == together
+
+
+def test_egress_waits_for_its_room() -> None:
+    gbit = cp_server.EGRESS_MAX_BYTES_PER_US
+    meter, windows, _ = close({T: Due(10, 11 * gbit)})
+    assert [w.usage.egress_bytes for w in windows] == [10 * gbit]
+    meter, windows, _ = close({T: Due(0, 5)}, meter=meter)
+    assert windows == []
+    meter, windows, _ = close({T: Due(1, 0), T + HOUR: Due(1, 0)}, meter=meter)
+    assert [w.usage.egress_bytes for w in windows] == [gbit, 5]
+    assert meter.counted_bytes == 11 * gbit + 5
+
+
+def test_counters_do_not_overflow() -> None:
+    meter = METER
+    for _ in range(3):
+        meter, _, _ = close({T: Due(1, 2**62)}, meter=meter)
+    assert meter.counted_bytes == 2**62
+
+
+@pytest.mark.parametrize(
+    ("hour_at", "now", "issued", "expected"),
+    [
+        (T, T + HOUR, NEVER, MARCH),
+        (T, T + 40 * 24 * HOUR, NEVER, MARCH),
+        (T, T + 24 * HOUR, frozenset({MARCH}), APRIL),
+        (T + 2 * HOUR, T + 24 * HOUR, frozenset({MARCH}), APRIL),
+        (T, T + 24 * HOUR, frozenset({MARCH, APRIL}), MAY),  # issued by a clock that was wrong
+        (T, T - HOUR, frozenset({MARCH}), APRIL),
+    ],
+)
+def test_the_month_that_an_hour_is_on(
+    hour_at: dt.datetime, now: dt.datetime, issued: frozenset[dt.date], expected: dt.date
+) -> None:
+    assert cp_server.decide_month(hour_at, now, issued) == expected
+
+
+def test_the_month_after() -> None:
+    assert cp_server.next_month(dt.date(2026, 12, 1)) == dt.date(2027, 1, 1)
+    assert cp_server.next_month(dt.date(2026, 1, 1)) == dt.date(2026, 2, 1)
+
+
+def test_without_a_card_nothing_is_charged() -> None:
+    _, (window,), lines = close({T: Due(5, 7)}, cards={})
+    assert window.usage == Usage(5, 7)
+    assert [*lines] == [(1, MARCH, 0)]
+    assert cp_server.list_entries(METER, window.usage) == []
+
+
+@pytest.mark.parametrize(
+    ("share_ppm", "namespace", "expected"),
+    [
+        (800_000, "solana:x", {"customer": -10, "provider": 8, "fees": 2}),
+        (1_000_000, "solana:x", {"customer": -10, "provider": 10}),
+        (0, "solana:x", {"customer": -10, "fees": 10}),
+        (800_000, None, {"customer": -10, "fees": 10}),
+    ],
+)
+def test_entries_of_a_window(
+    share_ppm: int, namespace: str | None, expected: dict[str, int]
+) -> None:
+    meter = dataclasses.replace(METER, namespace=namespace)
+    cards = cp_server.sort_cards([card(1, None, T, gb_hour_micros=0, provider_share_ppm=share_ppm)])
+    _, (window,), _ = close({T: Due(HOUR_US)}, meter=meter, cards=cards)
+    found = {kind: micros for (kind, _), micros in cp_server.list_entries(meter, window.usage)}
+    assert found == expected
+    assert sum(found.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "micros"),
+    [
+        ("0", 0),
+        ("12.5", 12_500_000),
+        ("-0.000001", -1),
+        ("999999999.999999", 999_999_999_999_999),
+        ("007", 7_000_000),
+    ],
+)
+def test_amounts(text: str, micros: int) -> None:
+    assert cp_server.parse_money(text) == micros
+    assert cp_server.parse_money(cp_server.render_money(micros)) == micros
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "-", "1,5", "1.", ".5", "0.0000001", "1e3", "1e999999", "NaN", "1_000", "+1", " 1"),
+        *("1234567890", "1\n", "\u0661"),
+    ],
+)
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(Error, match="is no amount"):
+        cp_server.parse_money(text)
+
+
+@pytest.mark.parametrize(
+    ("micros", "text"),
+    [
+        (0, "0.00"),
+        (1, "0.000001"),
+        (-1_500_000, "-1.50"),
+        (16_000, "0.016"),
+        (10**15, "1000000000.00"),
+    ],
+)
+def test_money_for_people(micros: int, text: str) -> None:
+    assert cp_server.render_money(micros) == text
+
+
+@given(*[st.integers(0, 10**9)] * 3, st.integers(0, 10**6))
+def test_shares_by_resource_add_up_and_are_no_more_than_their_charge(
+    cpu: int, memory: int, egress: int, ppm: int
+) -> None:
+    share = (cpu + memory + egress) * ppm // 10**6
+    line = make_line(Usage(1, 1, cpu, memory, egress, share))
+    shares = cp_server.list_shares(line)
+    assert sum(shares) == share
+    assert all(0 <= a <= b for a, b in zip(shares, (cpu, memory, egress), strict=True))
+
+
+def make_line(usage: Usage, **changes: Any) -> BillLine:
+    values: dict[str, Any] = {
+        "assignment_id": uuid.UUID(int=1),
+        "workload": "kuma/web",
+        "replica": 0,
+        "hostname": "attic",
+        "cpu_milli": 500,
+        "memory_bytes": 10**9,
+        "cpu_hour_micros": 20_000,
+        "gb_hour_micros": 3_000,
+        "egress_gb_micros": 0,
+        "provider_share_ppm": 800_000,
+        "counted_cpu_ns": 0,
+        "counted_memory_byte_s": 0,
+        "counted_tx_bytes": 0,
+        "life_us": usage.billed_us,
+        "usage": usage,
+        **changes,
+    }
+    return BillLine(**values)
+
+
+def make_bill(kind: str, *lines: BillLine, **changes: Any) -> Bill:
+    values = {"whose": "Kuma", "whose_id": "7", "month": MARCH, "number": 17, **changes}
+    total = sum(line.usage.charge_micros for line in lines)
+    return Bill(kind, is_preliminary=False, lines=lines, total_micros=total, **values)
+
+
+HOURS = Usage(HOUR_US * 3 // 2, 0, 15_000, 4_500, 0, 15_600)
+
+
+def test_a_bill_line_by_line() -> None:
+    rows = list(cp_server.list_bill_rows(make_bill("invoice", make_line(HOURS))))
+    assert [row[4:] for row in rows] == [
+        ["what", "quantity", "unit", "price", "charge"],
+        ["cpu", "0.750000", "cpu-hour", "0.02", "0.015"],
+        ["memory", "1.500000", "GB-hour", "0.003", "0.0045"],
+    ]
+    rows = list(cp_server.list_bill_rows(make_bill("statement", make_line(HOURS))))
+    assert [row[-2:] for row in rows] == [["share", "owed"], ["80 %", "0.012"], ["80 %", "0.0036"]]
+
+
+EVIL = "-1+1;=cmd|' /C calc'!A0"
+
+
+@pytest.mark.parametrize("hostname", [EVIL, "=1", "+1", "@x", "\tx", '"', "a,b\nc"])
+def test_a_strange_host_name_is_no_formula_and_no_cell(hostname: str) -> None:
+    text = "".join(
+        cp_server.render_bill_csv(make_bill("invoice", make_line(HOURS, hostname=hostname)))
+    )
+    rows = list(csv.reader(text.splitlines(keepends=True)))
+    assert {len(row) for row in rows} == {9}
+    assert rows[1][3].removeprefix("'") == hostname
+    assert rows[1][3][0] not in "=+-@\t"
+    assert text.count('"') >= 2 * 9 * 3
+
+
+def test_a_page_shows_words_as_they_are() -> None:
+    line = make_line(HOURS, hostname="<script>alert(1)</script>")
+    page = "".join(cp_server.render_bill_html(make_bill("invoice", line, whose='<b>"&'), "E<R"))
+    assert "<script" not in page
+    assert "&lt;b&gt;&quot;&amp;" in page
+    assert "E&lt;R" in page
+    assert "Invoice 17, March 2026" in page
+    assert "Preliminary" not in page
+    assert "https://" not in page  # it needs nothing else
+
+
+def test_an_invoice_does_not_say_what_the_provider_gets() -> None:
+    shown = json.dumps(cp_server.render_bill_json(make_bill("invoice", make_line(HOURS)), "EUR"))
+    assert "share" not in shown
+    shown = json.dumps(cp_server.render_bill_json(make_bill("statement", make_line(HOURS)), "EUR"))
+    assert '"share_micros": 15600' in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-13",
+        "2026-1",
+        "26-01",
+        "2026-01-01",
+        "1999-12",
+        "",
+        "\u0662\u0660\u0662\u0666-\u0660\u0661",
+    ],
+)
+def test_what_is_no_month(text: str) -> None:
+    with pytest.raises(cp_server.Refusal, match="is no month"):
+        cp_server.parse_month(text)
+    assert cp_server.parse_month("2026-03") == MARCH
