@@ -234,6 +234,8 @@ TEND_S = 2.0
 TEND_IDLE_S = 30.0
 ENGINE_API = (1, 41)  # of Docker 20.10; a newer engine may want a newer one
 ENGINE_START_S = 15.0
+# Nobody pays for what may run while an engine is silent for this long.
+ENGINE_LOST_S = 120.0
 NO_ENGINE = Path("none")
 # `pause` waits so long for the ends, and this for the heartbeat that says so; `leave` for the
 # control plane's round, its nudge (or the next heartbeat), and the heartbeat after it.
@@ -263,10 +265,13 @@ LOG_TIMEOUT_S = 3.0
 PULL_SILENCE_S = 60.0
 ENGINE_LINE_MAX_BYTES = 65_536
 ENGINE_ANSWER_MAX_BYTES = 4 << 20
-# What workloads use is read this often; the engine has this long for one of them; so many go with
-# one heartbeat, and are kept while the control plane is away.
+# What workloads use is read this often, for so long at a time; the engine has this long for one of
+# them, and less right before a stop. So many go with one heartbeat, and are kept while the control
+# plane is away.
 METER_S = 60.0
+METER_SLICE_S = 1.0
 METER_TIMEOUT_S = 2.0
+PARTING_TIMEOUT_S = 0.5
 COUNTS_SENT_MAX, COUNTS_MAX = 64, 1_000
 USAGE_MAX_BYTES = 1 << 20
 # In the tunnel: any packet means "heartbeat now".
@@ -720,6 +725,7 @@ class Step:
 class Reading:
     """What the engine says of a container that runs: in all since its start, and memory now."""
 
+    at_s: float
     cpu_ns: int
     memory_bytes: int
     rx_bytes: int
@@ -739,6 +745,8 @@ class Count:
     tx_bytes: int = 0
     # Of the last reading: cpu_ns, rx_bytes, tx_bytes; they begin at nothing when it starts again.
     last: tuple[int, int, int] = (0, 0, 0)
+    # When that was, in this boot; 0: not yet.
+    read_s: float = 0.0
     # True when a heartbeat may have brought it to the control plane.
     is_sent: bool = False
 
@@ -771,6 +779,7 @@ class Workloads:
     quick: asyncio.Semaphore
     stops: asyncio.Semaphore
     log_reads: asyncio.Semaphore
+    saving: asyncio.Lock
     # Set when there is something to look at.
     stirred: asyncio.Event
 
@@ -779,7 +788,10 @@ class Workloads:
     engine_version: str = ""
     engine_error: str = "it was not asked yet"
     engine_asked_s: float = -ENGINE_VERSION_AGE_S
+    # Since when it gives no answer; None: it does.
+    engine_lost_s: float | None = None
     is_engine_logged: bool = False
+    is_lost: bool = False
     lease_error: str = ""
 
     # This host's address in the tunnel; empty while it is not known.
@@ -817,11 +829,13 @@ class Workloads:
     # What the control plane asks for, by its request_id, until the answer went out once.
     logs: dict[int, asyncio.Task[pb.LogAnswer]] = field(default_factory=dict)
 
-    # By container, in the order of their beginning; what the control plane acknowledged of them;
-    # what was read right before a stop; when all were read last.
+    # By container, in the order of their beginning; what the control plane acknowledged of them,
+    # and when; what was read right before a stop; which are to be read, and when that began.
     counts: dict[str, Count] = field(default_factory=dict)
     told: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
-    parting: dict[str, tuple[str, Reading]] = field(default_factory=dict)
+    told_s: dict[str, float] = field(default_factory=dict)
+    parting: list[tuple[str, str, Reading]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     metered_s: float = 0.0
     is_usage_warned: bool = False
 
@@ -1813,9 +1827,17 @@ def render_end(found: Container, memory_bytes: int) -> str:
 
 
 def decide_report(
-    wish: Wish | None, found: Container | None, past: Past, progress: str, unready: str
+    wish: Wish | None,
+    found: Container | None,
+    past: Past,
+    progress: str,
+    unready: str,
+    lost: str = "",
 ) -> tuple[int, str]:
-    """Say how far a wished or kept assignment is, and why it does not run."""
+    """Say how far a wished or kept assignment is, and why it does not run.
+
+    `lost`: why the engine is silent for so long that nobody knows what runs.
+    """
     if past.rejected:
         is_gone = found is None
         state = pb.ASSIGNMENT_STATE_REJECTED if is_gone else pb.ASSIGNMENT_STATE_STOPPING
@@ -1827,7 +1849,8 @@ def decide_report(
     if wish is not None and found.wish_sha256 != wish.sha256:
         return pb.ASSIGNMENT_STATE_STARTING, "another container of it is stopped first"
     if found.is_running:
-        return pb.ASSIGNMENT_STATE_RUNNING, ""
+        state = pb.ASSIGNMENT_STATE_WAITING if lost else pb.ASSIGNMENT_STATE_RUNNING
+        return state, lost
     if past.is_stopped:
         return pb.ASSIGNMENT_STATE_WAITING, unready or "stopped: its right to run was over"
     if not found.has_ended:
@@ -1853,7 +1876,8 @@ def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
     for name in [*there, *sorted(kept & found.keys())]:
         past = memory.pasts.get(name, Past())
         progress = workloads.progress.get(name, "")
-        state, reason = decide_report(wished.get(name), found.get(name), past, progress, unready)
+        wish, lost = wished.get(name), workloads.engine_error if workloads.is_lost else ""
+        state, reason = decide_report(wish, found.get(name), past, progress, unready, lost)
         one = observed.assignments.add(assignment_id=name, reason=reason, restarts=past.restarts)
         one.state = cast("pb.AssignmentState.ValueType", state)
         if past.exit_code is not None:
@@ -1889,23 +1913,31 @@ def decide_unready(
     return "", ""
 
 
-def parse_reading(stats: Mapping[str, Any]) -> Reading:
-    """The engine's statistics of a container; all zero for one that does not run."""
+def parse_reading(stats: Mapping[str, Any], at_s: float) -> Reading | None:
+    """The engine's statistics of a container; None for one that does not run."""
     networks = (stats.get("networks") or {}).values()
-    return Reading(
+    reading = Reading(
+        at_s,
         int(((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage") or 0),
         int((stats.get("memory_stats") or {}).get("usage") or 0),
         sum(int(each.get("rx_bytes") or 0) for each in networks),
         sum(int(each.get("tx_bytes") or 0) for each in networks),
     )
+    return reading if reading.cpu_ns or reading.memory_bytes else None
 
 
-def add_reading(count: Count, reading: Reading, elapsed_s: float) -> Count:
-    """Add what was used since the last reading; less than that is a container started again."""
+def add_reading(count: Count, reading: Reading) -> Count:
+    """Add what was used since the last reading; less than that is a container started again.
+
+    One that was taken before the last is of no use any more.
+    """
+    if reading.at_s <= count.read_s:
+        return count
     now = (reading.cpu_ns, reading.rx_bytes, reading.tx_bytes)
     pairs = zip(now, count.last, strict=True)
     cpu_ns, rx_bytes, tx_bytes = (new - old if new >= old else new for new, old in pairs)
-    byte_s = int(reading.memory_bytes * min(max(elapsed_s, 0.0), 2 * METER_S))
+    elapsed_s = reading.at_s - count.read_s if count.read_s else 0.0
+    byte_s = int(reading.memory_bytes * min(elapsed_s, 2 * METER_S))
     return replace(
         count,
         cpu_ns=min(count.cpu_ns + cpu_ns, INT64_MAX),
@@ -1913,6 +1945,7 @@ def add_reading(count: Count, reading: Reading, elapsed_s: float) -> Count:
         rx_bytes=min(count.rx_bytes + rx_bytes, INT64_MAX),
         tx_bytes=min(count.tx_bytes + tx_bytes, INT64_MAX),
         last=now,
+        read_s=reading.at_s,
     )
 
 
@@ -1943,10 +1976,14 @@ def merge_counts(counts: Mapping[str, Count], live: Collection[str], most: int) 
 
 
 def list_due(
-    counts: Mapping[str, Count], told: Mapping[str, tuple[int, int, int, int]]
+    counts: Mapping[str, Count],
+    told: Mapping[str, tuple[int, int, int, int]],
+    told_s: Mapping[str, float],
+    live: Collection[str],
 ) -> list[Count]:
-    """What the control plane does not have yet, the oldest first."""
+    """What the control plane does not have yet: of what is over first, then what waited longest."""
     due = [each for name, each in counts.items() if told.get(name) != each.sums and any(each.sums)]
+    due.sort(key=lambda each: (each.container_id in live, told_s.get(each.container_id, 0.0)))
     return due[:COUNTS_SENT_MAX]
 
 
@@ -1974,10 +2011,10 @@ def parse_counts(raw: bytes) -> dict[str, Count]:
     for row in json.loads(raw):
         count = Count(**{**row, "last": tuple(row["last"])})
         numbers = (*count.sums, *count.last)
-        is_named = HEX_32_RE.fullmatch(count.container_id) and UUID_RE.fullmatch(
-            count.assignment_id
-        )
+        is_named = HEX_32_RE.fullmatch(count.container_id) and HOST_ID_RE.fullmatch(count.boot_id)
+        is_named = is_named and UUID_RE.fullmatch(count.assignment_id)
         is_right = all(type(each) is int and 0 <= each <= INT64_MAX for each in numbers)
+        is_right = is_right and isinstance(count.read_s, int | float)
         if not (is_named and is_right and len(numbers) == 7):
             raise ValueError("a count that cannot be")
         found[count.container_id] = count
@@ -2657,19 +2694,6 @@ def read_counts(data_dir: Path) -> dict[str, Count]:
         return {}
 
 
-def save_counts(agent: Agent) -> None:
-    """Write usage.json; on a full disk the counts go on in memory."""
-    workloads = agent.workloads
-    try:
-        write_file(agent.config.data_dir / USAGE_NAME, render_counts(workloads.counts), 0o600)
-        workloads.is_usage_warned = False
-    except OSError as error:
-        if not workloads.is_usage_warned:
-            workloads.is_usage_warned = True
-            todo = "what workloads used is lost when this agent ends; make room on that disk"
-            log("WARN", "usage cannot be saved", todo, error=error.strerror)
-
-
 def read_text(path: str) -> str:
     """Read a file of /proc; empty when it cannot be read."""
     try:
@@ -3173,22 +3197,30 @@ class Engine:
                 parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
             return cut_log(parse_frames(answer.read), limit_bytes)
 
-    def read_stats(self, container_id: str) -> Reading:
-        """What a container used since its start."""
+    def read_stats(self, container_id: str, timeout_s: float = METER_TIMEOUT_S) -> Reading | None:
+        """What a container used since its start; None: it does not run."""
         path, query = f"/containers/{container_id}/stats", {"stream": "0", "one-shot": "1"}
-        stats = self.ask("GET", path, query, timeout_s=METER_TIMEOUT_S)
-        return parse_reading(stats if isinstance(stats, dict) else {})
+        stats = self.ask("GET", path, query, timeout_s=timeout_s)
+        try:
+            return parse_reading(stats, read_boot_s())
+        except (AttributeError, TypeError, ValueError):
+            raise EngineError(502, "the engine's statistics cannot be read") from None
 
-    def read_all_stats(self, container_ids: Sequence[str]) -> dict[str, Reading]:
-        """The same of many; one that gives no answer is left to the next time."""
-        found = {}
+    def read_some_stats(self, container_ids: Sequence[str]) -> tuple[dict[str, Reading], int]:
+        """The same of as many as there is time for, and how many that were."""
+        found, asked = {}, 0
+        until_s = read_boot_s() + METER_SLICE_S
         for name in container_ids:
+            asked += 1
             try:
-                found[name] = self.read_stats(name)
-            except EngineError as error:  # noqa: PERF203 - each for itself
+                if reading := self.read_stats(name):
+                    found[name] = reading
+            except EngineError as error:
                 if error.status in (0, 504):
                     break
-        return found
+            if read_boot_s() >= until_s:
+                break
+        return found, asked
 
     def create(self, wish: Wish, address: str, network: str, secrets_dir: Path) -> None:
         """Make a workload's container, and its network unless it is there."""
@@ -3420,7 +3452,7 @@ async def beat(agent: Agent) -> None:
     observed = render_observed(workloads, facts.unready) if workloads.looks else None
     if observed is not None and observed != workloads.acknowledged:
         request.observed.CopyFrom(observed)
-    usage = pop_usage(agent, BEAT_MAX_BYTES - request.ByteSize())
+    usage = await pop_usage(agent, BEAT_MAX_BYTES - request.ByteSize())
     request.usage.extend(render_counter(each) for each in usage)
     request.logs.extend(pop_logs(workloads, BEAT_MAX_BYTES - request.ByteSize()))
     failpoint("Heartbeat.before_send")
@@ -3436,6 +3468,7 @@ async def beat(agent: Agent) -> None:
     if reply.HasField("earnings"):
         agent.earnings = render_earnings(reply.earnings)
     workloads.told |= {each.container_id: each.sums for each in usage}
+    workloads.told_s |= {each.container_id: read_boot_s() for each in usage}
     take_reply(agent, reply, sent_s)
     begin_logs(agent, reply.log_requests)
     agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
@@ -3656,41 +3689,54 @@ async def look(workloads: Workloads) -> None:
 async def meter(agent: Agent) -> None:
     """Count what workloads use, each minute and right before a stop; and keep it on the disk."""
     workloads, now_s = agent.workloads, read_boot_s()
-    parting, workloads.parting = workloads.parting, {}
-    is_due = now_s >= workloads.metered_s + METER_S
+    parting, workloads.parting = workloads.parting, []
     running = {each.id: each.assignment_id for each in workloads.containers if each.is_running}
-    readings = {}
-    elapsed_s, before = 0.0, workloads.counts
-    if is_due and running:
-        readings = await in_thread(workloads, workloads.engine.read_all_stats, [*running])
-        elapsed_s = now_s - workloads.metered_s if workloads.metered_s else 0.0
-    if is_due:
-        workloads.metered_s = now_s
-    counts = dict(before)
-    for name, assignment_id, reading, passed_s in (
-        *((name, running[name], reading, elapsed_s) for name, reading in readings.items()),
-        *((name, *pair, 0.0) for name, pair in parting.items()),
-    ):
+    if not workloads.unread and now_s >= workloads.metered_s + METER_S:
+        workloads.metered_s, workloads.unread = now_s, [*running]
+    chosen = [name for name in workloads.unread if name in running and HEX_32_RE.fullmatch(name)]
+    if chosen:
+        engine = workloads.engine
+        readings, number = await in_thread(workloads, engine.read_some_stats, chosen)
+        parting += [(name, running[name], reading) for name, reading in readings.items()]
+        chosen = chosen[number:]
+    workloads.unread = chosen
+    counts = dict(workloads.counts)  # as a heartbeat may have left it meanwhile
+    for name, assignment_id, reading in sorted(parting, key=lambda each: each[2].at_s):
         count = counts.get(name, Count(assignment_id, agent.boot_id, name))
-        counts[name] = add_reading(count, reading, passed_s)
+        counts[name] = add_reading(count, reading)
     live = {each.id for each in workloads.containers}
-    gone = [
-        name
-        for name, count in counts.items()
-        if name not in live and workloads.told.get(name, (0, 0, 0, 0)) == count.sums
-    ]
-    for name in gone:
-        del counts[name]
-        workloads.told.pop(name, None)
-    workloads.counts = merge_counts(counts, live, COUNTS_MAX)
-    if workloads.counts != before:
-        save_counts(agent)
+    nothing = (0, 0, 0, 0)
+    for name, count in [*counts.items()]:
+        if name not in live and workloads.told.get(name, nothing) == count.sums:
+            del counts[name]
+            workloads.told.pop(name, None)
+            workloads.told_s.pop(name, None)
+    counts = merge_counts(counts, live, COUNTS_MAX)
+    if counts != workloads.counts:
+        workloads.counts = counts
+        await save_counts(agent)
 
 
-def pop_usage(agent: Agent, room_bytes: int) -> list[Count]:
+async def save_counts(agent: Agent) -> None:
+    """Write usage.json beside the loop; on a full disk the counts go on in memory."""
+    workloads = agent.workloads
+    async with workloads.saving:
+        path, raw = agent.config.data_dir / USAGE_NAME, render_counts(workloads.counts)
+        try:
+            await in_thread(workloads, write_file, path, raw, 0o600)
+            workloads.is_usage_warned = False
+        except OSError as error:
+            if not workloads.is_usage_warned:
+                workloads.is_usage_warned = True
+                todo = "what workloads used is lost when this agent ends; make room on that disk"
+                log("WARN", "usage cannot be saved", todo, error=error.strerror)
+
+
+async def pop_usage(agent: Agent, room_bytes: int) -> list[Count]:
     """What goes with a heartbeat; that it went is on the disk before it goes."""
     workloads, chosen = agent.workloads, []
-    for count in list_due(workloads.counts, workloads.told):
+    live = {each.id for each in workloads.containers}
+    for count in list_due(workloads.counts, workloads.told, workloads.told_s, live):
         room_bytes -= render_counter(count).ByteSize() + 4
         if room_bytes < 0:
             break
@@ -3698,7 +3744,7 @@ def pop_usage(agent: Agent, room_bytes: int) -> list[Count]:
     fresh = {each.container_id: each for each in chosen}
     if any(not workloads.counts[name].is_sent for name in fresh):
         workloads.counts = {**workloads.counts, **fresh}
-        save_counts(agent)
+        await save_counts(agent)
     return chosen
 
 
@@ -3770,9 +3816,10 @@ def run_step(workloads: Workloads, step: Step) -> None:
     if step.verb is Verb.REMOVE:
         engine.remove(step.container_id, step.network)
     elif step.verb in (Verb.TERM, Verb.KILL):
-        with contextlib.suppress(EngineError):
-            reading = engine.read_stats(step.container_id)
-            workloads.parting[step.container_id] = (step.assignment_id, reading)
+        if step.verb is Verb.TERM and read_boot_s() < workloads.right_until_s:
+            with contextlib.suppress(EngineError):
+                if reading := engine.read_stats(step.container_id, PARTING_TIMEOUT_S):
+                    workloads.parting.append((step.container_id, step.assignment_id, reading))
         engine.ask_gone("POST", f"{container}/kill", {"signal": f"SIG{step.verb.name}"})
     elif step.wish is not None and step.verb is Verb.START:
         ensure_secrets(workloads.secrets_dir, step.wish)
@@ -3815,6 +3862,14 @@ def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> 
     else:
         past = replace(past, tries=0, trouble="", has_image=True)
     workloads.memory.pasts[step.assignment_id] = past
+
+
+def note_lost(workloads: Workloads) -> None:
+    """See how long the engine gives no answer."""
+    now_s = read_boot_s()
+    since_s = now_s if workloads.engine_lost_s is None else workloads.engine_lost_s
+    workloads.engine_lost_s = since_s if workloads.engine_error else None
+    workloads.is_lost = bool(workloads.engine_error) and now_s - since_s >= ENGINE_LOST_S
 
 
 def note_engine(workloads: Workloads) -> None:
@@ -4371,6 +4426,7 @@ async def tend(agent: Agent) -> NoReturn:
             workloads.engine_error = ""
         except EngineError as error:
             workloads.engine_error = str(error)
+        note_lost(workloads)
         note_pause(agent)
         if not workloads.engine_error:
             begin_steps(workloads, read_unready(agent)[0])
@@ -4433,6 +4489,7 @@ def make_workloads(config: Config, limits: Limits) -> Workloads:
         quick=asyncio.Semaphore(STEPS_MAX),
         stops=asyncio.Semaphore(STOPS_MAX),
         log_reads=asyncio.Semaphore(LOG_READS_MAX),
+        saving=asyncio.Lock(),
         stirred=asyncio.Event(),
     )
 

@@ -1563,10 +1563,12 @@ WALLET = {"format": "solana-pubkey"}
 WG_IP = {"pattern": rf"^(?!10\.77\.(0\.[01]|255\.255)$)10\.77\.{_OCTET}\.{_OCTET}$"}
 WG_PUBKEY = {"pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
 UUID = {"format": "uuid"}
+MONTH = "20[0-9]{2}-(0[1-9]|1[0-2])"
 PATH_FORMS: dict[str, Mapping[str, str]] = {
     "host_id": UUID,
     "customer_id": UUID,
     "workload_id": UUID,
+    "month": {"pattern": f"^{MONTH}$"},
 }
 INVITE_FIELDS = (
     Field("ttl_hours", "integer", "hours until it expires", 1, INVITE_TTL_MAX_HOURS, 24),
@@ -1594,7 +1596,15 @@ PAYMENT_FIELDS = (
     Field("reference", "string", "the bank's or your own", 1, 100, None, check_text, required=True),
     Field("note", "string", "what it is for", 0, 200, "", check_text),
 )
-MONTH_FIELD = Field("month", "string", "like 2026-11; default: this month", 0, 7, "")
+MONTH_FIELD = Field(
+    "month",
+    "string",
+    "like 2026-11; default: this month",
+    0,
+    7,
+    "",
+    form={"pattern": f"^({MONTH})?$"},
+)
 KEY_FIELDS = (Field("note", "string", "what it is for", 0, 200, "", check_text, form=LINE),)
 ARCHS = ("aarch64", "x86_64")
 EGRESSES = ("none", "internet")
@@ -2750,7 +2760,7 @@ def render_quantity(value: int, unit: int) -> str:
 
 def parse_month(text: str, field: str = "month") -> dt.date:
     """A month like 2026-11, as its first day; raises Refusal."""
-    if re.fullmatch(r"20[0-9]{2}-(0[1-9]|1[0-2])", text):
+    if re.fullmatch(MONTH, text):
         return dt.date(int(text[:4]), int(text[5:]), 1)
     raise Refusal("BAD_REQUEST", f"{field} is no month", "give one like 2026-11", field)
 
@@ -3679,6 +3689,7 @@ CREATE TABLE usage_lines (
   PRIMARY KEY (assignment_no, month, card_no)
 );
 CREATE INDEX usage_lines_customer ON usage_lines (customer_no, month);
+CREATE INDEX usage_lines_month ON usage_lines (month);
 CREATE INDEX usage_lines_provider ON usage_lines (namespace, month);
 CREATE INDEX usage_lines_host ON usage_lines (host_no, month);
 COMMENT ON TABLE usage_lines IS 'Sums of windows: the lines of invoices and of statements';
@@ -4778,7 +4789,8 @@ WITH due AS (
    ORDER BY assignment_no LIMIT %(most)s)
   UNION
   (SELECT DISTINCT assignment_no FROM usage_egress
-   WHERE bytes > closed_bytes AND hour_at <= %(until)s AND assignment_no > %(cursor)s
+   WHERE bytes > closed_bytes AND (hour_at <= %(until)s OR hour_at > now())
+     AND assignment_no > %(cursor)s
    ORDER BY assignment_no LIMIT %(most)s)
   ORDER BY assignment_no LIMIT %(most)s
 )
@@ -4809,6 +4821,7 @@ WITH run AS (
     SELECT f.hour_at, r.closed_us AS seen_us
     UNION ALL (SELECT h.hour_at, h.seen_us FROM usage_hours h
     WHERE h.host_no = r.host_no AND h.hour_at > f.hour_at AND h.hour_at <= now()
+      AND h.seen_us >= r.closed_us  -- else it is of a clock that was wrong
     ORDER BY h.hour_at LIMIT %(hours)s)) c
 ), part AS (
   SELECT run_no, assignment_no, hour_at, from_us, least(end_us, next_us) AS to_us,
@@ -4823,8 +4836,10 @@ ORDER BY hour_at, run_no LIMIT %(most)s
 
 SQL_USAGE_EGRESS = """
 -- bytes counted that are in no window yet
-SELECT assignment_no, hour_at, bytes, bytes - closed_bytes AS counted_bytes FROM usage_egress
-WHERE assignment_no = ANY(%(assignment_nos)s) AND bytes > closed_bytes AND hour_at <= %(until)s
+SELECT assignment_no, hour_at, CASE WHEN hour_at > now() THEN %(until)s ELSE hour_at END AS due_at,
+  bytes, bytes - closed_bytes AS counted_bytes
+FROM usage_egress WHERE assignment_no = ANY(%(assignment_nos)s) AND bytes > closed_bytes
+  AND (hour_at <= %(until)s OR hour_at > now())  -- a clock was wrong
 FOR UPDATE
 """
 
@@ -4951,24 +4966,27 @@ SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
 """
 
 SQL_BILL_LINES = """
--- the lines of a customer's or a provider's month
-SELECT a.assignment_id, w.namespace || '/' || w.name AS workload, a.replica, h.hostname,
+-- the lines of a customer's or a provider's month: the page first
+SELECT a.assignment_id, l.workload, l.replica, h.hostname,
   a.cpu_milli, a.memory_bytes, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
   k.counted_cpu_ns, k.counted_memory_byte_s, k.counted_tx_bytes, t.billed_us AS life_us,
   l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
-FROM usage_lines l JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
+FROM (
+  SELECT l.*, n.namespace || '/' || n.name AS workload, b.replica FROM usage_lines l
+  JOIN assignments b USING (assignment_no) JOIN workloads n USING (workload_no)
+  WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
+  ORDER BY workload, b.replica, l.assignment_no, l.card_no LIMIT %(limit)s OFFSET %(cursor)s
+) l JOIN assignments a USING (assignment_no)
 JOIN hosts h ON h.host_no = l.host_no LEFT JOIN rate_cards c ON c.card_no = l.card_no
 JOIN usage_totals t USING (assignment_no), LATERAL (
   SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS counted_cpu_ns,
     least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS counted_memory_byte_s,
     least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS counted_tx_bytes
   FROM usage_counters u WHERE u.assignment_no = l.assignment_no) k
-WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
-ORDER BY workload, a.replica, a.assignment_no, l.card_no
-LIMIT %(limit)s OFFSET %(cursor)s
+ORDER BY l.workload, l.replica, l.assignment_no, l.card_no
 """
 
 SQL_BILL_TOTAL = """
@@ -5028,6 +5046,7 @@ SELECT (SELECT coalesce(max(invoice_no), 0) FROM invoices)
 FROM usage_lines l LEFT JOIN invoices i USING (customer_no, month)
 WHERE i.invoice_no IS NULL AND (l.month + interval '1 month') AT TIME ZONE 'UTC'
   < now() - make_interval(secs => %(after_s)s)
+  AND l.month > now() - interval '1 year' AND l.customer_no <> ALL(%(without)s)
 GROUP BY l.customer_no, l.month HAVING sum(l.cpu_micros + l.memory_micros + l.egress_micros) > 0
 ORDER BY l.month, l.customer_no
 RETURNING invoice_no, customer_no, month, total_micros
@@ -5035,13 +5054,17 @@ RETURNING invoice_no, customer_no, month, total_micros
 
 SQL_BALANCES = """
 -- what customers have: these, or all that have a limit; the ledger without a sum over all of it
-SELECT c.customer_no, c.credit_limit_micros, (coalesce((
-    SELECT sum(e.amount_micros) FROM ledger_transactions t JOIN ledger_entries e
-      ON e.transaction_no = t.transaction_no AND e.account_no = a.account_no
-    WHERE t.reference IS NOT NULL), 0) - coalesce((
+WITH paid AS (
+  SELECT e.account_no, sum(e.amount_micros) AS micros
+  FROM ledger_transactions t JOIN ledger_entries e USING (transaction_no)
+  WHERE t.reference IS NOT NULL GROUP BY e.account_no
+)
+SELECT c.customer_no, c.credit_limit_micros, (coalesce(p.micros, 0) - coalesce((
+    SELECT sum(i.total_micros) FROM invoices i WHERE i.customer_no = c.customer_no), 0) - coalesce((
     SELECT sum(l.cpu_micros + l.memory_micros + l.egress_micros) FROM usage_lines l
-    WHERE l.customer_no = c.customer_no), 0))::bigint AS balance_micros
-FROM customers c LEFT JOIN ledger_accounts a USING (customer_no)
+    WHERE l.customer_no = c.customer_no AND NOT EXISTS (SELECT FROM invoices i
+      WHERE i.customer_no = l.customer_no AND i.month = l.month)), 0))::bigint AS balance_micros
+FROM customers c LEFT JOIN ledger_accounts a USING (customer_no) LEFT JOIN paid p USING (account_no)
 WHERE c.customer_no = ANY(%(customer_nos)s::integer[])
   OR (%(customer_nos)s::integer[] IS NULL AND c.credit_limit_micros IS NOT NULL)
 """
@@ -5168,13 +5191,14 @@ LEDGER_CHECKS: tuple[tuple[str, str, str], ...] = (
              SELECT transaction_no, -coalesce(sum(amount_micros)
                  FILTER (WHERE kind = 'customer'), 0) AS charge, min(customer_no) AS customer_no,
                coalesce(sum(amount_micros) FILTER (WHERE kind = 'provider'), 0) AS share,
-               min(namespace) AS namespace
+               min(namespace) AS namespace, count(DISTINCT customer_no) > 1
+                 OR count(DISTINCT namespace) > 1 OR bool_or(kind = 'payments') AS is_odd
              FROM ledger_entries JOIN ledger_accounts USING (account_no)
              GROUP BY transaction_no) e ON e.transaction_no = w.window_no
            JOIN usage_lines l USING (assignment_no, month, card_no)
            WHERE coalesce(e.charge, 0) <> w.cpu_micros + w.memory_micros + w.egress_micros
              OR coalesce(e.share, 0) <> w.share_micros
-             OR (e.charge > 0 AND e.customer_no <> l.customer_no)
+             OR e.is_odd OR (e.charge > 0 AND e.customer_no <> l.customer_no)
              OR (e.share > 0 AND e.namespace <> l.namespace)
              OR w.customer_no <> l.customer_no LIMIT 100""",
     ),
@@ -5214,17 +5238,23 @@ LEDGER_CHECKS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "balances_are_the_ledgers",
-        "what an account is told is the sum of its entries",
-        """SELECT c.customer_id AS subject FROM customers c
-           JOIN ledger_accounts a USING (customer_no) LEFT JOIN (
-             SELECT account_no, sum(amount_micros) AS micros FROM ledger_entries
-             GROUP BY account_no) s USING (account_no)
-           WHERE coalesce(s.micros, 0) <> coalesce((
-             SELECT sum(e.amount_micros) FROM ledger_transactions t JOIN ledger_entries e
-               ON e.transaction_no = t.transaction_no AND e.account_no = a.account_no
-             WHERE t.reference IS NOT NULL), 0) - coalesce((
-             SELECT sum(l.cpu_micros + l.memory_micros + l.egress_micros) FROM usage_lines l
-             WHERE l.customer_no = c.customer_no), 0) LIMIT 100""",
+        "an account's entries are its payments and its lines",
+        """WITH sums AS (
+             SELECT e.account_no, sum(e.amount_micros) AS micros, sum(e.amount_micros)
+               FILTER (WHERE t.kind <> 'usage') AS paid
+             FROM ledger_entries e JOIN ledger_transactions t USING (transaction_no)
+             GROUP BY e.account_no
+           ), used AS (
+             SELECT customer_no, NULL AS namespace,
+               -sum(cpu_micros + memory_micros + egress_micros) AS micros
+             FROM usage_lines GROUP BY customer_no
+             UNION ALL SELECT NULL, namespace, sum(share_micros) FROM usage_lines
+             WHERE namespace IS NOT NULL GROUP BY namespace
+           )
+           SELECT a.account_no AS subject FROM ledger_accounts a LEFT JOIN sums s USING (account_no)
+           LEFT JOIN used u ON u.customer_no = a.customer_no OR u.namespace = a.namespace
+           WHERE a.kind IN ('customer', 'provider')
+             AND coalesce(s.micros, 0) <> coalesce(s.paid, 0) + coalesce(u.micros, 0) LIMIT 100""",
     ),
     (
         "time_is_billed_once",
@@ -5344,6 +5374,12 @@ INVARIANTS: tuple[tuple[str, str, str], ...] = (
                'workload_no', 'workload_id', 'assignment_no', 'assignment_id', 'replica'))
              AND has_column_privilege(current_user, 'public.' || table_name, column_name,
                'UPDATE')""",
+    ),
+    (
+        "runs_are_closed",
+        "the time of a copy that ended is in windows a day later",
+        """SELECT run_no AS subject FROM usage_runs
+           WHERE to_at < now() - interval '1 day' AND NOT is_closed LIMIT 100""",
     ),
     (
         "copies_that_run_are_billed",
@@ -6688,9 +6724,10 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
         egress = await tx.dicts(SQL_USAGE_EGRESS, **asked, until=until)
         due: dict[int, dict[dt.datetime, Due]] = {}
         for row in (*times, *egress):
-            hours = due.setdefault(row["assignment_no"], {})
-            one = hours.get(row["hour_at"], Due())
-            hours[row["hour_at"]] = Due(
+            hours, hour_at = due.setdefault(row["assignment_no"], {}), row["hour_at"]
+            hour_at = row.get("due_at", hour_at)
+            one = hours.get(hour_at, Due())
+            hours[hour_at] = Due(
                 one.billed_us + row.get("billed_us", 0),
                 one.counted_bytes + row.get("counted_bytes", 0),
             )
@@ -6712,12 +6749,12 @@ async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) 
     return Closing(windows, charge, max(meters) if len(found) == most else None)
 
 
-async def find_due(db: Database, cursor: int) -> int | None:
+async def find_due(db: Database, cursor: int) -> Meter | None:
     """The next copy of which something may be due."""
     async with db.transaction() as tx:
         turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
         found = await tx.rows(SQL_USAGE_COPIES, Meter, cursor=cursor, most=1, until=turn["until"])
-    return found[0].assignment_no if found else None
+    return found[0] if found else None
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], *names: str) -> dict[str, list[Any]]:
@@ -6871,11 +6908,12 @@ async def prune_hours(db: Database) -> int:
     return gone
 
 
-async def issue_invoices(db: Database) -> list[Row]:
-    """Issue the invoices of months that are over; give back those that are new."""
+async def issue_invoices(db: Database, without: Collection[int] = ()) -> list[Row]:
+    """Issue invoices of months that are over, but for some customers; give back the new ones."""
     async with db.transaction() as tx:
         turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
-        return await tx.dicts(SQL_INVOICE_ISSUE, after_s=INVOICE_AFTER_S) if turn["is_mine"] else []
+        which = {"after_s": INVOICE_AFTER_S, "without": list(without)}
+        return await tx.dicts(SQL_INVOICE_ISSUE, **which) if turn["is_mine"] else []
 
 
 async def read_invoice(
@@ -6894,7 +6932,7 @@ async def read_invoice(
         total = await tx.the(SQL_BILL_TOTAL, **which)
         lines = await _read_lines(tx, namespace=None, limit=limit, cursor=cursor, **which)
     number = found["invoice_no"]
-    is_preliminary = number is None and found["is_preliminary"]
+    is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
     whose = (customer.name, str(customer_id))
     return Bill("invoice", *whose, month, number, is_preliminary, lines, money)
@@ -7358,6 +7396,7 @@ class Biller:
     def __init__(self, db: Database, metrics: Metrics) -> None:
         self._db = db
         self._metrics = metrics
+        self._without: set[int] = set()  # customers of copies that cannot be billed
         for name in ("usage_windows", "usage_charged_micros", "invoices"):
             metrics.add(f"openinfra_{name}_total", 0)
 
@@ -7383,27 +7422,30 @@ class Biller:
             return None
 
     async def _close(self) -> bool:
-        """Close what is due; False when that was not all of it.
+        """Close what is due; False when another process does it.
 
-        A batch that fails is tried again in halves, down to the one copy that is at fault.
+        A batch that fails is tried again in halves, down to the one copy that is at fault: its
+        customer gets no invoice while that is so.
         """
         cursor: int | None = 0
         most, is_whole = USAGE_BATCH, True
+        self._without.clear()
         while cursor is not None:
             try:
                 done = await close_windows(self._db, cursor, most)
-            except Refusal:
-                raise
             except Exception as error:
-                is_whole = False
                 if most > 1:
                     most //= 2
                     continue
                 what = {"error": type(error).__name__, "said": str(error)}
-                cursor = await find_due(self._db, cursor)
+                found = await find_due(self._db, cursor)
+                if found is None:
+                    raise
+                self._without.add(found.customer_no)
+                cursor = found.assignment_no
                 log("ERROR", "a copy cannot be billed", assignment_no=cursor, **what)
                 continue
-            cursor = done.cursor
+            cursor, most = done.cursor, min(2 * most, USAGE_BATCH)
             is_whole = is_whole and done.is_mine
             self._metrics.add("openinfra_usage_windows_total", done.windows)
             self._metrics.add("openinfra_usage_charged_micros_total", done.charge_micros)
@@ -7414,7 +7456,7 @@ class Biller:
             pass
 
     async def _issue(self) -> None:
-        for row in await issue_invoices(self._db):
+        for row in await issue_invoices(self._db, self._without):
             self._metrics.add("openinfra_invoices_total")
             log("INFO", "invoice issued", number=row["invoice_no"], month=f"{row['month']:%Y-%m}")
 

@@ -533,7 +533,7 @@ def test_status_answer(host: Host) -> None:
         *("state", "version", "host_id", "control_plane", "connected", "last_heartbeat_age_s"),
         *("heartbeats", "interval_s", "status", "assignable", "reasons", "onchain_payout"),
         *("paused", "disk_encrypted", "token", "last_error", "pid", "started_age_s"),
-        *("engine_version", "unready", "unready_todo", "offered", "assignments"),
+        *("engine_version", "unready", "unready_todo", "offered", "assignments", "earnings"),
     }
     assert (answer["pid"], answer["token"], answer["host_id"]) == (child.pid, "unspent", None)
     assert answer["connected"] is False

@@ -572,6 +572,7 @@ def make_workloads(path: Path) -> agent_script.Workloads:
         quick=asyncio.Semaphore(1),
         stops=asyncio.Semaphore(1),
         log_reads=asyncio.Semaphore(1),
+        saving=asyncio.Lock(),
         stirred=asyncio.Event(),
     )
 

@@ -168,6 +168,7 @@ def fill(cp: ControlPlane, path: str) -> str:
         "customer_id": customer_id,
         "key_id": KEYS["customer"].split("_")[1],
         "workload_id": cp.query("SELECT workload_id FROM workloads")[0]["workload_id"],
+        "month": "2026-11",
     }
     return re.sub(r"{(\w+)}", lambda match: str(values[match[1]]), path)
 

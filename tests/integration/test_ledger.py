@@ -93,6 +93,62 @@ def test_a_transaction_that_does_not_add_up_is_refused(
     assert books.query("SELECT 1 FROM ledger_entries WHERE transaction_no = 900001") == []
 
 
+# What the statements of BROKEN say in a word.
+WORDS = {
+    "first": "transaction_no = (SELECT min(transaction_no) FROM ledger_transactions)",
+    "of_kuma": "(SELECT min(account_no) FROM ledger_accounts WHERE kind = 'customer')",
+    "of_other": "(SELECT max(account_no) FROM ledger_accounts)",
+    "of_provider": "(SELECT account_no FROM ledger_accounts WHERE kind = 'provider')",
+    "of_fees": "(SELECT account_no FROM ledger_accounts WHERE kind = 'fees')",
+    "of_payments": "(SELECT account_no FROM ledger_accounts WHERE kind = 'payments')",
+    "with_other": "INSERT INTO customers (customer_id, name, created_by)"
+    " VALUES (gen_random_uuid(), 'other', 'x'); INSERT INTO ledger_accounts (kind, customer_no)"
+    " SELECT 'customer', max(customer_no) FROM customers",
+}
+# Each of cp_server.LEDGER_CHECKS, and of what else is told of runs, is broken here by the superuser.
+BROKEN = (
+    ("ledger_sums_to_zero", "UPDATE ledger_entries SET amount_micros = 9 WHERE {first}"),
+    ("ledger_sums_to_zero", "DELETE FROM ledger_entries WHERE {first}"),
+    ("entries_have_transactions", "DELETE FROM ledger_transactions WHERE {first}"),
+    (
+        "windows_are_charged",
+        """UPDATE ledger_entries SET amount_micros = amount_micros + CASE account_no
+        WHEN {of_provider} THEN 1 WHEN {of_fees} THEN -1 ELSE 0 END WHERE {first}""",
+    ),
+    (
+        "windows_are_charged",
+        """{with_other}; UPDATE ledger_entries SET account_no = {of_other}
+        WHERE {first} AND account_no = {of_kuma}""",
+    ),
+    (
+        "windows_are_charged",
+        """UPDATE ledger_entries SET account_no = {of_payments}
+        WHERE {first} AND account_no = {of_fees}""",
+    ),
+    ("lines_are_their_windows", "UPDATE usage_lines SET billed_us = billed_us + 1"),
+    ("lines_are_priced", "UPDATE rate_cards SET cpu_hour_micros = cpu_hour_micros * 2"),
+    ("lines_are_priced", "{with_other}; UPDATE usage_lines SET customer_no = customer_no + 1"),
+    ("balances_are_the_ledgers", "DELETE FROM usage_lines"),
+    ("time_is_billed_once", "UPDATE usage_runs SET from_us = from_us + 1 WHERE to_us IS NULL"),
+    ("time_is_billed_once", "DELETE FROM usage_windows"),
+    ("invoices_add_up", "INSERT INTO invoices VALUES (2, 1, '2026-03-01', 0, now())"),
+    (
+        "copies_that_run_are_billed",
+        "UPDATE usage_runs SET to_us = closed_us, to_at = from_at, is_closed = true",
+    ),
+    ("runs_are_closed", "UPDATE usage_runs SET to_us = closed_us + 5, to_at = from_at"),
+)
+
+
+@pytest.mark.parametrize(("name", "change"), BROKEN)
+def test_what_does_not_hold_is_found(books: Books, name: str, change: str) -> None:
+    (check,) = (sql for each, _, sql in cp_server.INVARIANTS if each == name)
+    assert books.query(check) == []
+    with books.owner.transaction(force_rollback=True):
+        books.owner.execute(change.format(**WORDS).encode())
+        assert books.query(check) != []
+
+
 def test_entries_without_a_transaction_are_refused(books: Books) -> None:
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         attempt(books.dsn, (ENTRY, (900_002, 1, 5)), (ENTRY, (900_002, 2, -5)))

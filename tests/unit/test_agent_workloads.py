@@ -910,6 +910,14 @@ def test_answers(status: int, raw: bytes, result: Any) -> None:
         assert read() == result
 
 
+def test_nobody_says_that_it_runs_while_the_engine_is_silent() -> None:
+    container = Container("c", f"oi-{ID}", ID, take().sha256, is_running=True)
+    report = agent.decide_report(take(), container, Past(), "", "", "no answer for 30 s")
+    assert report == (pb.ASSIGNMENT_STATE_WAITING, "no answer for 30 s")
+    report = agent.decide_report(take(), container, Past(), "", "")
+    assert report == (pb.ASSIGNMENT_STATE_RUNNING, "")
+
+
 # ------------------------------------------------------------------------------------------------
 # Usage
 # ------------------------------------------------------------------------------------------------
@@ -919,34 +927,41 @@ COUNT = Count(ID, BOOT, FIRST)
 
 
 def test_readings_add_up_and_a_start_begins_at_nothing() -> None:
-    count = agent.add_reading(COUNT, Reading(100, 10, 5, 7), 0)
+    count = agent.add_reading(COUNT, Reading(100, 100, 10, 5, 7))
     assert (count.sums, count.last) == ((100, 0, 5, 7), (100, 5, 7))
-    count = agent.add_reading(count, Reading(150, 20, 5, 9), 30)
+    count = agent.add_reading(count, Reading(130, 150, 20, 5, 9))
     assert count.sums == (150, 600, 5, 9)
-    count = agent.add_reading(count, Reading(30, 40, 1, 0), 10)  # it was started again
+    count = agent.add_reading(count, Reading(140, 30, 40, 1, 0))  # it was started again
     assert count.sums == (180, 1000, 6, 9)
-    assert agent.add_reading(count, Reading(30, 40, 1, 0), 0).sums == count.sums
-    # An hour of suspend, or a clock that went back, is no hour of memory.
-    assert agent.add_reading(count, Reading(30, 1, 1, 0), 3600).memory_byte_s == 1120
-    assert agent.add_reading(count, Reading(30, 1, 1, 0), -5).memory_byte_s == 1000
+    assert agent.add_reading(count, Reading(141, 30, 0, 1, 0)).sums == count.sums
+    # An hour of suspend is no hour of memory.
+    assert agent.add_reading(count, Reading(3740, 30, 1, 1, 0)).memory_byte_s == 1120
     full = dataclasses.replace(COUNT, tx_bytes=2**63 - 2)
-    assert agent.add_reading(full, Reading(0, 0, 0, 9), 0).tx_bytes == 2**63 - 1
+    assert agent.add_reading(full, Reading(1, 0, 0, 0, 9)).tx_bytes == 2**63 - 1
+
+
+def test_a_reading_that_comes_late_is_no_start() -> None:
+    """Right before a stop one is taken in another thread, and counted after a later one."""
+    count = agent.add_reading(COUNT, Reading(10, 1000, 1, 1000, 1000))
+    for late in (Reading(9.9, 990, 1, 990, 990), Reading(10, 1000, 1, 1000, 1000)):
+        assert agent.add_reading(count, late) == count
 
 
 @given(st.lists(st.integers(0, 50), max_size=20))
 def test_sums_never_fall(readings: list[int]) -> None:
     count = COUNT
-    for value in readings:
+    for number, value in enumerate(readings):
         before = count
-        count = agent.add_reading(count, Reading(value, value, value, value), 1)
+        count = agent.add_reading(count, Reading(number + 1, value, value, value, value))
         assert all(a >= b for a, b in zip(count.sums, before.sums, strict=True))
 
 
 @pytest.mark.parametrize(
     ("stats", "expected"),
     [
-        ({}, Reading(0, 0, 0, 0)),
-        ({"cpu_stats": None, "memory_stats": None, "networks": None}, Reading(0, 0, 0, 0)),
+        ({}, None),
+        ({"cpu_stats": None, "memory_stats": None, "networks": None}, None),
+        ({"cpu_stats": {"cpu_usage": {"total_usage": 0}}, "memory_stats": {}}, None),
         (
             {
                 "cpu_stats": {"cpu_usage": {"total_usage": 5}},
@@ -956,12 +971,23 @@ def test_sums_never_fall(readings: list[int]) -> None:
                     "eth1": {"rx_bytes": 10, "tx_bytes": 20},
                 },
             },
-            Reading(5, 6, 11, 22),
+            Reading(3.5, 5, 6, 11, 22),
         ),
     ],
 )
-def test_statistics_of_the_engine(stats: dict[str, Any], expected: Reading) -> None:
-    assert agent.parse_reading(stats) == expected
+def test_statistics_of_the_engine(stats: dict[str, Any], expected: Reading | None) -> None:
+    assert agent.parse_reading(stats, 3.5) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[], None, "x", {"networks": [1]}, {"cpu_stats": [1]}, {"memory_stats": {"usage": "x"}}],
+)
+def test_an_odd_answer_of_the_engine_is_its_error(answer: object) -> None:
+    engine = agent.Engine(Path("none"))
+    engine.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    with pytest.raises(agent.EngineError):
+        engine.read_stats("a")
 
 
 def make_counts(*rows: tuple[str, str, bool]) -> dict[str, Count]:
@@ -988,11 +1014,17 @@ def test_only_what_was_never_sent_is_merged_into_the_next() -> None:
 
 
 def test_what_is_told_again() -> None:
-    counts = make_counts(("a", ID, True), ("b", OTHER, False))
+    counts = make_counts(("a", ID, True), ("b", OTHER, False), ("d", ID, False))
     counts["c" * 64] = Count(ID, BOOT, "c" * 64)
-    assert [each.container_id[0] for each in agent.list_due(counts, {})] == ["a", "b"]
-    told = {"a" * 64: counts["a" * 64].sums, "b" * 64: (0, 0, 0, 0)}
-    assert [each.container_id[0] for each in agent.list_due(counts, told)] == ["b"]
+    live = {"a" * 64, "b" * 64}
+
+    def due(told: dict[str, Any], told_s: dict[str, float]) -> str:
+        found = agent.list_due(counts, told, told_s, live)
+        return "".join(each.container_id[0] for each in found)
+
+    assert due({}, {}) == "dab"  # what is over goes first
+    assert due({}, {"a" * 64: 2.0, "b" * 64: 1.0}) == "dba"  # then what waited longest
+    assert due({"a" * 64: counts["a" * 64].sums, "b" * 64: (0, 0, 0, 0)}, {}) == "db"
 
 
 def test_the_file_of_usage_and_back() -> None:
@@ -1005,6 +1037,9 @@ def test_the_file_of_usage_and_back() -> None:
     [
         {"container_id": "x"},
         {"assignment_id": "x"},
+        {"boot_id": 7},
+        {"boot_id": "x"},
+        {"read_s": "x"},
         {"cpu_ns": -1},
         {"tx_bytes": 2**63},
         {"tx_bytes": 1.5},
