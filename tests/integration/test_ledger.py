@@ -105,7 +105,7 @@ WORDS = {
     " VALUES (gen_random_uuid(), 'other', 'x'); INSERT INTO ledger_accounts (kind, customer_no)"
     " SELECT 'customer', max(customer_no) FROM customers",
 }
-# Each of cp_server.LEDGER_CHECKS, and of what else is told of runs, is broken here by the superuser.
+# Each of LEDGER_CHECKS, and what else must hold of runs, is broken here by the superuser.
 BROKEN = (
     ("ledger_sums_to_zero", "UPDATE ledger_entries SET amount_micros = 9 WHERE {first}"),
     ("ledger_sums_to_zero", "DELETE FROM ledger_entries WHERE {first}"),
