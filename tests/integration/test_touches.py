@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -127,6 +128,17 @@ def test_the_agent_touches_what_its_page_says(
     assert list_programs(trace) == []
 
 
+def find_processes(program: str, word: str) -> list[int]:
+    """The processes of this program with this word; others may end while one looks."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if words[0] == program and word in words:
+                found.append(int(entry.name))
+    return found
+
+
 def test_the_control_plane_touches_what_its_page_says(
     make_cp: Callable[..., ControlPlane], trace_dir: Path
 ) -> None:
@@ -139,12 +151,7 @@ def test_the_control_plane_touches_what_its_page_says(
     cp.process = Process(argv, cp.directory / "cp.log", {"PYTHONDONTWRITEBYTECODE": "1"})
     wait_for("ready", lambda: cp.log.count("INFO control plane ready") == 2 or None, 20)
     cp.mint()
-    (pid,) = [
-        int(entry.name)
-        for entry in Path("/proc").glob("[0-9]*")
-        if (entry / "cmdline").read_bytes().startswith(sys.executable.encode())
-        and f"--http-listen=127.0.0.1:{cp.http_port}".encode() in (entry / "cmdline").read_bytes()
-    ]
+    (pid,) = find_processes(sys.executable, f"--http-listen=127.0.0.1:{cp.http_port}")
     os.kill(pid, signal.SIGTERM)
     assert cp.process.child.wait(20) == 0
     allowed = table("cp_server.py", {"/etc/openinfra/cp/": f"{cp.directory}/"})
