@@ -1141,9 +1141,14 @@ def plan_removal(facts: Facts) -> list[Step]:
         on.append(GUARD)  # it runs each few seconds, and would lay the table again
     enabled = [name for name in mine if units[name].enabled == "enabled"]
     steps: list[Step] = [*plan_unwanted(facts)]
-    if TIMER in on:  # by itself: in one transaction systemd stops the guard before its timer
-        on.remove(TIMER)
-        steps.append(Run(("systemctl", "stop", TIMER), "it would lay the firewall again"))
+    for name, why in (  # each by itself, as a later one is needed for it, or undoes it
+        (TIMER, "it would lay the firewall again"),
+        (AGENT, "it would start the workloads again"),
+        (WORKLOADS, "the engine puts away what they leave"),
+    ):
+        if name in on:
+            on.remove(name)
+            steps.append(Run(("systemctl", "stop", name), why))
     if on:
         steps.append(Run(("systemctl", "stop", *on), "nothing of it runs"))
     if enabled:

@@ -510,7 +510,7 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
         "set +e; ls -d /run/openinfra* /var/cache/openinfra /etc/openinfra/installer 2>/dev/null; "
         "ls /sys/class/net | grep -e '^oi-' -e '^ox-'; losetup -a; grep openinfra /etc/passwd "
         "/etc/group /etc/subuid /etc/subgid; iptables -S | grep oi-; "
-        "pgrep -af containerd-shim | grep openinfra; "
+        "pgrep -a containerd-shim | grep openinfra; "
         "systemctl list-units --all --no-legend 'openinfra*' 'var-cache*' | grep -v guest-agent; "
         "true"
     )

@@ -1174,9 +1174,12 @@ def test_a_user_that_cannot_be_removed_is_named() -> None:
 def test_all_that_is_ours_is_removed() -> None:
     facts = replace(installed(replace(ANSWERS, ca=b"PEM", allow_unencrypted=True)), absent=())
     steps = [*plan_removal(facts), *plan_forgetting(facts)]
-    assert words(steps)[:4] == [
+    # The agent before the workloads, or it would start them; these before the engine, which clears.
+    assert words(steps)[:6] == [
         f"stop {TIMER}",
-        f"stop {AGENT} {WATCH} {ENGINE} {CONTAINERD} {WORKLOADS} {DISK} {WG} {GUARD}",
+        f"stop {AGENT}",
+        f"stop {WORKLOADS}",
+        f"stop {WATCH} {ENGINE} {CONTAINERD} {DISK} {WG} {GUARD}",
         f"disable {AGENT} {GUARD} {TIMER} {WATCH} {ENGINE} {DISK} {WG}",
         "nft delete table inet openinfra",
     ]
