@@ -1938,15 +1938,15 @@ def add_reading(count: Count, reading: Reading) -> Count:
     cpu_ns, rx_bytes, tx_bytes = (new - old if new >= old else new for new, old in pairs)
     elapsed_s = reading.at_s - count.read_s if count.read_s else 0.0
     byte_s = int(reading.memory_bytes * min(elapsed_s, 2 * METER_S))
-    return replace(
-        count,
-        cpu_ns=min(count.cpu_ns + cpu_ns, INT64_MAX),
-        memory_byte_s=min(count.memory_byte_s + byte_s, INT64_MAX),
-        rx_bytes=min(count.rx_bytes + rx_bytes, INT64_MAX),
-        tx_bytes=min(count.tx_bytes + tx_bytes, INT64_MAX),
-        last=now,
-        read_s=reading.at_s,
-    )
+    count = add_sums(count, (cpu_ns, byte_s, rx_bytes, tx_bytes))
+    return replace(count, last=now, read_s=reading.at_s)
+
+
+def add_sums(count: Count, sums: tuple[int, int, int, int]) -> Count:
+    """Add to what is told, up to what the message has room for."""
+    pairs = zip(count.sums, sums, strict=True)
+    cpu_ns, byte_s, rx_bytes, tx_bytes = (min(a + b, INT64_MAX) for a, b in pairs)
+    return replace(count, cpu_ns=cpu_ns, memory_byte_s=byte_s, rx_bytes=rx_bytes, tx_bytes=tx_bytes)
 
 
 def merge_counts(counts: Mapping[str, Count], live: Collection[str], most: int) -> dict[str, Count]:
@@ -1961,15 +1961,7 @@ def merge_counts(counts: Mapping[str, Count], live: Collection[str], most: int) 
         for other in [*kept.values()]:
             same = (other.assignment_id, other.boot_id) == (count.assignment_id, count.boot_id)
             if same and other.container_id != name and not other.is_sent:
-                pairs = zip(other.sums, count.sums, strict=True)
-                cpu_ns, byte_s, rx_bytes, tx_bytes = (min(a + b, INT64_MAX) for a, b in pairs)
-                kept[other.container_id] = replace(
-                    other,
-                    cpu_ns=cpu_ns,
-                    memory_byte_s=byte_s,
-                    rx_bytes=rx_bytes,
-                    tx_bytes=tx_bytes,
-                )
+                kept[other.container_id] = add_sums(other, count.sums)
                 del kept[name]
                 break
     return kept

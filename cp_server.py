@@ -11,8 +11,10 @@ What it does
   revoke    removes a host for good
   customers lists customers; add-customer, mint-key, revoke-key: with their keys
   workloads lists workloads, where each runs and why it does not
-  invoices  prints or writes what customers pay, statements what providers are owed; rate-cards,
-            add-rate-card, add-payment, credit-limit: what these come of; ledger verify adds it up
+  invoices  prints what customers pay, statements what providers are owed, or writes each as
+            files, mode 0600, into the directory of --out; rate-cards, add-rate-card, add-payment,
+            credit-limit: what these come of; ledger verify adds it up
+  usage     lists what each copy used in a month, and what its host counted
   drain     moves a host's workloads elsewhere and gives it no more; undrain: it may have them again
   label     says what a host is, KEY=VALUE, for workloads that ask for such ones only
   doctor    says what is wrong here; --invariants tests what must hold after every fault
@@ -4755,12 +4757,11 @@ VALUES (%(customer_no)s, %(valid_from)s, %(cpu_hour_micros)s, %(gb_hour_micros)s
 RETURNING card_no
 """
 
-CARD_COLUMNS = """card_no, customer_no, valid_from, cpu_hour_micros, gb_hour_micros,
-  egress_gb_micros, provider_share_ppm"""
-
-SQL_CARD_LIST = f"""
+SQL_CARD_LIST = """
 -- all prices
-SELECT {CARD_COLUMNS} FROM rate_cards ORDER BY valid_from, card_no
+SELECT card_no, customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
+  provider_share_ppm
+FROM rate_cards ORDER BY valid_from, card_no
 """
 
 SQL_BILLING_LOCK = """
@@ -10826,27 +10827,28 @@ def command_ledger(_args: argparse.Namespace, settings: Settings) -> int:
     return 1 if wrong else 0
 
 
-def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
-    """Print or write the invoices of a month."""
+def read_invoices(args: argparse.Namespace, settings: Settings) -> list[Bill]:
+    """The invoices of a month, of all customers or the one that is asked for."""
+    month = parse_month(args.month)
 
     async def work(db: Database) -> list[Bill]:
-        owners, _ = await list_bill_owners(db, parse_month(args.month))
+        owners, _ = await list_bill_owners(db, month)
         wanted = [parse_id(args.customer_id)] if args.customer_id else owners
-        return [await read_invoice(db, each, parse_month(args.month)) for each in wanted]
+        return [await read_invoice(db, each, month) for each in wanted]
 
-    return show_bills(asyncio.run(with_database(settings.dsn_file, work)), args, settings)
+    return asyncio.run(with_database(settings.dsn_file, work))
+
+
+def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
+    """Print or write the invoices of a month."""
+    return show_bills(read_invoices(args, settings), args, settings)
 
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
     """List what copies used in a month, and beside it what their hosts counted of them."""
 
-    async def work(db: Database) -> list[Bill]:
-        owners, _ = await list_bill_owners(db, parse_month(args.month))
-        wanted = [parse_id(args.customer_id)] if args.customer_id else owners
-        return [await read_invoice(db, each, parse_month(args.month)) for each in wanted]
-
     table = [("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "COUNTED", "EGRESS-GB", "NOTE")]
-    for bill in asyncio.run(with_database(settings.dsn_file, work)):
+    for bill in read_invoices(args, settings):
         for line in bill.lines:
             counted, disagree = decide_counters(line)
             usage = line.usage
