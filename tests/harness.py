@@ -377,6 +377,15 @@ class ControlPlane:
         found: list[dict[str, Any]] = json.loads(done.stdout)["hosts"]
         return found
 
+    def wait_assignable(self, count: int = 1) -> list[dict[str, Any]]:
+        """Until so many hosts may get work: registered, and a heartbeat of theirs accepted."""
+
+        def probe() -> list[dict[str, Any]] | None:
+            found = [host for host in self.hosts() if host["assignable"]]
+            return found if len(found) == count else None
+
+        return wait_for(f"{count} assignable", probe)
+
 
 def start_caddy(directory: Path, hostname: str, netns: Netns) -> tuple[Process, Path]:
     """Start a Caddy in a namespace with the deployment's own file; also its CA's certificate."""

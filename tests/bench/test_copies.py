@@ -182,7 +182,7 @@ def test_copies(spare_postgres: Postgres, tmp_path: Path, record: Record) -> Non
             home = Home(cp, tmp_path / f"home{number}", wallet, engine)
             stack.callback(home.close)
             homes.append(home)
-        wait_for("both are ready", lambda: sum(bool(h["engine_version"]) for h in cp.hosts()) == 2)
+        cp.wait_assignable(2)
         for number in range(WORKLOADS):
             tenant.post(
                 name=f"w{number}", image=image, command=LOOP, cpu_milli=10, memory_bytes=16 << 20

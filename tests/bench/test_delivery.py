@@ -45,7 +45,7 @@ def fleet(
     (agent.directory / "limits.conf").write_text("CPUS=8\nMEMORY=4G\n")
     made = Fleet(cp, agent, engine)
     made.start_agent()
-    wait_for("online", lambda: [h for h in cp.hosts() if h["engine_version"]] or None)
+    cp.wait_assignable()
     return made
 
 

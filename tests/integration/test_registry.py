@@ -31,7 +31,6 @@ from tests.harness import (
     make_netns,
     serving,
     start_caddy,
-    wait_for,
 )
 from tests.integration.test_customers import add, mint
 from tests.integration.test_workloads import Tenant
@@ -122,7 +121,7 @@ def test_from_a_push_to_a_process(registry: Registry, make_agent: Callable[..., 
     agent.engine_socket = registry.engine.socket
     agent.limits_file.write_text("CPUS=2\nMEMORY=2G\n")
     agent.start()
-    wait_for("online", lambda: [h for h in registry.cp.hosts() if h["engine_version"]] or None)
+    registry.cp.wait_assignable()
     for row in registry.engine.call("GET", "/images/json")[1]:
         registry.engine.call("DELETE", f"/images/{row['Id']}?force=1")
     assert registry.engine.call("GET", "/images/json")[1] == []

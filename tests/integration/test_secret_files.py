@@ -36,7 +36,7 @@ def fleet(
     (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
     made = Fleet(cp, agent, engine)
     made.start_agent()
-    wait_for("online", lambda: [h for h in cp.hosts() if h["engine_version"]] or None)
+    cp.wait_assignable()
     # The test's disk is not encrypted, and says so.
     cp.postgres.force(cp.database, "UPDATE hosts SET disk_encrypted = true")
     yield made
@@ -212,7 +212,7 @@ def test_a_secret_is_found_nowhere_else(
     agent.limits_file.write_text("CPUS=2\nMEMORY=2G\n")
     fleet = Fleet(cp, agent, engine)
     fleet.start_agent()
-    wait_for("online", lambda: [h for h in cp.hosts() if h["engine_version"]] or None)
+    cp.wait_assignable()
     cp.postgres.force(cp.database, "UPDATE hosts SET disk_encrypted = true")
     command = ["/bin/sh", "-c", "test -s /run/secrets/token && echo read; sleep 1000"]
     secrets = {"token": CANARY}

@@ -99,11 +99,17 @@ class Tenant:
         return dict(found)
 
     def wait(self, workload: dict[str, Any], state: str) -> dict[str, Any]:
+        """Until a workload is in this state; fails with what it is instead."""
+        found: dict[str, Any] = {}
+
         def probe() -> dict[str, Any] | None:
-            found = self.get(workload)
+            found.update(self.get(workload))
             return found if found["state"] == state else None
 
-        return wait_for(f"{state}, and it is {self.get(workload)}", probe)
+        try:
+            return wait_for(state, probe)
+        except AssertionError as error:
+            raise AssertionError(f"{error}, and it is {found}") from None
 
 
 @pytest.fixture
