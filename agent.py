@@ -9,7 +9,9 @@
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
                      its address changed; once, as root (a systemd timer starts it each 10 s);
-                     with --watch it stays, and holds a second copy that no flush removes
+                     with --watch it stays, and holds a second copy that no flush removes;
+                     with --strays it ends only what runs without the engine knowing of it (the
+                     engine's units start that)
 
 What it does to this machine
   `run` starts no program: it tells the container engine what to pull, run and remove, and only of
@@ -24,7 +26,7 @@ What it does to this machine
   `inet openinfra` and `inet openinfra_held` and the endpoint of the interface openinfra; where the
   provider's own Docker drops what workloads forward, it adds two rules to its chain DOCKER-USER
   with `iptables`. It stops the workloads whose time is over when the agent does not, and freezes
-  them while it cannot put the firewall back. Nothing else.
+  them while it cannot put the firewall back. `guard --strays` starts `ctr`. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -170,6 +172,8 @@ ENDPOINT_OLD_S = 150
 GUARD_OLD_S = 45.0
 # The agent ends what has no right any more by itself; later than this it is dead or stuck.
 GUARD_LATE_S = 3.0
+# How long what the engine has lost is looked for; systemd ends a start after 90 s.
+STRAYS_S, STRAYS_AGAIN_S, KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 40.0, 2.0, 10.0, 5.0
 NFT_TABLE = ("inet", "openinfra")
 # nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -460,6 +464,13 @@ OPTIONS = (
         "",
         "/run/openinfra/engine.sock",
         "the container engine; `none`: this host takes no workload",
+    ),
+    Option(
+        "containerd",
+        "--containerd",
+        "",
+        "/run/openinfra-engine/containerd.sock",
+        "what the container engine runs workloads by",
     ),
     Option("limits", "--limits", "", "/etc/openinfra/limits.conf", "what this machine lends"),
 )
@@ -1551,6 +1562,12 @@ def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Co
         is_oom=bool(end.get("OOMKilled")),
         error=error,
     )
+
+
+def parse_tasks(listed: str) -> dict[str, int]:
+    """Read what `ctr tasks list` printed: the process of each container that has one."""
+    rows = [line.split() for line in listed.splitlines()[1:]]
+    return {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[2] != "STOPPED"}
 
 
 def decide_api(minimum: str) -> str:
@@ -3179,6 +3196,17 @@ class Engine:
                 if layers:
                     note(render_progress(layers))
 
+    def knows_running(self, container_id: str) -> bool:
+        """Whether a container runs; waits while the engine is about to start or end it."""
+        try:
+            path = f"/containers/{container_id}/json"
+            state = self.read_object(path, KNOWS_TIMEOUT_S).get("State")
+        except EngineError as error:
+            if error.status == 404:
+                return False
+            raise
+        return isinstance(state, dict) and state.get("Running") is not False
+
     def read_log(self, container_id: str, lines: int, limit_bytes: int) -> tuple[bytes, bool]:
         """The end of what a container printed, and whether the limit cut it."""
         query = {"stdout": "1", "stderr": "1", "tail": str(lines)}
@@ -4271,6 +4299,35 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     return ""
 
 
+def end_strays(engine: Engine, containerd: Path) -> list[str]:
+    """End what containerd runs although the engine does not know that it runs; gives back the ids.
+
+    A start that a kill of the engine cut off leaves such a process, which nobody else would ever
+    end. The engine answers for a container only when its start is over: who runs before and after
+    it said "not running" is no start at work. Raises Error and EngineError.
+    """
+
+    def ctr(*words: str) -> str:
+        argv = ["ctr", f"--address={containerd}", *words]
+        return run(argv, timeout_s=CTR_TIMEOUT_S, echo=False)
+
+    ended = []
+    for name in ctr("namespaces", "list", "--quiet").split():
+        if not name.startswith("moby"):
+            continue
+        space = f"--namespace={name}"
+        before = parse_tasks(ctr(space, "tasks", "list"))
+        silent = {each for each in before if not engine.knows_running(each)}
+        now = parse_tasks(ctr(space, "tasks", "list")) if silent else {}
+        for each in sorted(silent & now.keys()):
+            if now[each] == before[each]:
+                ctr(space, "tasks", "delete", "--force", each)
+                # Its record would keep the engine from a start of the same container.
+                ctr(space, "containers", "delete", each)
+                ended.append(each)
+    return ended
+
+
 def ensure_docker_user() -> str:
     """Let workloads' packets past the provider's own Docker, whose FORWARD drops all but its own.
 
@@ -4623,6 +4680,8 @@ def command_guard(args: argparse.Namespace) -> int:
     engine = Engine(Path(args.engine_socket or DEFAULTS["engine_socket"]))
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
     keep = functools.partial(keep_firewall, path, lease_file, engine)
+    if args.strays:
+        return end_strays_once(engine, Path(args.containerd or DEFAULTS["containerd"]))
     if args.watch:
         watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
     guard = keep()
@@ -4640,6 +4699,29 @@ def command_guard(args: argparse.Namespace) -> int:
         with alone(path.parent):
             save_guard(path, replace(read_guard(path) or guard, endpoint_error=said))
     return 0
+
+
+def end_strays_once(engine: Engine, containerd: Path) -> int:
+    """`guard --strays`: look until it worked once, or the time is over.
+
+    An engine that does not answer at all has not started: it is looked at when it has.
+    """
+    until_s = read_boot_s() + STRAYS_S
+    while True:
+        try:
+            engine.read_version(ENGINE_START_S)
+            for each in end_strays(engine, containerd):
+                log("WARN", "ended what the engine had lost: its start was cut off", container=each)
+        except (EngineError, Error) as error:
+            if isinstance(error, EngineError) and error.status == 0:
+                return 0
+            if read_boot_s() < until_s:
+                time.sleep(STRAYS_AGAIN_S)
+                continue
+            what = error.what if isinstance(error, Error) else str(error)
+            what = f"cannot look for what the engine has lost: {what}"
+            raise Error(what, "sudo systemctl restart openinfra-engine") from None
+        return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -4685,6 +4767,9 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "guard":
             command.add_argument(
                 "--watch", action="store_true", help="stay, and put it back at once"
+            )
+            command.add_argument(
+                "--strays", action="store_true", help="end what the engine has lost, nothing else"
             )
     return parser
 

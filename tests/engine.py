@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import agent as agent_script
 from tests.harness import Netns, Process, inside, make_netns, wait_for
 
 USER = "openinfra-engine"
@@ -125,12 +126,22 @@ class Engine:
         self.registry = start_registry(self.directory, REGISTRY, *self.enter([]))
         self.start()
 
+    @property
+    def containerd(self) -> Path:
+        return self.directory / "exec/containerd/containerd.sock"
+
+    def tasks(self) -> dict[str, int]:
+        """The process of each container that has one, whatever dockerd knows of it."""
+        argv = ["ctr", f"--address={self.containerd}", "--namespace=moby", "tasks", "list"]
+        listed = subprocess.check_output(argv, text=True, stderr=subprocess.DEVNULL)
+        return agent_script.parse_tasks(listed)
+
     def enter(self, argv: list[str]) -> list[str]:
         """A command in the namespace; `ip netns exec` would hide mounts from dockerd."""
         return ["nsenter", f"--net=/run/netns/{self.netns.name}", "--", *argv]
 
-    def start(self) -> None:
-        """Start dockerd, wait until it answers."""
+    def start(self, ends_strays: bool = True) -> None:
+        """Start dockerd, wait until it answers; then what its unit does."""
         at = self.directory
         argv = ["dockerd", f"--host=unix://{self.socket}", f"--data-root={at}/root"]
         argv += [f"--exec-root={at}/exec", f"--pidfile={at}/pid", "--iptables=false"]
@@ -156,6 +167,8 @@ class Engine:
             return False
 
         wait_for("dockerd", answers, 30)
+        if ends_strays:
+            agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
 
     def kill(self) -> None:
         """SIGKILL to dockerd; its containers go on.

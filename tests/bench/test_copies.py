@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -62,7 +63,8 @@ class Home:
         self.agent = Agent(directory, target, cp.mint(payout_pubkey=wallet), wallet=wallet)
         self.agent.engine_socket = engine.socket
         self.agent.limits_file.write_text("CPUS=2\nMEMORY=8G\n")
-        self.seen: dict[str, bool] = {}  # assignment: it runs
+        self.names: dict[str, str] = {}  # container: its assignment
+        self.seen: list[str] = []  # the assignments that run
         self.ending = threading.Event()
         self.guard = threading.Thread(target=self._guard_forever)
         self.agent.start()
@@ -74,13 +76,15 @@ class Home:
         while not self.ending.wait(2):
             agent_script.ensure_ended(engine, self.agent.lease_file)
 
-    def look(self) -> dict[str, bool]:
-        """Which assignments run; while the engine is down what was seen last, since they go on."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self.seen = {
-                each["Config"]["Labels"]["openinfra.assignment"]: each["State"]["Running"]
-                for each in self.engine.containers().values()
-            }
+    def look(self) -> list[str]:
+        """Which assignments have a process, also those of which the engine does not know.
+
+        While the engine is down what was seen last, since they go on.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, subprocess.CalledProcessError):
+            for each in self.engine.containers().values():
+                self.names[each["Id"]] = each["Config"]["Labels"]["openinfra.assignment"]
+            self.seen = [self.names.get(each, each) for each in self.engine.tasks()]
         return self.seen
 
     def kill_agent(self, away_s: float) -> None:
@@ -128,12 +132,7 @@ class Watch:
 
     def _watch(self) -> None:
         while not self.ending.wait(1):
-            running = [
-                (self._replica(name), name)
-                for home in self.homes
-                for name, is_running in home.look().items()
-                if is_running
-            ]
+            running = [(self._replica(name), name) for home in self.homes for name in home.look()]
             counts = collections.Counter(replica for replica, _ in running)
             self.looks += 1
             self.most = max(self.most, len(running))
@@ -257,7 +256,7 @@ def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
         if cp.query(sql)[0]["n"] != WORKLOADS:
             return False
         time.sleep(0.5)
-        return sum(sum(home.look().values()) for home in homes) == WORKLOADS
+        return sum(len(home.look()) for home in homes) == WORKLOADS
 
     try:
         wait_for("all run", is_whole, timeout_s)

@@ -694,6 +694,67 @@ def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:
     subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
 
 
+def forget_running(engine: Engine, container: str) -> None:
+    """What dockerd's files say after a kill between containerd's start and its own note of it."""
+    (path,) = engine.directory.glob(f"root/*/containers/{container}/config.v2.json")
+    config = json.loads(path.read_text())
+    config["State"] |= {"Running": False, "Pid": 0, "StartedAt": "0001-01-01T00:00:00Z"}
+    path.write_text(json.dumps(config))
+
+
+def test_a_start_that_the_engines_end_cut_off_is_ended(world: World) -> None:
+    """Nothing of Docker's API shows that process, or ends it; others go on."""
+    engine = world.engine
+    made, other = (world.assignment(SLEEP) for _ in range(2))
+    world.plane.post(made, other)
+    for each in (made, other):
+        world.plane.wait_state(each, "RUNNING")
+    ids = [world.container(each)["Id"] for each in (made, other)]
+    before = engine.tasks()
+    assert before.keys() >= {*ids}
+    world.agent.process.stop(signal.SIGKILL)
+    engine.kill()
+    forget_running(engine, ids[0])
+    engine.start(ends_strays=False)
+    assert [is_running(world, each) for each in (made, other)] == [False, True]
+    assert engine.tasks() == before
+    argv = [sys.executable, str(ROOT / "agent.py"), "guard", "--strays"]
+    argv += [f"--engine-socket={engine.socket}", f"--containerd={engine.containerd}"]
+    said = [
+        subprocess.run(argv, capture_output=True, text=True, check=True).stderr for _ in range(2)
+    ]
+    lost = f"WARN ended what the engine had lost: its start was cut off container={ids[0]}\n"
+    assert said == [lost, ""]
+    assert engine.tasks() == {key: pid for key, pid in before.items() if key != ids[0]}
+    assert not Path(f"/proc/{before[ids[0]]}").exists()
+    world.start()
+    wait_for("it runs again", lambda: is_running(world, made), 20)
+    assert engine.tasks()[ids[1]] == before[ids[1]]
+
+
+def test_a_start_at_work_is_no_stray(world: World) -> None:
+    """Containers start and end all the while; none of them is taken for a lost one."""
+    engine, until = agent_script.Engine(world.engine.socket), time.monotonic() + 8
+    body = {"Image": world.image, "Cmd": ["/bin/sh", "-c", "sleep 0.3; exit 7"]}
+    ended, codes = [], []
+
+    def look() -> None:
+        while time.monotonic() < until:
+            ended.extend(agent_script.end_strays(engine, world.engine.containerd))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    while time.monotonic() < until:
+        _, made = world.engine.call("POST", "/containers/create", body)
+        world.engine.call("POST", f"/containers/{made['Id']}/start")
+        codes.append(world.engine.call("POST", f"/containers/{made['Id']}/wait")[1]["StatusCode"])
+        world.engine.call("DELETE", f"/containers/{made['Id']}")
+    thread.join()
+    assert ended == []
+    assert len(codes) > 3
+    assert set(codes) == {7}
+
+
 def is_running(world: World, assignment: pb.Assignment) -> bool:
     return bool(world.container(assignment).get("State", {}).get("Running"))
 

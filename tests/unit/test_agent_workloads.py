@@ -1053,3 +1053,20 @@ def test_a_broken_file_of_usage(change: dict[str, Any]) -> None:
     row = {**vars(COUNT), **change}
     with pytest.raises((ValueError, TypeError, KeyError)):
         agent.parse_counts(json.dumps([row]).encode())
+
+
+TASKS = """\
+TASK    PID     STATUS
+aa      12      RUNNING
+bb      13      STOPPED
+cc      0       CREATED
+dd      14      PAUSED
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "want"),
+    [("", {}), ("TASK PID STATUS\n", {}), (TASKS, {"aa": 12, "cc": 0, "dd": 14})],
+)
+def test_tasks_that_have_a_process(listed: str, want: dict[str, int]) -> None:
+    assert agent.parse_tasks(listed) == want
