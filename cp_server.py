@@ -98,6 +98,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -6699,13 +6700,15 @@ class Closing:
     is_mine: bool = True
 
 
-async def close_windows(db: Database, cursor: int = 0, most: int = USAGE_BATCH) -> Closing:
+async def close_windows(
+    db: Database, cursor: int = 0, most: int = USAGE_BATCH, grace_s: float = USAGE_GRACE_S
+) -> Closing:
     """Put hours that are over into windows, lines and ledger, for so many copies from there on.
 
     A part of a copy's time is closed once: the run says up to where, in the same transaction.
     """
     async with db.transaction() as tx:
-        turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
+        turn = await tx.the(SQL_BILLING_LOCK, grace_s=grace_s)
         if not turn["is_mine"]:
             return Closing(is_mine=False)
         until = turn["until"]
@@ -9389,6 +9392,29 @@ def render_address(address: tuple[str, int]) -> str:
 
 PILOT_WALLET = "So11111111111111111111111111111111111111112"  # Solana's well-known wrapped SOL mint
 PILOT_START_S = 30.0  # each part has this long to come up
+PILOT_BEATS = 2  # so many more heartbeats, so that there is something to bill
+PILOT_REGISTRY = "registry.invalid"  # there is none (RFC 2606): nothing is pulled
+PILOT_DIGEST = hashlib.sha256(b"a plain process").hexdigest()
+PILOT_IMAGE = f"{PILOT_REGISTRY}/pilot/counter@sha256:{PILOT_DIGEST}"
+PILOT_ORDER = {
+    "name": "counter",
+    "image": PILOT_IMAGE,
+    "command": [
+        "/bin/sh",
+        "-c",
+        "while :; do n=$((n + 1)); [ $((n % 9999)) = 0 ] && sleep 1; done",
+    ],
+    "cpu_milli": 500,
+    "memory_bytes": 64 << 20,
+}
+# So dear that seconds show.
+PILOT_PRICES = {
+    "cpu_hour_micros": 3_600_000,
+    "gb_hour_micros": 360_000,
+    "egress_gb_micros": 0,
+    "provider_share_ppm": 800_000,
+}
+STAND_IN_USER = 65534  # nobody; what the workload is when root runs the pilot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9449,6 +9475,7 @@ class PilotPlan:
             f"--secrets-key-file={self.cp_dir / 'secrets.key'}",
             f"--grpc-listen=127.0.0.1:{self.grpc_port}",
             f"--http-listen=127.0.0.1:{self.http_port}",
+            f"--registry={PILOT_REGISTRY}",
             "--peer-check=off",
             f"--heartbeat-s={self.heartbeat_s:g}",
         ]
@@ -9465,11 +9492,135 @@ class PilotPlan:
             f"--wg-pubkey-file={self.agent_dir / 'openinfra.pub'}",
             f"--lease-file={self.agent_dir / 'lease.json'}",
             f"--secrets-dir={self.agent_dir / 'secrets'}",
-            "--engine-socket=none",
+            f"--engine-socket={self.agent_dir / 'engine.sock'}",
             f"--limits={self.agent_dir / 'limits.conf'}",
             "--allow-unencrypted",
         ]
         return self.bound([*self.agent_argv("run"), *flags])
+
+
+class StandIn:
+    """In the pilot a workload is a plain process, without a sandbox: this is its container engine.
+
+    It answers what the agent asks of Docker's Engine API, runs the pilot's own image and no other.
+    One thread makes all the processes: when it ends, the kernel ends them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[str, Row] = {}
+        self.networks: list[Row] = []
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        path.unlink(missing_ok=True)
+        self.server = socketserver.UnixStreamServer(str(path), self._make_handler())
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True)
+        self.thread.start()
+
+    def _make_handler(self) -> type[http.server.BaseHTTPRequestHandler]:
+        stand_in = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = 5
+
+            def do_GET(self) -> None:
+                url = urllib.parse.urlsplit(self.path)
+                raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                words = re.sub("^/v[0-9.]+", "", url.path).strip("/").split("/")
+                query = dict(urllib.parse.parse_qsl(url.query))
+                body = json.loads(raw) if raw else {}
+                status, answer = stand_in.answer(self.command, words, query, body)
+                text = b"" if status == 204 else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the agent may be gone by now
+                    self.wfile.write(text)
+
+            do_POST = do_DELETE = do_GET
+
+            def log_message(self, *_: object) -> None:
+                """Be silent."""
+
+        return Handler
+
+    def answer(
+        self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
+    ) -> tuple[int, object]:
+        """Status and JSON for one request; 204 has none."""
+        match (method, *words):
+            case ("GET", "version"):
+                return 200, {"Version": "stand-in", "MinAPIVersion": "1.41"}
+            case ("GET", "info"):
+                return 200, {}
+            case ("GET", "images", *name, "json") if "/".join(name) == PILOT_IMAGE:
+                return 200, {"Config": {}}
+            case ("GET", "networks"):
+                return 200, self.networks
+            case ("POST", "networks", "create"):
+                self.networks.append(body)
+                return 201, {}
+            case ("DELETE", "networks", name):
+                self.networks = [each for each in self.networks if each["Name"] != name]
+                return 204, None
+            case ("GET", "containers", "json"):
+                return 200, [self._look(name) for name in self.rows]
+            case ("POST", "containers", "create"):
+                return 201, self._create(query["name"], body)
+            case (_, "containers", name, *what) if name in self.rows:
+                return self._answer_of(name, "".join(what) or method, query)
+        return 404, {"message": "no such image, container or call"}
+
+    def _answer_of(self, name: str, what: str, query: Mapping[str, str]) -> tuple[int, object]:
+        child, is_running = self.children.get(name), self._state(name)["Running"]
+        if what == "json":
+            return 200, self._look(name) | {"State": self._state(name)}
+        if what == "stats":
+            return 200, read_process_stats(child.pid) if child and is_running else {}
+        if what == "start" and not is_running:
+            self.children[name] = self._start(self.rows[name]["Cmd"])
+        if what == "kill" and child:
+            child.send_signal(signal.Signals[query.get("signal", "SIGKILL")])
+        if what == "DELETE":
+            del self.rows[name]
+        return (204, None) if what in ("start", "kill", "DELETE") else (404, {"message": what})
+
+    def _create(self, name: str, body: Row) -> Row:
+        made = hashlib.sha256(f"{name} {time.time_ns()}".encode()).hexdigest()
+        self.rows[made] = {"Id": made, "Names": [f"/{name}"], **body}
+        return {"Id": made}
+
+    def _state(self, name: str) -> Row:
+        child = self.children.get(name)
+        code = child.poll() if child else None
+        exit_code = 128 - code if code is not None and code < 0 else code or 0
+        return {"Running": child is not None and code is None, "ExitCode": exit_code}
+
+    def _look(self, name: str) -> Row:
+        state = "running" if self._state(name)["Running"] else "exited"
+        return self.rows[name] | {"State": state if name in self.children else "created"}
+
+    def _start(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        nobody = f"--reuid={STAND_IN_USER} --regid={STAND_IN_USER} --clear-groups".split()
+        switch = [*(nobody if os.geteuid() == 0 else ()), "--pdeathsig=KILL", "--no-new-privs"]
+        quiet = subprocess.DEVNULL
+        full = ["setpriv", *switch, "--", *argv]
+        return subprocess.Popen(full, stdin=quiet, stdout=quiet, stderr=quiet, cwd="/", env={})
+
+    def close(self) -> None:
+        """End it, and the processes with it."""
+        self.server.shutdown()
+        self.server.server_close()
+        for child in self.children.values():
+            child.kill()
+            child.wait()
+
+
+def read_process_stats(pid: int) -> Row:
+    """What a process used, as Docker's statistics have it (proc(5): stat, statm)."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    cpu_ns = (int(stat[11]) + int(stat[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    memory = {"usage": pages * os.sysconf("SC_PAGE_SIZE")}
+    return {"cpu_stats": {"cpu_usage": {"total_usage": cpu_ns}}, "memory_stats": memory}
 
 
 class Pilot:
@@ -9480,7 +9631,8 @@ class Pilot:
         self.cp_ready_s = 0.0
         self.plan = plan_pilot(root, heartbeat_s)
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        self.token = ""
+        self.stand_in: StandIn | None = None
+        self.token = self.key = self.workload = ""
 
     def say(self, text: str) -> None:
         """Print progress with the seconds since the start."""
@@ -9517,6 +9669,8 @@ class Pilot:
         """End what was started, in the reverse order."""
         for name in reversed(list(self.children)):
             self.stop(name)
+        if self.stand_in is not None:
+            self.stand_in.close()
 
     def check_children(self) -> None:
         """Raises Error when a child has ended by itself, with the last line of its log."""
@@ -9590,6 +9744,9 @@ class Pilot:
             text = "".join(f"{key}={value}\n" for key, value in lines.items())
             write_file(environment, text.encode(), 0o600)
             self.say(f"invite minted: {invite['id']}")
+            write_file(plan.agent_dir / "limits.conf", b"CPUS=0.5\nMEMORY=128M\n", 0o644)
+        if self.stand_in is None:
+            self.stand_in = StandIn(plan.agent_dir / "engine.sock")
         self.start("agent", plan.agent_run_argv())
 
     def wait_online(self) -> Row:
@@ -9599,6 +9756,38 @@ class Pilot:
         self.say(f"host {found['host_id']} is online, assignable: {found['assignable']}")
         return found
 
+    def order(self) -> Row:
+        """Post the pilot's workload as its customer does, and wait until it runs."""
+        key_file = self.plan.cp_dir / "customer.key"
+        if not key_file.exists():
+            key = asyncio.run(with_database(self.plan.cp_dir / "dsn", add_pilot_customer))
+            write_file(key_file, key.encode() + b"\n", 0o600)
+        self.key = key_file.read_text().strip()
+        made: Row = self.request("POST", "/api/v1/workloads", PILOT_ORDER, self.key)
+        self.workload = f"/api/v1/workloads/{made['workload_id']}"
+        self.wait_for("the workload", lambda: self.get_workload("running"))
+        self.say("a workload runs: a plain process that stands in for a container")
+        return made
+
+    def get_workload(self, state: str) -> Row | None:
+        """The workload, once it is in this state."""
+        try:
+            found = self.request("GET", self.workload, key=self.key)
+        except (OSError, Error):
+            return None
+        return found if found["state"] == state else None
+
+    def bill(self, currency: str) -> tuple[list[Bill], list[Path]]:
+        """End the workload, close its hour early, and write invoice and statement."""
+        self.request("DELETE", self.workload, key=self.key)
+        self.wait_for("the workload's end", lambda: self.get_workload("deleted"))
+        bills = asyncio.run(with_database(self.plan.cp_dir / "dsn", read_pilot_bills))
+        print("\nwhat the workload used, a plain process that stands in for a container:")
+        print(render_usage([bill for bill in bills if bill.kind == "invoice"]))
+        print("\nits customer's invoice, and its provider's statement:")
+        print(render_bills(bills, currency), flush=True)
+        return bills, write_bills(bills, self.plan.root / "bills", currency)
+
     def _online(self) -> Row | None:
         hosts = (self.get("/api/v1/admin/hosts?status=online") or {"hosts": []})["hosts"]
         return hosts[0] if hosts else None
@@ -9606,22 +9795,54 @@ class Pilot:
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.plan.http_port}{path}"
 
-    def request(self, method: str, path: str, body: object = None) -> Any:
-        """One call of the HTTP API, as an operator would make it."""
-        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+    def request(self, method: str, path: str, body: object = None, key: str = "") -> Any:
+        """One call of the HTTP API, as an operator would make it, or with a customer's key."""
+        bearer = f"Bearer {key or self.token}"
+        headers = {"Authorization": bearer, "Content-Type": "application/json"}
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.url(path), data, headers, method=method)  # noqa: S310
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=10) as answer:
-            raw = answer.read()
-            return json.loads(raw) if "json" in answer.headers["Content-Type"] else raw.decode()
+        try:
+            with opener.open(request, timeout=10) as answer:
+                raw = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read(500).decode(errors="replace")
+            raise Error(f"{method} {path} got {error.code}: {said}", "report this bug") from None
+        return json.loads(raw) if "json" in answer.headers["Content-Type"] else raw.decode()
 
     def get(self, path: str) -> Any:
         """The answer of a GET, or None when there is none yet."""
         try:
             return self.request("GET", path)
-        except OSError:
+        except (OSError, Error):
             return None
+
+
+async def add_pilot_customer(db: Database) -> str:
+    """The pilot's customer and its prices; gives back a key."""
+    if not await list_rate_cards(db):
+        hour = dt.datetime.now(dt.timezone.utc).replace(minute=0, second=0, microsecond=0)
+        await add_rate_card(db, cli_actor(), None, hour, **PILOT_PRICES)
+    known = await list_customers(db, {"limit": 1, "cursor": 0})  # one whose key was lost
+    customer = known[0] if known else await add_customer(db, cli_actor(), "Pilot", "pilot")
+    return (await mint_key(db, cli_actor(), customer.customer_id, "pilot"))[0]
+
+
+async def read_pilot_bills(db: Database) -> list[Bill]:
+    """Close this hour early, since nothing runs any more; then read all bills of the month."""
+    cursor: int | None = 0
+    while cursor is not None:
+        done = await close_windows(db, cursor, grace_s=-3600)
+        cursor = done.cursor if done.is_mine else cursor
+        await asyncio.sleep(0 if done.is_mine else 0.1)
+    now, bills = dt.datetime.now(dt.timezone.utc), []
+    for month in sorted(
+        {each.date().replace(day=1) for each in (now - dt.timedelta(hours=1), now)}
+    ):
+        customers, providers = await list_bill_owners(db, month)
+        bills += [await read_invoice(db, each, month) for each in customers]
+        bills += [await read_statement(db, each, month) for each in providers]
+    return bills
 
 
 def can_connect(dsn: str) -> bool | None:
@@ -9697,18 +9918,22 @@ def default_pilot_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "openinfra-pilot"
 
 
-def run_pilot(root: Path, heartbeat_s: float) -> None:
-    """Bring everything up and keep it up until Ctrl-C or SIGTERM."""
+def run_pilot(root: Path, heartbeat_s: float, currency: str) -> None:
+    """Bring everything up and keep it up until Ctrl-C or SIGTERM; bill the workload at the end."""
     pilot = Pilot(root, heartbeat_s)
     try:
         bring_up(pilot)
+        pilot.order()
         here = Path(__file__).resolve()
         print(
             f"""
-The pilot runs: no tunnel and no encryption, for this machine only. Ctrl-C stops all of it.
+The pilot runs: no tunnel, no encryption and no sandbox (its one workload is a plain process), for
+this machine only. Ctrl-C stops all of it, with an invoice for the workload.
   what the agent says   {shlex.join(pilot.plan.agent_argv("status"))}
   the hosts             curl -sS {pilot.url("/api/v1/admin/hosts")} \\
                           -H "Authorization: Bearer $(cat {pilot.plan.cp_dir / "admin.jwt"})"
+  the workload          curl -sS {pilot.url(pilot.workload)} \\
+                          -H "Authorization: Bearer $(cat {pilot.plan.cp_dir / "customer.key"})"
   another invite        {sys.executable} {here} invite --dsn-file {pilot.plan.cp_dir / "dsn"}
   logs and data         {root}
 """,
@@ -9719,6 +9944,9 @@ The pilot runs: no tunnel and no encryption, for this machine only. Ctrl-C stops
             time.sleep(0.5)
     except KeyboardInterrupt:
         pilot.say("stopping")
+        if pilot.workload:
+            for path in pilot.bill(currency)[1]:
+                print(f"  {path}", flush=True)
     finally:
         pilot.stop_all()
 
@@ -9731,12 +9959,17 @@ def bring_up(pilot: Pilot) -> Row:
     return pilot.wait_online()
 
 
-def check_pilot(root: Path, heartbeat_s: float) -> Row:
-    """Bring everything up, restart the agent once, take everything down; give back the figures."""
+def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
+    """Bring everything up, with a workload; restart the agent once, bill, take everything down.
+
+    Gives back the figures.
+    """
     pilot = Pilot(root, heartbeat_s)
     try:
         host = bring_up(pilot)
         online_s = time.monotonic() - pilot.began
+        pilot.order()
+        ran = time.monotonic()
         beats = pilot.wait_for("a second heartbeat", lambda: count_heartbeats(pilot, 2))
         pilot.stop("agent")
         log_before = pilot.log_path("agent").stat().st_size
@@ -9744,12 +9977,15 @@ def check_pilot(root: Path, heartbeat_s: float) -> Row:
         again = time.monotonic()
         seen = pilot.wait_for("another heartbeat", lambda: count_heartbeats(pilot, beats + 1))
         resumed_s = time.monotonic() - again
+        seen = pilot.wait_for("some more", lambda: count_heartbeats(pilot, seen + PILOT_BEATS))
         said = pilot.log_path("agent").read_bytes()[log_before:].decode()
         line = f"INFO resuming with persisted host_id (skipping Register) host_id={host['host_id']}"
         known = pilot.request("GET", "/api/v1/admin/hosts")["hosts"]
         resumed = line in said.splitlines() and [h["host_id"] for h in known] == [host["host_id"]]
         if not resumed:
             raise Error("the agent did not resume as the same host", f"read {root}/log/agent.log")
+        bills, files = pilot.bill(currency)
+        ran_s = time.monotonic() - ran
         violations = asyncio.run(with_database(pilot.plan.cp_dir / "dsn", find_violations))
         if violations:
             raise Error(f"an invariant does not hold: {violations[0]}", "report this as a bug")
@@ -9761,6 +9997,10 @@ def check_pilot(root: Path, heartbeat_s: float) -> Row:
         "heartbeats": seen,
         "resumed": resumed,
         "resume_s": round(resumed_s, 2),
+        "ran_s": round(ran_s, 2),
+        "invoice": render_money(bills[0].total_micros),
+        "statement": render_money(bills[-1].total_micros),
+        "files": [path.name for path in files],
         "host_id": host["host_id"],
         "total_s": round(time.monotonic() - pilot.began, 2),
     }
@@ -10846,9 +11086,14 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
     """List what copies used in a month, and beside it what their hosts counted of them."""
+    print(render_usage(read_invoices(args, settings)))
+    return 0
 
+
+def render_usage(bills: Sequence[Bill]) -> str:
+    """What the lines of invoices were billed for, and what hosts counted, as a table."""
     table = [("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "COUNTED", "EGRESS-GB", "NOTE")]
-    for bill in read_invoices(args, settings):
+    for bill in bills:
         for line in bill.lines:
             counted, disagree = decide_counters(line)
             usage = line.usage
@@ -10864,8 +11109,7 @@ def command_usage(args: argparse.Namespace, settings: Settings) -> int:
                     "its host counted more than is possible" if disagree else "",
                 )
             )
-    print(render_table(table))
-    return 0
+    return render_table(table)
 
 
 def command_statements(args: argparse.Namespace, settings: Settings) -> int:
@@ -10882,22 +11126,34 @@ def command_statements(args: argparse.Namespace, settings: Settings) -> int:
 def show_bills(bills: Sequence[Bill], args: argparse.Namespace, settings: Settings) -> int:
     """Bills as a table, or each as files."""
     if args.out:
-        directory = Path(args.out)
-        directory.mkdir(parents=True, exist_ok=True)
-        for bill in bills:
-            stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}"
-            for suffix, parts in render_files(bill, settings.currency).items():
-                path = directory / f"{stem}.{suffix}"
-                write_file(path, "".join(parts).encode(), 0o600)
-                print(path)
-        return 0
+        for path in write_bills(bills, Path(args.out), settings.currency):
+            print(path)
+    else:
+        print(render_bills(bills, settings.currency))
+    return 0
+
+
+def write_bills(bills: Sequence[Bill], directory: Path, currency: str) -> list[Path]:
+    """Write each bill as HTML, CSV and JSON; gives back the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for bill in bills:
+        stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}"
+        for suffix, parts in render_files(bill, currency).items():
+            path = directory / f"{stem}.{suffix}"
+            write_file(path, "".join(parts).encode(), 0o600)
+            written.append(path)
+    return written
+
+
+def render_bills(bills: Sequence[Bill], currency: str) -> str:
+    """One line for each bill."""
     rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
     for bill in bills:
         number = "preliminary" if bill.is_preliminary else str(bill.number or "-")
-        total = f"{render_money(bill.total_micros)} {settings.currency}"
+        total = f"{render_money(bill.total_micros)} {currency}"
         rows.append((number, bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total))
-    print(render_table(rows))
-    return 0
+    return render_table(rows)
 
 
 def render_files(bill: Bill, currency: str) -> dict[str, Iterable[str]]:
@@ -11094,7 +11350,7 @@ def command_restore(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def command_pilot(args: argparse.Namespace, _settings: Settings) -> int:
+def command_pilot(args: argparse.Namespace, settings: Settings) -> int:
     """Everything on one machine."""
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
         signal.signal(number, signal.default_int_handler)
@@ -11102,11 +11358,11 @@ def command_pilot(args: argparse.Namespace, _settings: Settings) -> int:
     if not args.check:
         root = Path(args.dir).resolve() if args.dir else default_pilot_dir()
         with hold_pilot(root):
-            run_pilot(root, heartbeat_s)
+            run_pilot(root, heartbeat_s, settings.currency)
         return 0
     root = Path(args.dir or tempfile.mkdtemp(prefix="openinfra-pilot-")).resolve()
     with hold_pilot(root):
-        figures = check_pilot(root, heartbeat_s)
+        figures = check_pilot(root, heartbeat_s, settings.currency)
     if not args.dir:
         shutil.rmtree(root)
     print(json.dumps(figures))

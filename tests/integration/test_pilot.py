@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,29 @@ def processes_in(directory: Path) -> list[str]:
     return found
 
 
+def counters() -> list[Path]:
+    """The processes of the pilot's workload."""
+    return [each for each in Path("/proc").glob("[0-9]*") if "n % 9999" in read_cmdline(each)]
+
+
+def check_bills(root_dir: Path, log: str) -> int:
+    """Invoice and statement on the screen and as files add up; gives back the invoice's total."""
+    files = sorted((root_dir / "bills").iterdir())
+    assert [each.name.partition("-")[0] for each in files] == ["invoice"] * 3 + ["statement"] * 3
+    assert {each.suffix for each in files} == {".csv", ".html", ".json"}
+    assert all(f"  {each}\n" in log for each in files)
+    assert {each.stat().st_mode & 0o777 for each in files} == {0o600}
+    invoice, statement = (json.loads(each.read_text()) for each in files if each.suffix == ".json")
+    charges = [line["charge_micros"] for line in invoice["lines"]]
+    assert invoice["total_micros"] == sum(charges) > 0
+    shares = sum(line["share_micros"] for line in statement["lines"])
+    assert statement["total_micros"] == shares
+    assert 0 <= invoice["total_micros"] * 0.8 - shares < len(charges)
+    assert f"{invoice['total_micros'] / 1e6:.6f} EUR" in log
+    assert f"{shares / 1e6:.6f} EUR" in log
+    return int(invoice["total_micros"])
+
+
 Start = Callable[[], Process]
 
 
@@ -67,7 +91,7 @@ def start(root_dir: Path, tmp_path: Path) -> Iterator[Start]:
 def start_pilot(start: Start) -> Process:
     """Start the pilot and wait until it says that it runs."""
     pilot = start()
-    pilot.wait_log("Ctrl-C stops all of it", 30)
+    pilot.wait_log("Ctrl-C stops all of it, with an invoice", 30)
     return pilot
 
 
@@ -95,6 +119,8 @@ def test_the_check_goes_online_in_time_and_leaves_nothing() -> None:
     assert figures["heartbeats"] >= 3
     assert figures["online_s"] <= 5
     assert figures["cp_ready_s"] <= 3
+    assert 0 < float(figures["statement"]) < float(figures["invoice"])
+    assert "a plain process that stands in for a container" in done.stdout
     assert set(Path("/tmp").glob("openinfra-pilot-*")) == before
     assert processes_in(Path("/tmp/openinfra-pilot-")) == []
 
@@ -111,13 +137,22 @@ def test_stopped_and_killed_the_same_command_goes_on(start: Start, root_dir: Pat
     assert [host["host_id"] for host in json.loads(hosts.stdout)["hosts"]] == [host_id]
     invite = run_printed(pilot.log, "another invite")
     assert re.fullmatch(r"oi1_\S+\n", invite.stdout), invite.stderr
+    workload = run_printed(pilot.log, "the workload")
+    assert json.loads(workload.stdout)["state"] == "running", workload.stderr
+    (first_process,) = counters()
+    assert first_process.stat().st_uid == (65534 if os.geteuid() == 0 else os.geteuid())
+    time.sleep(2.5)
     assert pilot.stop(signal.SIGINT) == 0
     assert processes_in(root_dir) == []
+    assert counters() == []
+    first_micros = check_bills(root_dir, pilot.log)
 
     pilot = start_pilot(start)
     assert f"host {host_id} is online" in pilot.log
     assert "invite minted" not in pilot.log
+    assert counters()
     pilot.stop(signal.SIGKILL)  # the children must not outlive it
+    wait_for("the workload's end", lambda: not counters() or None)
     wait_for("the end of all", lambda: not processes_in(root_dir) or None, 20)
 
     pilot = start_pilot(start)
@@ -126,6 +161,7 @@ def test_stopped_and_killed_the_same_command_goes_on(start: Start, root_dir: Pat
     agent_log = (root_dir / "log" / "agent.log").read_text()
     assert agent_log.count("INFO resuming with persisted host_id") == 2
     assert agent_log.count("INFO registered with control plane") == 1
+    assert check_bills(root_dir, pilot.log) > first_micros
 
 
 def test_killed_while_it_makes_its_cluster_it_begins_again(start: Start, root_dir: Path) -> None:
