@@ -5,13 +5,14 @@
                      assigned as containers (systemd starts it)
   agent.py status    what the running agent says: exit 0 when this host is online, else 1
   agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
+  agent.py earnings  what this host earned in a month, line by line, as the control plane has it
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
                      its address changed; once, as root (a systemd timer starts it each 10 s);
                      with --watch it stays, and holds a second copy that no flush removes;
-                     with --strays it ends only what runs without the engine knowing of it (the
-                     engine's units start that)
+                     with --strays it ends only what runs without the engine knowing of it (a unit
+                     of its own, after each start of the engine)
 
 What it does to this machine
   `run` starts no program: it tells the container engine what to pull, run and remove, and only of
@@ -153,6 +154,13 @@ LOG_AGAIN_S = 600.0
 # The watchdog is fed only while the main loop moves: an RPC, a piece of a wait, slow disks.
 STUCK_AFTER_S = 90.0
 
+MONTH = "|20[0-9]{2}-(0[1-9]|1[0-2])"  # or none: this one
+# Lines of what this host earned, in one answer; and the numbers of each.
+EARNINGS_LINES, EARNINGS_PAGES, WORKLOAD_MAX = 200, 500, 128
+EARNINGS_NUMBERS = (
+    *("replica", "cpu_milli", "memory_bytes", "billed_us", "egress_bytes", "cpu_hour_micros"),
+    *("gb_hour_micros", "egress_gb_micros", "charge_micros", "provider_share_ppm", "share_micros"),
+)
 SOCKET_LINE_MAX_BYTES = 4_096
 SOCKET_ANSWER_MAX_BYTES = 262_144
 SOCKET_TIMEOUT_S = 5.0
@@ -172,8 +180,10 @@ ENDPOINT_OLD_S = 150
 GUARD_OLD_S = 45.0
 # The agent ends what has no right any more by itself; later than this it is dead or stuck.
 GUARD_LATE_S = 3.0
-# How long what the engine has lost is looked for; systemd ends a start after 90 s.
-STRAYS_S, STRAYS_AGAIN_S, KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 40.0, 2.0, 10.0, 5.0
+# For one answer of the engine and of `ctr`, while what the engine has lost is looked for.
+KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 10.0, 10.0
+# A guard that fails tries again, but only while it has not taken so long; systemd gives it 40 s.
+GUARD_TRIES, GUARD_AGAIN_S, GUARD_AGAIN_MAX_S = 3, 2.0, 10.0
 NFT_TABLE = ("inet", "openinfra")
 # nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -231,6 +241,7 @@ STEADY_S = 600.0
 BACK_OFF_MAX_S = 300.0
 # What the engine could not do is tried again after these waits, then another host may.
 TRY_PAUSES_S = (1.0, 3.0, 8.0)
+NO_SPACE = "no space left"  # in the engine's words, when its disk is full
 # The containers are looked at this often: when something is about to change, while there are any,
 # while there is none.
 TEND_SOON_S = 0.5
@@ -1822,10 +1833,13 @@ def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> 
     if step.verb is Verb.CREATE and "no such image" in words.lower():
         return replace(past, has_image=False)
     is_no = decide_pull_error(words) if step.verb is Verb.PULL else error.status in (400, 409)
+    pause_s = TRY_PAUSES_S[min(tries, len(TRY_PAUSES_S)) - 1]
+    if NO_SPACE in words:  # once more, when images that nobody needs are gone
+        is_no, pause_s = is_no or NO_SPACE in past.trouble, TRY_PAUSES_S[-1]
     what = "image cannot be fetched" if step.verb is Verb.PULL else "container cannot be made"
     if is_no or tries > len(TRY_PAUSES_S):
         return replace(past, rejected=parse_line(f"{what}: {words}"))
-    past = replace(past, tries=tries, retry_at_s=now_s + TRY_PAUSES_S[tries - 1])
+    past = replace(past, tries=tries, retry_at_s=now_s + pause_s)
     return replace(past, trouble=parse_line(f"{what} yet: {words}"))
 
 
@@ -1860,7 +1874,8 @@ def decide_report(
         state = pb.ASSIGNMENT_STATE_REJECTED if is_gone else pb.ASSIGNMENT_STATE_STOPPING
         return state, past.rejected
     if found is None and not past.has_image:
-        return pb.ASSIGNMENT_STATE_PULLING, unready or progress or past.trouble
+        said = f"{progress}; before, {past.trouble}" if progress and past.trouble else progress
+        return pb.ASSIGNMENT_STATE_PULLING, unready or said or past.trouble
     if found is None:
         return pb.ASSIGNMENT_STATE_STARTING, unready or past.trouble
     if wish is not None and found.wish_sha256 != wish.sha256:
@@ -2049,10 +2064,19 @@ def parse_handshakes(text: str) -> int | None:
 
 
 UNPAUSE = "sudo openinfra-agent unpause"
-REQUESTS = ("status", "pause", "unpause", "leave")
+REQUESTS = ("status", "pause", "unpause", "leave", "earnings")
 
 
-def parse_request(line: bytes) -> str:
+@dataclass(frozen=True)
+class Ask:
+    """A request on the control socket; the last two are of `earnings` only."""
+
+    cmd: str
+    month: str = ""
+    cursor: int = 0
+
+
+def parse_request(line: bytes) -> Ask:
     """Read one request of the control socket; raise BrokenError with what is wrong with it."""
     try:
         data = json.loads(line.decode("utf-8"))
@@ -2060,11 +2084,17 @@ def parse_request(line: bytes) -> str:
         raise BrokenError("request is not one line of JSON") from None
     if not isinstance(data, dict) or not isinstance(data.get("cmd"), str):
         raise BrokenError('request is not an object with a "cmd"')
-    if data.keys() != {"cmd"}:
-        raise BrokenError("request has unknown fields")
     if data["cmd"] not in REQUESTS:
         raise BrokenError(f"unknown cmd, known: {', '.join(REQUESTS)}")
-    return str(data["cmd"])
+    known = {"month": "", "cursor": 0} if data["cmd"] == "earnings" else {}
+    if data.keys() - known != {"cmd"}:
+        raise BrokenError("request has unknown fields")
+    month, cursor = (data.get(key, value) for key, value in (("month", ""), ("cursor", 0)))
+    if type(month) is not str or not re.fullmatch(MONTH, month):
+        raise BrokenError("month is none like 2026-11")
+    if type(cursor) is not int or not 0 <= cursor < 2**31:
+        raise BrokenError("cursor is out of range")
+    return Ask(data["cmd"], month, cursor)
 
 
 def render_answer(
@@ -2111,11 +2141,60 @@ def render_answer(
     }
 
 
+def render_micros(micros: int) -> str:
+    """Millionths as a decimal number, exactly."""
+    whole, rest = divmod(abs(micros), 1_000_000)
+    return f"{'-' if micros < 0 else ''}{whole}.{rest:06}"
+
+
 def render_earnings(earnings: pb.Earnings) -> str:
     """What this host earned in a month, for a person."""
-    whole, rest = divmod(abs(earnings.micros), 1_000_000)
-    sign, words = "-" if earnings.micros < 0 else "", f"{earnings.currency} in {earnings.month}"
-    return parse_line(f"{sign}{whole}.{rest:06} {words}, of hours that are closed", NAMED_MAX)
+    words = f"{render_micros(earnings.micros)} {earnings.currency} in {earnings.month}"
+    return parse_line(f"{words}, of hours that are closed", NAMED_MAX)
+
+
+def render_earnings_page(reply: pb.EarningsReply) -> dict[str, object]:
+    """A page of a month's earnings, as the control socket has it."""
+    return {
+        "month": parse_line(reply.month, NAMED_MAX),
+        "currency": parse_line(reply.currency, NAMED_MAX),
+        "preliminary": reply.preliminary,
+        "share_micros": reply.share_micros,
+        "lines": [
+            {
+                "assignment_id": parse_line(line.assignment_id, NAMED_MAX),
+                "workload": parse_line(line.workload, WORKLOAD_MAX),
+                **{name: getattr(line, name) for name in EARNINGS_NUMBERS},
+            }
+            for line in reply.lines[:EARNINGS_LINES]
+        ],
+        "next_cursor": reply.next_cursor,
+    }
+
+
+def render_earnings_table(found: Mapping[str, Any]) -> str:
+    """A month's earnings for a person: what ran, for how long, at what price, and whose part."""
+    rows = [("workload", "hours", "cpu", "GB", "sent GB", "charge", "yours", "earned")]
+    for line in found["lines"]:
+        rows.append(
+            (
+                f"{line['workload']}/{line['replica']}",
+                f"{line['billed_us'] / 3.6e9:.4f}",
+                f"{line['cpu_milli'] / 1000:g}",
+                f"{line['memory_bytes'] / 1e9:.3f}",
+                f"{line['egress_bytes'] / 1e9:.3f}",
+                render_micros(line["charge_micros"]),
+                f"{line['provider_share_ppm'] / 10_000:g} %",
+                render_micros(line["share_micros"]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    so_far = " so far, of hours that are closed" if found["preliminary"] else ""
+    total = f"{render_micros(found['share_micros'])} {found['currency']}"
+    return "\n".join([*text, f"earned in {found['month']}: {total}{so_far}"])
 
 
 def render_paused(pause: Pause | None) -> str:
@@ -2886,13 +2965,15 @@ def open_control_socket(path: Path) -> socket.socket:
     return listener
 
 
-def ask_agent(path: Path, cmd: str, timeout_s: float = SOCKET_TIMEOUT_S) -> dict[str, Any] | None:
+def ask_agent(
+    path: Path, cmd: str, timeout_s: float = SOCKET_TIMEOUT_S, **more: object
+) -> dict[str, Any] | None:
     """Ask the running agent for one thing; None when none answers."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout_s)
             sock.connect(str(path))
-            sock.sendall(json.dumps({"cmd": cmd}).encode() + b"\n")
+            sock.sendall(json.dumps({"cmd": cmd, **more}).encode() + b"\n")
             raw = b""
             while len(raw) < SOCKET_ANSWER_MAX_BYTES and not raw.endswith(b"\n"):
                 part = sock.recv(SOCKET_ANSWER_MAX_BYTES)
@@ -2916,9 +2997,11 @@ def ask_agent(path: Path, cmd: str, timeout_s: float = SOCKET_TIMEOUT_S) -> dict
     return answer
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """Ask the running agent for its status."""
-    answer = ask_agent(path, "status")
+def read_status(
+    path: Path, cmd: str = "status", timeout_s: float = SOCKET_TIMEOUT_S, **more: object
+) -> dict[str, Any]:
+    """Ask the running agent for its status, or for that and more."""
+    answer = ask_agent(path, cmd, timeout_s, **more)
     if answer is None:
         raise Error(
             f"no agent answers on {path}",
@@ -3196,16 +3279,19 @@ class Engine:
                 if layers:
                     note(render_progress(layers))
 
-    def knows_running(self, container_id: str) -> bool:
-        """Whether a container runs; waits while the engine is about to start or end it."""
+    def knows_running(self, container_id: str) -> tuple[bool, str]:
+        """Whether a container runs, which waits while it is about to start or end.
+
+        With why nobody knows, and then it may; raises EngineError when no engine answers at all.
+        """
         try:
             path = f"/containers/{container_id}/json"
             state = self.read_object(path, KNOWS_TIMEOUT_S).get("State")
         except EngineError as error:
-            if error.status == 404:
-                return False
-            raise
-        return isinstance(state, dict) and state.get("Running") is not False
+            if error.status == 0:
+                raise
+            return error.status != 404, "" if error.status == 404 else str(error)
+        return not isinstance(state, dict) or state.get("Running") is not False, ""
 
     def read_log(self, container_id: str, lines: int, limit_bytes: int) -> tuple[bytes, bool]:
         """The end of what a container printed, and whether the limit cut it."""
@@ -3332,6 +3418,23 @@ def read_lease(path: Path, boot_id: str) -> tuple[float, frozenset[str]]:
 # ------------------------------------------------------------------------------------------------
 
 Reply = TypeVar("Reply")
+
+
+async def read_earnings(agent: Agent, ask: Ask) -> dict[str, object]:
+    """A page of what this host earned; raises Error with what keeps it from that."""
+    if not agent.is_open:
+        raise Error("this host is not online", "sudo openinfra-agent doctor")
+    session = bytes.fromhex(agent.identity.session or "")
+    request = pb.EarningsRequest(session=session, month=ask.month, cursor=ask.cursor)
+    try:
+        reply = await call(agent, agent.stub.ReadEarnings, request)
+    except RefusedError as refused:
+        if refused.name == "UNIMPLEMENTED":
+            what = "the control plane is older than this agent, and does not say it"
+            raise Error(what, "ask the operator for a statement") from None
+        what = f"the control plane does not say it: {refused.detail or refused.name}"
+        raise Error(what, "try again; sudo openinfra-agent doctor") from None
+    return render_earnings_page(reply)
 
 
 async def call(agent: Agent, method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
@@ -3877,7 +3980,7 @@ def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> 
         past = replace(past, started_s=now_s, ended_s=None, is_stopped=False)
         past = replace(past, restarts=past.restarts + was_ended)
     if error is not None:
-        workloads.is_full |= "no space left" in str(error)
+        workloads.is_full |= NO_SPACE in str(error)
         past = decide_failure(past, step, error, now_s)
     else:
         past = replace(past, tries=0, trouble="", has_image=True)
@@ -4299,33 +4402,55 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     return ""
 
 
-def end_strays(engine: Engine, containerd: Path) -> list[str]:
-    """End what containerd runs although the engine does not know that it runs; gives back the ids.
+def end_strays(engine: Engine, containerd: Path) -> str:
+    """End what containerd runs although the engine does not know that it runs.
 
     A start that a kill of the engine cut off leaves such a process, which nobody else would ever
     end. The engine answers for a container only when its start is over: who runs before and after
-    it said "not running" is no start at work. Raises Error and EngineError.
+    it said "not running" is no start at work. Gives back what kept it from looking at all of them;
+    raises Error and EngineError when it can look at none.
     """
 
     def ctr(*words: str) -> str:
         argv = ["ctr", f"--address={containerd}", *words]
         return run(argv, timeout_s=CTR_TIMEOUT_S, echo=False)
 
-    ended = []
+    trouble = ""
     for name in ctr("namespaces", "list", "--quiet").split():
         if not name.startswith("moby"):
             continue
-        space = f"--namespace={name}"
-        before = parse_tasks(ctr(space, "tasks", "list"))
-        silent = {each for each in before if not engine.knows_running(each)}
-        now = parse_tasks(ctr(space, "tasks", "list")) if silent else {}
-        for each in sorted(silent & now.keys()):
-            if now[each] == before[each]:
-                ctr(space, "tasks", "delete", "--force", each)
-                # Its record would keep the engine from a start of the same container.
-                ctr(space, "containers", "delete", each)
-                ended.append(each)
-    return ended
+        in_space = functools.partial(ctr, f"--namespace={name}")
+        for each, pid in parse_tasks(in_space("tasks", "list")).items():
+            is_known, why = engine.knows_running(each)
+            trouble = why or trouble
+            if not is_known and end_stray(in_space, each, pid):
+                log("WARN", "ended what the engine had lost: its start was cut off", container=each)
+    return trouble
+
+
+def end_stray(ctr: Callable[..., str], container: str, pid: int) -> bool:
+    """End this process if it is still the container's; tell whether it was."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if parse_tasks(ctr("tasks", "list")).get(container) != pid:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [], CTR_TIMEOUT_S)
+    finally:
+        os.close(process)
+    # Their records may keep the engine from a start of this container; it may be quicker with them.
+    # Of one that runs again by now neither can be deleted.
+    until_s = read_boot_s() + CTR_TIMEOUT_S
+    while container in parse_tasks(ctr("tasks", "list")) and read_boot_s() < until_s:
+        time.sleep(0.1)
+    for words in (("tasks", "delete"), ("containers", "delete", "--keep-snapshot")):
+        with contextlib.suppress(Error):
+            ctr(*words, container)
+    return True
 
 
 def ensure_docker_user() -> str:
@@ -4381,7 +4506,7 @@ async def read_request(agent: Agent, reader: asyncio.StreamReader) -> dict[str, 
     """Wait for one request and make its answer."""
     try:
         line = await asyncio.wait_for(reader.readline(), SOCKET_TIMEOUT_S)
-        cmd = parse_request(line)
+        asked = parse_request(line)
     except asyncio.TimeoutError:
         return {"error": f"no request within {SOCKET_TIMEOUT_S:g} s"}
     except ValueError:
@@ -4389,7 +4514,11 @@ async def read_request(agent: Agent, reader: asyncio.StreamReader) -> dict[str, 
     except BrokenError as broken:
         return {"error": str(broken)}
     try:
-        done = {} if cmd == "status" else await change_pause(agent, cmd)
+        done: dict[str, object] = {}
+        if asked.cmd == "earnings":
+            done = {"earnings_page": await read_earnings(agent, asked)}
+        elif asked.cmd != "status":
+            done = await change_pause(agent, asked.cmd)
     except Error as error:
         return {"error": error.what, "todo": error.todo}
     token = read_token_state(agent.config.env_file)
@@ -4638,6 +4767,27 @@ def command_status(args: argparse.Namespace) -> int:
     return 0 if is_online(answer) else 1
 
 
+def command_earnings(args: argparse.Namespace) -> int:
+    """Print what this host earned in a month."""
+    path, month = Path(args.socket or DEFAULTS["socket"]), args.month
+    if not re.fullmatch(MONTH, month):
+        raise Error(f"{parse_line(month, 40)} is no month", "give one like 2026-11", USAGE)
+    pages: list[dict[str, Any]] = []
+    while not pages or (pages[-1]["next_cursor"] and pages[-1]["lines"]):
+        if len(pages) == EARNINGS_PAGES:
+            raise Error("the month has too many lines", "ask the operator for a statement")
+        asked = {"month": month, "cursor": pages[-1]["next_cursor"] if pages else 0}
+        answer = read_status(path, "earnings", RPC_DEADLINE_S + SOCKET_TIMEOUT_S, **asked)
+        pages.append(answer["earnings_page"])
+        month = pages[0]["month"]
+    if len({page["share_micros"] for page in pages}) > 1:
+        raise Error("an hour was closed meanwhile, and the lines changed", "run this again")
+    found = {**pages[0], "lines": [line for page in pages for line in page["lines"]]}
+    del found["next_cursor"]
+    print(json.dumps(found) if args.json else render_earnings_table(found))
+    return 0
+
+
 def command_doctor(args: argparse.Namespace) -> int:
     """Print what is wrong."""
     findings = decide_findings(read_snapshot(args))
@@ -4674,6 +4824,21 @@ def command_leave(args: argparse.Namespace) -> int:
     return command_pause(args)
 
 
+def command_strays(engine: Engine, containerd: Path) -> int:
+    """`guard --strays`; an engine that is not up is looked at when it has started."""
+    try:
+        engine.read_version(ENGINE_START_S)
+        trouble = end_strays(engine, containerd)
+    except EngineError as error:
+        if error.status == 0:
+            return 0
+        trouble = str(error)
+    if trouble:
+        what = f"cannot look for what the engine has lost: {trouble}"
+        raise Error(what, "sudo systemctl restart openinfra-engine")
+    return 0
+
+
 def command_guard(args: argparse.Namespace) -> int:
     """Put the firewall in place, and find the control plane again; once, as root."""
     path = Path(args.guard_file or DEFAULTS["guard_file"])
@@ -4681,13 +4846,18 @@ def command_guard(args: argparse.Namespace) -> int:
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
     keep = functools.partial(keep_firewall, path, lease_file, engine)
     if args.strays:
-        return end_strays_once(engine, Path(args.containerd or DEFAULTS["containerd"]))
+        return command_strays(engine, Path(args.containerd or DEFAULTS["containerd"]))
     if args.watch:
         watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
-    guard = keep()
+    began_s, guard = read_boot_s(), keep()
     late = ensure_ended(engine, lease_file)
     if late:
         log("WARN", "cannot look for workloads whose right to run is over", error=late)
+    for _ in range(GUARD_TRIES - 1):  # at boot the tunnel waits for this run, and for none after it
+        if not guard.error or read_boot_s() > began_s + GUARD_AGAIN_MAX_S:
+            break
+        time.sleep(GUARD_AGAIN_S)
+        guard = keep()
     if guard.error:
         raise Error(f"firewall is not in place: {guard.error}", "is nftables installed? see above")
     # `wg` asks the name server 15 times by default, with longer and longer waits.
@@ -4699,29 +4869,6 @@ def command_guard(args: argparse.Namespace) -> int:
         with alone(path.parent):
             save_guard(path, replace(read_guard(path) or guard, endpoint_error=said))
     return 0
-
-
-def end_strays_once(engine: Engine, containerd: Path) -> int:
-    """`guard --strays`: look until it worked once, or the time is over.
-
-    An engine that does not answer at all has not started: it is looked at when it has.
-    """
-    until_s = read_boot_s() + STRAYS_S
-    while True:
-        try:
-            engine.read_version(ENGINE_START_S)
-            for each in end_strays(engine, containerd):
-                log("WARN", "ended what the engine had lost: its start was cut off", container=each)
-        except (EngineError, Error) as error:
-            if isinstance(error, EngineError) and error.status == 0:
-                return 0
-            if read_boot_s() < until_s:
-                time.sleep(STRAYS_AGAIN_S)
-                continue
-            what = error.what if isinstance(error, Error) else str(error)
-            what = f"cannot look for what the engine has lost: {what}"
-            raise Error(what, "sudo systemctl restart openinfra-engine") from None
-        return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -4762,7 +4909,9 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in ("status", "doctor"):
+        if name == "earnings":
+            command.add_argument("--month", default="", help="like 2026-11; default: this one")
+        if name in ("status", "doctor", "earnings"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "guard":
             command.add_argument(
@@ -4777,6 +4926,7 @@ def make_parser() -> argparse.ArgumentParser:
 COMMANDS = {
     "run": command_run,
     "status": command_status,
+    "earnings": command_earnings,
     "doctor": command_doctor,
     "pause": command_pause,
     "unpause": command_unpause,

@@ -21,7 +21,8 @@ What it does
   dist      makes and signs the release that hosts download from /dist/
   backup    writes one encrypted file with the database, the hub's key, signing keys and settings
   restore   takes such a file on a new machine: every host comes back by itself
-  pilot     all of it on this one machine, for a newcomer: own PostgreSQL, CP, one agent
+  pilot     all of it on this one machine, for a newcomer: own PostgreSQL, CP, one agent, and a
+            plain process in place of a customer's container, which it bills
 
 Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/cp.env                    settings, KEY=value, each also a flag; `restore` writes
@@ -43,7 +44,8 @@ It runs as an ordinary user, without capabilities; root runs dist, backup, resto
 may, which then installs packages (it says so first). For a tag's digest it asks the registry at
 REGISTRY_URL (127.0.0.1:5000).
 Runs, but not in `serve`: openssl (dist); pg_dump, pg_restore, psql, gpg, gpgconf, wg, wg-quick
-  (backup, restore); apt-get, python3 -m venv, pip, setpriv, initdb, postgres, agent.py (pilot).
+  (backup, restore); apt-get, python3 -m venv, pip, setpriv, initdb, postgres, agent.py and, as
+  nobody where root runs it, sh (pilot).
 Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
 Exit codes: 0; 1 error; 2 usage; 3 refused to protect data; 75 try later (database not there).
 
@@ -378,6 +380,7 @@ USAGE_BATCH = 1_000  # copies in one transaction,
 USAGE_PARTS = 5_000  # hours of them,
 USAGE_HOURS = 6  # and of each
 INVOICE_AFTER_S = 86_400  # after a month is over its invoices are issued
+EARNINGS_LINES = 200  # of what a host earned, in one message
 CREDIT_NOTICE_S = 3_600  # a customer without credit has this long before its copies stop
 EGRESS_MAX_BYTES_PER_US = 125  # 1 Gbit/s: no copy sends more, whatever its host says
 HOUR_US = 3_600_000_000
@@ -846,6 +849,16 @@ class Bill:
     is_preliminary: bool
     lines: Sequence[BillLine]
     total_micros: int  # what the customer pays, or what the provider is owed
+
+
+@dataclasses.dataclass(frozen=True)
+class EarningsOrder:
+    """A host asks what it earned."""
+
+    session_sha256: bytes
+    peer: str
+    month: dt.date | None  # None: this one
+    cursor: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1897,6 +1910,15 @@ def parse_heartbeat(request: pb.HeartbeatRequest, peer: str, interval_ms: int) -
         observed=parse_observed(request.observed) if request.HasField("observed") else None,
         counters=parse_counters(request.usage),
     )
+
+
+def parse_earnings(request: pb.EarningsRequest, peer: str) -> EarningsOrder:
+    """A checked request for a month's earnings; raises Refusal."""
+    session = hash_session(request.session)
+    month = parse_month(request.month) if request.month else None
+    if request.cursor >= 2**31:
+        raise Refusal("BAD_REQUEST", "cursor is out of range", "begin with 0", "cursor")
+    return EarningsOrder(session, peer, month, request.cursor)
 
 
 def parse_revision(revision: int) -> int:
@@ -4979,7 +5001,8 @@ SELECT a.assignment_id, l.workload, l.replica, h.hostname,
 FROM (
   SELECT l.*, n.namespace || '/' || n.name AS workload, b.replica FROM usage_lines l
   JOIN assignments b USING (assignment_no) JOIN workloads n USING (workload_no)
-  WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s)
+  WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s
+    OR l.host_no = %(host_no)s)
   ORDER BY workload, b.replica, l.assignment_no, l.card_no LIMIT %(limit)s OFFSET %(cursor)s
 ) l JOIN assignments a USING (assignment_no)
 JOIN hosts h ON h.host_no = l.host_no LEFT JOIN rate_cards c ON c.card_no = l.card_no
@@ -4995,6 +5018,21 @@ SQL_BILL_TOTAL = """
 -- what a customer's month comes to
 SELECT coalesce(sum(cpu_micros + memory_micros + egress_micros), 0)::bigint AS total_micros
 FROM usage_lines WHERE customer_no = %(customer_no)s AND month = %(month)s
+"""
+
+SQL_SESSION_HOST = """
+-- the host of a live session, and what month it is
+SELECT h.host_no, h.namespace, date_trunc('month', now(), 'UTC')::date AS month
+FROM sessions s JOIN hosts h USING (host_no)
+WHERE s.session_sha256 = %(session)s AND s.ended_at IS NULL
+  AND h.status NOT IN ('quarantined', 'revoked')
+  AND (NOT %(peer_check)s OR h.wg_ip = %(peer)s::inet)
+"""
+
+SQL_HOST_TOTAL = """
+-- what a host earned in a month
+SELECT coalesce(sum(share_micros), 0)::bigint AS micros FROM usage_lines
+WHERE host_no = %(host_no)s AND month = %(month)s
 """
 
 SQL_EARNINGS = """
@@ -6954,8 +6992,33 @@ async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
     return Bill("statement", *whose, month, None, found["is_preliminary"], lines, total)
 
 
+async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) -> tuple[Bill, int]:
+    """What a host earned in a month, a page of it; and where the next begins, or 0.
+
+    Raises Refusal as a heartbeat would.
+    """
+    async with db.transaction() as tx:
+        await tx.execute(SQL_ONE_PICTURE)
+        who = {"session": order.session_sha256, "peer": order.peer, "peer_check": peer_check}
+        host = await tx.one(SQL_SESSION_HOST, **who)
+        if host is None:
+            why = await tx.one(SQL_HEARTBEAT_WHY, sessions=[order.session_sha256])
+            raise decide_heartbeat_refusal(why, order.peer)
+        month: dt.date = order.month or host["month"]
+        which = {"customer_no": None, "namespace": None, "month": month}
+        found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
+        which["host_no"] = host["host_no"]
+        page = {"limit": EARNINGS_LINES + 1, "cursor": order.cursor}
+        lines = await _read_lines(tx, **page, **which)
+        total = (await tx.the(SQL_HOST_TOTAL, **which))["micros"]
+    more = order.cursor + EARNINGS_LINES if len(lines) > EARNINGS_LINES else 0
+    whose = (host["namespace"], host["namespace"])
+    shown = lines[:EARNINGS_LINES]
+    return Bill("statement", *whose, month, None, found["is_preliminary"], shown, total), more
+
+
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
-    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **which)
+    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **{"host_no": None, **which})
     return [
         BillLine(usage=Usage(*(row.pop(name) for name in Usage._fields)), **row) for row in rows
     ]
@@ -7546,9 +7609,9 @@ class Logs:
 class ControlPlane:
     """One serving process: what its edges and loops share.
 
-    Five small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
+    Six small pools, so that no crowd at one door holds up another: `beat_db` for heartbeats and
     the sweep, `db` for joining agents, `admin_db` for the operator, `customer_db` for customers,
-    `bill_db` for closing hours.
+    `bill_db` for closing hours, `earn_db` for hosts that ask what they earned.
     """
 
     def __init__(
@@ -7559,12 +7622,15 @@ class ControlPlane:
         admin_db: Database,
         customer_db: Database,
         bill_db: Database,
+        earn_db: Database,
     ) -> None:
         self.settings = settings
         self.db = db
         self.beat_db = beat_db
         self.admin_db = admin_db
         self.customer_db = customer_db
+        self.earn_db = earn_db
+        self.asking: set[str] = set()  # peers that are being told what they earned
         self.has_key = False  # of workloads' secrets
         self.stopping = False
         self.busy = 0.0
@@ -7757,7 +7823,8 @@ class ControlPlane:
         except Error:  # the store has logged it; the last counts stay
             self.metrics.set("openinfra_database_up", 0)
         pools = {"beats": self.beat_db, "agents": self.db, "admin": self.admin_db}
-        for name, db in {**pools, "customers": self.customer_db}.items():
+        pools |= {"customers": self.customer_db, "earnings": self.earn_db}
+        for name, db in pools.items():
             self.metrics.set("openinfra_pool_waiting", db.waiting(), pool=name)
         self.metrics.set("openinfra_heartbeat_waiting", len(self._waiting))
         self.metrics.set("openinfra_cpu_seconds_total", time.process_time())
@@ -7858,6 +7925,7 @@ class AgentEdge:
             "Register": (pb.RegisterRequest, self._register),
             "Resume": (pb.ResumeRequest, self._resume),
             "Heartbeat": (pb.HeartbeatRequest, self._heartbeat),
+            "ReadEarnings": (pb.EarningsRequest, self._read_earnings),
         }
         handlers: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -7954,6 +8022,41 @@ class AgentEdge:
             desired=accepted.desired,
             lease_s=LEASE_S,
             log_requests=self.cp.logs.requests(accepted.host_no),
+        )
+
+    async def _read_earnings(self, request: pb.EarningsRequest, peer: str) -> Message:
+        settings, order = self.cp.settings, parse_earnings(request, peer)
+        if peer in self.cp.asking:
+            raise Refusal("TRY_LATER", "this host asks already what it earned", "one at a time")
+        self.cp.asking.add(peer)
+        try:
+            bill, more = await read_earnings(self.cp.earn_db, order, settings.peer_check)
+        finally:
+            self.cp.asking.discard(peer)
+        return pb.EarningsReply(
+            month=f"{bill.month:%Y-%m}",
+            currency=settings.currency,
+            preliminary=bill.is_preliminary,
+            share_micros=bill.total_micros,
+            lines=[
+                pb.EarningsLine(
+                    assignment_id=str(line.assignment_id),
+                    workload=line.workload,
+                    replica=line.replica,
+                    cpu_milli=line.cpu_milli,
+                    memory_bytes=line.memory_bytes,
+                    billed_us=line.usage.billed_us,
+                    egress_bytes=line.usage.egress_bytes,
+                    cpu_hour_micros=line.cpu_hour_micros,
+                    gb_hour_micros=line.gb_hour_micros,
+                    egress_gb_micros=line.egress_gb_micros,
+                    charge_micros=line.usage.charge_micros,
+                    provider_share_ppm=line.provider_share_ppm,
+                    share_micros=line.usage.share_micros,
+                )
+                for line in bill.lines
+            ],
+            next_cursor=more,
         )
 
 
@@ -9270,9 +9373,11 @@ async def serve(settings: Settings) -> None:
     beat_db = Database(dsn, 2, rest_s=1, secrets_key=key)
     customer_db = Database(dsn, 2, wait_s=1, rest_s=1, options=custom, secrets_key=key)
     bill_db = Database(dsn, 1, options=custom)
-    cp = ControlPlane(settings, Database(dsn, 4), beat_db, admin_db, customer_db, bill_db)
+    earn_db = Database(dsn, 1, wait_s=1, rest_s=1, options=custom)
+    db = Database(dsn, 4)
+    pools = (db, beat_db, admin_db, customer_db, bill_db, earn_db)
+    cp = ControlPlane(settings, *pools)
     cp.has_key = bool(key)
-    pools = (cp.db, beat_db, admin_db, customer_db, bill_db)
     try:
         for pool in pools:
             await pool.open()
@@ -9427,6 +9532,7 @@ class PilotPlan:
     grpc_port: int
     http_port: int
     heartbeat_s: float
+    currency: str
 
     @property
     def cluster(self) -> Path:
@@ -9476,6 +9582,7 @@ class PilotPlan:
             f"--grpc-listen=127.0.0.1:{self.grpc_port}",
             f"--http-listen=127.0.0.1:{self.http_port}",
             f"--registry={PILOT_REGISTRY}",
+            f"--currency={self.currency}",
             "--peer-check=off",
             f"--heartbeat-s={self.heartbeat_s:g}",
         ]
@@ -9616,8 +9723,11 @@ class StandIn:
 
 def read_process_stats(pid: int) -> Row:
     """What a process used, as Docker's statistics have it (proc(5): stat, statm)."""
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return {}  # it has just ended
     cpu_ns = (int(stat[11]) + int(stat[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     memory = {"usage": pages * os.sysconf("SC_PAGE_SIZE")}
     return {"cpu_stats": {"cpu_usage": {"total_usage": cpu_ns}}, "memory_stats": memory}
@@ -9626,10 +9736,11 @@ def read_process_stats(pid: int) -> Row:
 class Pilot:
     """Runs PostgreSQL, the control plane and one agent as children, and ends them in order."""
 
-    def __init__(self, root: Path, heartbeat_s: float) -> None:
+    def __init__(self, root: Path, heartbeat_s: float, currency: str) -> None:
         self.began = time.monotonic()
+        self.since = dt.datetime.now(dt.timezone.utc).date()
         self.cp_ready_s = 0.0
-        self.plan = plan_pilot(root, heartbeat_s)
+        self.plan = plan_pilot(root, heartbeat_s, currency)
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.stand_in: StandIn | None = None
         self.token = self.key = self.workload = ""
@@ -9773,20 +9884,21 @@ class Pilot:
         """The workload, once it is in this state."""
         try:
             found = self.request("GET", self.workload, key=self.key)
-        except (OSError, Error):
+        except Error:
             return None
         return found if found["state"] == state else None
 
-    def bill(self, currency: str) -> tuple[list[Bill], list[Path]]:
+    def bill(self) -> tuple[list[Bill], list[Path]]:
         """End the workload, close its hour early, and write invoice and statement."""
         self.request("DELETE", self.workload, key=self.key)
         self.wait_for("the workload's end", lambda: self.get_workload("deleted"))
-        bills = asyncio.run(with_database(self.plan.cp_dir / "dsn", read_pilot_bills))
+        read = functools.partial(read_pilot_bills, since=self.since)
+        bills = asyncio.run(with_database(self.plan.cp_dir / "dsn", read))
         print("\nwhat the workload used, a plain process that stands in for a container:")
         print(render_usage([bill for bill in bills if bill.kind == "invoice"]))
         print("\nits customer's invoice, and its provider's statement:")
-        print(render_bills(bills, currency), flush=True)
-        return bills, write_bills(bills, self.plan.root / "bills", currency)
+        print(render_bills(bills, self.plan.currency), flush=True)
+        return bills, write_bills(bills, self.plan.root / "bills", self.plan.currency)
 
     def _online(self) -> Row | None:
         hosts = (self.get("/api/v1/admin/hosts?status=online") or {"hosts": []})["hosts"]
@@ -9808,13 +9920,16 @@ class Pilot:
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace")
             raise Error(f"{method} {path} got {error.code}: {said}", "report this bug") from None
+        except OSError as error:
+            todo = f"read {self.log_path('control-plane')}"
+            raise Error(f"{method} {path}: {error}", todo) from None
         return json.loads(raw) if "json" in answer.headers["Content-Type"] else raw.decode()
 
     def get(self, path: str) -> Any:
         """The answer of a GET, or None when there is none yet."""
         try:
             return self.request("GET", path)
-        except (OSError, Error):
+        except Error:
             return None
 
 
@@ -9823,25 +9938,25 @@ async def add_pilot_customer(db: Database) -> str:
     if not await list_rate_cards(db):
         hour = dt.datetime.now(dt.timezone.utc).replace(minute=0, second=0, microsecond=0)
         await add_rate_card(db, cli_actor(), None, hour, **PILOT_PRICES)
-    known = await list_customers(db, {"limit": 1, "cursor": 0})  # one whose key was lost
+    found = await list_customers(db, {"limit": 2**31 - 1, "cursor": 0})
+    known = [each for each in found if "pilot" in each.namespaces]  # its key was lost
     customer = known[0] if known else await add_customer(db, cli_actor(), "Pilot", "pilot")
     return (await mint_key(db, cli_actor(), customer.customer_id, "pilot"))[0]
 
 
-async def read_pilot_bills(db: Database) -> list[Bill]:
-    """Close this hour early, since nothing runs any more; then read all bills of the month."""
+async def read_pilot_bills(db: Database, since: dt.date) -> list[Bill]:
+    """Close this hour early, since nothing runs any more; then read the bills of all months."""
     cursor: int | None = 0
     while cursor is not None:
         done = await close_windows(db, cursor, grace_s=-3600)
         cursor = done.cursor if done.is_mine else cursor
         await asyncio.sleep(0 if done.is_mine else 0.1)
-    now, bills = dt.datetime.now(dt.timezone.utc), []
-    for month in sorted(
-        {each.date().replace(day=1) for each in (now - dt.timedelta(hours=1), now)}
-    ):
+    month, bills = since.replace(day=1), []
+    while month <= dt.datetime.now(dt.timezone.utc).date():
         customers, providers = await list_bill_owners(db, month)
         bills += [await read_invoice(db, each, month) for each in customers]
         bills += [await read_statement(db, each, month) for each in providers]
+        month = (month + dt.timedelta(days=31)).replace(day=1)
     return bills
 
 
@@ -9867,7 +9982,7 @@ def free_port(wanted: int) -> int:
     raise Error("no port of 127.0.0.1 is free", "end a program that listens: ss -ltnp")
 
 
-def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
+def plan_pilot(root: Path, heartbeat_s: float, currency: str) -> PilotPlan:
     """Lay out the pilot's directory, choose user and ports; a later run keeps its ports."""
     ensure_packages(want_venv=False)
     postgres_bin = find_postgres()
@@ -9893,7 +10008,8 @@ def plan_pilot(root: Path, heartbeat_s: float) -> PilotPlan:
         what = f"port {busy} of 127.0.0.1, which this pilot used before, is taken"
         raise Error(what, f"end what has it (ss -ltnp), or remove {root} to start anew")
     write_file(saved, json.dumps(chosen).encode() + b"\n", 0o644)
-    return PilotPlan(root, postgres_bin, user, chosen["grpc"], chosen["http"], heartbeat_s)
+    ports = (chosen["grpc"], chosen["http"])
+    return PilotPlan(root, postgres_bin, user, *ports, heartbeat_s, currency)
 
 
 @contextlib.contextmanager
@@ -9920,7 +10036,7 @@ def default_pilot_dir() -> Path:
 
 def run_pilot(root: Path, heartbeat_s: float, currency: str) -> None:
     """Bring everything up and keep it up until Ctrl-C or SIGTERM; bill the workload at the end."""
-    pilot = Pilot(root, heartbeat_s)
+    pilot = Pilot(root, heartbeat_s, currency)
     try:
         bring_up(pilot)
         pilot.order()
@@ -9944,9 +10060,11 @@ this machine only. Ctrl-C stops all of it, with an invoice for the workload.
             time.sleep(0.5)
     except KeyboardInterrupt:
         pilot.say("stopping")
-        if pilot.workload:
-            for path in pilot.bill(currency)[1]:
+        try:
+            for path in pilot.bill()[1] if pilot.workload else ():
                 print(f"  {path}", flush=True)
+        except Error as error:  # a shutdown ends the control plane at the same time
+            pilot.say(f"no bill: {error.what}")
     finally:
         pilot.stop_all()
 
@@ -9964,7 +10082,7 @@ def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
 
     Gives back the figures.
     """
-    pilot = Pilot(root, heartbeat_s)
+    pilot = Pilot(root, heartbeat_s, currency)
     try:
         host = bring_up(pilot)
         online_s = time.monotonic() - pilot.began
@@ -9984,7 +10102,7 @@ def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
         resumed = line in said.splitlines() and [h["host_id"] for h in known] == [host["host_id"]]
         if not resumed:
             raise Error("the agent did not resume as the same host", f"read {root}/log/agent.log")
-        bills, files = pilot.bill(currency)
+        bills, files = pilot.bill()
         ran_s = time.monotonic() - ran
         violations = asyncio.run(with_database(pilot.plan.cp_dir / "dsn", find_violations))
         if violations:
@@ -9998,8 +10116,10 @@ def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
         "resumed": resumed,
         "resume_s": round(resumed_s, 2),
         "ran_s": round(ran_s, 2),
-        "invoice": render_money(bills[0].total_micros),
-        "statement": render_money(bills[-1].total_micros),
+        **{
+            kind: render_money(sum(bill.total_micros for bill in bills if bill.kind == kind))
+            for kind in ("invoice", "statement")
+        },
         "files": [path.name for path in files],
         "host_id": host["host_id"],
         "total_s": round(time.monotonic() - pilot.began, 2),
@@ -10031,6 +10151,7 @@ ARTIFACT_SOURCES = (
     "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-strays.service",
     "systemd/openinfra-watch.service",
     "systemd/openinfra-workloads.service",
     "systemd/openinfra.slice",

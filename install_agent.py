@@ -94,6 +94,7 @@ LINK, TABLE = "openinfra", "openinfra"  # the interface; the nft table of family
 WG, AGENT = f"wg-quick@{LINK}.service", "openinfra-agent.service"
 GUARD, TIMER = "openinfra-guard.service", "openinfra-guard.timer"
 WATCH = "openinfra-watch.service"
+STRAYS = "openinfra-strays.service"
 ENGINE, CONTAINERD = "openinfra-engine.service", "openinfra-containerd.service"
 WORKLOADS, SLICE, DISK = (
     "openinfra-workloads.service",
@@ -101,7 +102,7 @@ WORKLOADS, SLICE, DISK = (
     "var-cache-openinfra.mount",
 )
 # The files of these lie in the agent's zip, under systemd/.
-UNITS = (AGENT, GUARD, TIMER, WATCH, ENGINE, CONTAINERD, WORKLOADS, SLICE, DISK)
+UNITS = (AGENT, GUARD, TIMER, WATCH, ENGINE, CONTAINERD, STRAYS, WORKLOADS, SLICE, DISK)
 ENGINE_FILES = {  # settings that lie beside them, by their name there
     "openinfra-containerd.toml": KEPT / "containerd.toml",
     "openinfra-engine.json": KEPT / "engine.json",

@@ -909,3 +909,120 @@ class Earnings(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["currency", b"currency", "micros", b"micros", "month", b"month"]) -> None: ...
 
 global___Earnings = Earnings
+
+@typing.final
+class EarningsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    MONTH_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    month: builtins.str
+    """Like 2026-11, UTC; empty: this one."""
+    cursor: builtins.int
+    """`next_cursor` of the page before; 0: the first page."""
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        month: builtins.str = ...,
+        cursor: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "month", b"month", "session", b"session"]) -> None: ...
+
+global___EarningsRequest = EarningsRequest
+
+@typing.final
+class EarningsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MONTH_FIELD_NUMBER: builtins.int
+    CURRENCY_FIELD_NUMBER: builtins.int
+    PRELIMINARY_FIELD_NUMBER: builtins.int
+    SHARE_MICROS_FIELD_NUMBER: builtins.int
+    LINES_FIELD_NUMBER: builtins.int
+    NEXT_CURSOR_FIELD_NUMBER: builtins.int
+    month: builtins.str
+    """Like 2026-11, UTC."""
+    currency: builtins.str
+    preliminary: builtins.bool
+    """True until the month is over and nothing is added to it any more."""
+    share_micros: builtins.int
+    """Of all its lines, in millionths of the currency."""
+    next_cursor: builtins.int
+    """0: there are no more."""
+    @property
+    def lines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EarningsLine]:
+        """At most 200."""
+
+    def __init__(
+        self,
+        *,
+        month: builtins.str = ...,
+        currency: builtins.str = ...,
+        preliminary: builtins.bool = ...,
+        share_micros: builtins.int = ...,
+        lines: collections.abc.Iterable[global___EarningsLine] | None = ...,
+        next_cursor: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["currency", b"currency", "lines", b"lines", "month", b"month", "next_cursor", b"next_cursor", "preliminary", b"preliminary", "share_micros", b"share_micros"]) -> None: ...
+
+global___EarningsReply = EarningsReply
+
+@typing.final
+class EarningsLine(google.protobuf.message.Message):
+    """What one copy used in the month under one rate card. Amounts are millionths of the currency."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
+    WORKLOAD_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    CPU_MILLI_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    BILLED_US_FIELD_NUMBER: builtins.int
+    EGRESS_BYTES_FIELD_NUMBER: builtins.int
+    CPU_HOUR_MICROS_FIELD_NUMBER: builtins.int
+    GB_HOUR_MICROS_FIELD_NUMBER: builtins.int
+    EGRESS_GB_MICROS_FIELD_NUMBER: builtins.int
+    CHARGE_MICROS_FIELD_NUMBER: builtins.int
+    PROVIDER_SHARE_PPM_FIELD_NUMBER: builtins.int
+    SHARE_MICROS_FIELD_NUMBER: builtins.int
+    assignment_id: builtins.str
+    workload: builtins.str
+    """Namespace and name, with a slash between them."""
+    replica: builtins.int
+    cpu_milli: builtins.int
+    memory_bytes: builtins.int
+    billed_us: builtins.int
+    """Microseconds that it ran, as the control plane saw it."""
+    egress_bytes: builtins.int
+    cpu_hour_micros: builtins.int
+    """Prices of an hour of a processor, of an hour of 10^9 bytes, and of 10^9 bytes sent."""
+    gb_hour_micros: builtins.int
+    egress_gb_micros: builtins.int
+    charge_micros: builtins.int
+    """What the customer pays, the provider's part of it in millionths, and what that is."""
+    provider_share_ppm: builtins.int
+    share_micros: builtins.int
+    def __init__(
+        self,
+        *,
+        assignment_id: builtins.str = ...,
+        workload: builtins.str = ...,
+        replica: builtins.int = ...,
+        cpu_milli: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
+        billed_us: builtins.int = ...,
+        egress_bytes: builtins.int = ...,
+        cpu_hour_micros: builtins.int = ...,
+        gb_hour_micros: builtins.int = ...,
+        egress_gb_micros: builtins.int = ...,
+        charge_micros: builtins.int = ...,
+        provider_share_ppm: builtins.int = ...,
+        share_micros: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "billed_us", b"billed_us", "charge_micros", b"charge_micros", "cpu_hour_micros", b"cpu_hour_micros", "cpu_milli", b"cpu_milli", "egress_bytes", b"egress_bytes", "egress_gb_micros", b"egress_gb_micros", "gb_hour_micros", b"gb_hour_micros", "memory_bytes", b"memory_bytes", "provider_share_ppm", b"provider_share_ppm", "replica", b"replica", "share_micros", b"share_micros", "workload", b"workload"]) -> None: ...
+
+global___EarningsLine = EarningsLine

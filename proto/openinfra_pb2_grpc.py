@@ -29,6 +29,11 @@ class AgentApiStub(object):
                 request_serializer=proto_dot_openinfra__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=proto_dot_openinfra__pb2.HeartbeatReply.FromString,
                 )
+        self.ReadEarnings = channel.unary_unary(
+                '/openinfra.v1.AgentApi/ReadEarnings',
+                request_serializer=proto_dot_openinfra__pb2.EarningsRequest.SerializeToString,
+                response_deserializer=proto_dot_openinfra__pb2.EarningsReply.FromString,
+                )
 
 
 class AgentApiServicer(object):
@@ -56,6 +61,13 @@ class AgentApiServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadEarnings(self, request, context):
+        """What this host earned in a month, line by line: the host's part of its provider's statement.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentApiServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_AgentApiServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=proto_dot_openinfra__pb2.HeartbeatRequest.FromString,
                     response_serializer=proto_dot_openinfra__pb2.HeartbeatReply.SerializeToString,
+            ),
+            'ReadEarnings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadEarnings,
+                    request_deserializer=proto_dot_openinfra__pb2.EarningsRequest.FromString,
+                    response_serializer=proto_dot_openinfra__pb2.EarningsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,5 +149,22 @@ class AgentApi(object):
         return grpc.experimental.unary_unary(request, target, '/openinfra.v1.AgentApi/Heartbeat',
             proto_dot_openinfra__pb2.HeartbeatRequest.SerializeToString,
             proto_dot_openinfra__pb2.HeartbeatReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ReadEarnings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/openinfra.v1.AgentApi/ReadEarnings',
+            proto_dot_openinfra__pb2.EarningsRequest.SerializeToString,
+            proto_dot_openinfra__pb2.EarningsReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -51,6 +51,12 @@ class AgentApiStub:
     ]
     """Says that the host is alive. A reply means that the control plane has committed it."""
 
+    ReadEarnings: grpc.UnaryUnaryMultiCallable[
+        proto.openinfra_pb2.EarningsRequest,
+        proto.openinfra_pb2.EarningsReply,
+    ]
+    """What this host earned in a month, line by line: the host's part of its provider's statement."""
+
 class AgentApiAsyncStub:
     Register: grpc.aio.UnaryUnaryMultiCallable[
         proto.openinfra_pb2.RegisterRequest,
@@ -71,6 +77,12 @@ class AgentApiAsyncStub:
         proto.openinfra_pb2.HeartbeatReply,
     ]
     """Says that the host is alive. A reply means that the control plane has committed it."""
+
+    ReadEarnings: grpc.aio.UnaryUnaryMultiCallable[
+        proto.openinfra_pb2.EarningsRequest,
+        proto.openinfra_pb2.EarningsReply,
+    ]
+    """What this host earned in a month, line by line: the host's part of its provider's statement."""
 
 class AgentApiServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -98,5 +110,13 @@ class AgentApiServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[proto.openinfra_pb2.HeartbeatReply, collections.abc.Awaitable[proto.openinfra_pb2.HeartbeatReply]]:
         """Says that the host is alive. A reply means that the control plane has committed it."""
+
+    @abc.abstractmethod
+    def ReadEarnings(
+        self,
+        request: proto.openinfra_pb2.EarningsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[proto.openinfra_pb2.EarningsReply, collections.abc.Awaitable[proto.openinfra_pb2.EarningsReply]]:
+        """What this host earned in a month, line by line: the host's part of its provider's statement."""
 
 def add_AgentApiServicer_to_server(servicer: AgentApiServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

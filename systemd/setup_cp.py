@@ -130,6 +130,7 @@ RELEASED = (
     "systemd/openinfra-engine.service",
     "systemd/openinfra-guard.service",
     "systemd/openinfra-guard.timer",
+    "systemd/openinfra-strays.service",
     "systemd/openinfra-watch.service",
     "systemd/openinfra-workloads.service",
     "systemd/openinfra.slice",

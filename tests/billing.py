@@ -11,6 +11,7 @@ import asyncio
 import collections
 import datetime as dt
 import hashlib
+import json
 import uuid
 import zlib
 from collections.abc import Iterable
@@ -34,7 +35,20 @@ CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT a
 GRANT USAGE ON SCHEMA clock TO openinfra;
 GRANT SELECT ON clock.time TO openinfra;
 """
-SPEC = '{"image": "kuma/web@sha256:00", "ports": [], "arch": "", "provider": ""}'
+SPEC = json.dumps(
+    {
+        "image": "kuma/web@sha256:00",
+        "command": [],
+        "env": {},
+        "ports": [],
+        "arch": None,
+        "provider": None,
+        "cpu_milli": 500,
+        "memory_bytes": 10**9,
+        "egress": "internet",
+        "restart": "always",
+    }
+)
 
 
 LEDGER = {name for name, _, _ in cp_server.LEDGER_CHECKS} | {"copies_that_run_are_billed"}

@@ -168,7 +168,8 @@ class Engine:
 
         wait_for("dockerd", answers, 30)
         if ends_strays:
-            agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
+            trouble = agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
+            assert trouble == ""
 
     def kill(self) -> None:
         """SIGKILL to dockerd; its containers go on.

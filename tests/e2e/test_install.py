@@ -59,6 +59,7 @@ MODES = {
     "/etc/systemd/system/openinfra-engine.service": "644 root",
     "/etc/systemd/system/openinfra-guard.service": "644 root",
     "/etc/systemd/system/openinfra-guard.timer": "644 root",
+    "/etc/systemd/system/openinfra-strays.service": "644 root",
     "/etc/systemd/system/openinfra-watch.service": "644 root",
     "/etc/systemd/system/openinfra-workloads.service": "644 root",
     "/etc/systemd/system/openinfra.slice": "644 root",

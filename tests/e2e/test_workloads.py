@@ -304,6 +304,16 @@ BOMBS = {
 LAYERS, LAYER_BYTES = 10, 5 << 30  # of 50 GiB
 
 
+# In the engine's own file of a container, while the engine is down.
+FORGET = """
+import json, pathlib
+(path,) = pathlib.Path("/var/cache/openinfra/engine").glob("*/containers/{id}/config.v2.json")
+config = json.loads(path.read_text())
+config["State"] |= {{"Running": False, "Pid": 0}}
+path.write_text(json.dumps(config))
+"""
+
+
 def make_layer_bomb(number: int) -> bytes:
     """A layer of 5 MB that is 5 GiB of zeros in one file (RFC 1952, of repeated blocks)."""
     info = tarfile.TarInfo(f"zeros{number}")
@@ -386,6 +396,8 @@ def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
         customer.call("DELETE", f"/{made['workload_id']}")
         customer.wait(made, "deleted", 60)
 
+    # Most of the disk is full already: to fill all of it takes an emulated machine ten minutes.
+    machine.sh("fallocate --length=900M /var/cache/openinfra/filler")
     made = customer.order("bomb", push_bomb(customer), ["/x"])
     reason = "no space left"
 
@@ -394,6 +406,7 @@ def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
 
     wait_calmly("the full disk", lambda: is_full() or None, 600)
     check_machine()
+    machine.sh("rm /var/cache/openinfra/filler")
     customer.call("DELETE", f"/{made['workload_id']}")
     used = "df --output=pcent /var/cache/openinfra | sed -n 2p"
     wait_calmly("its room again", lambda: int(machine.sh(used).strip(" %\n")) < 80 or None, 120)
@@ -477,6 +490,18 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     scene.check_fence()
     assert list_pids(machine) == pids
     assert scene.answers()
+
+    # A start that a kill of the engine cut off: what its files say then, and what its unit does.
+    one = inspect(machine)[0]
+    forget = shlex.quote(FORGET.format(id=one["Id"]))
+    machine.sh(
+        f"systemctl stop openinfra-engine; python3 -c {forget}; systemctl start openinfra-engine"
+    )
+    heard = machine.sh("journalctl --boot --unit=openinfra-engine --output=cat")
+    assert f"its start was cut off container={one['Id']}" in heard, heard
+    assert machine.exec(["test", "-e", f"/proc/{one['State']['Pid']}"]).code == 1
+    scene.wait_answers()
+    assert {*pids} - {*list_pids(machine)} == {str(one["State"]["Pid"])}
 
     # The agent is dead, and the right ends.
     machine.sh(f"systemctl stop {AGENT}")

@@ -1021,7 +1021,7 @@ def send_bytes(client: Client, method: str, raw: bytes) -> Refused:
     return Refused(error.value)
 
 
-METHODS = ("Register", "Resume", "Heartbeat")
+METHODS = ("Register", "Resume", "Heartbeat", "ReadEarnings")
 BAD_BYTES = (
     b"",
     b"\xff" * 40,

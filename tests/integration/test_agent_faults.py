@@ -241,12 +241,12 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), Path("no
 DAY_S = 86_400
 
 
-def set_clock(host: Host, path: Path, offset_s: int) -> None:
-    """Put an agent's clock off by some seconds; a running one follows."""
+def set_clock(path: Path, offset_s: int) -> dict[str, str]:
+    """Put an agent's clock off by some seconds, by the given environment; a running one follows."""
     fresh = path.with_suffix(".new")
     fresh.write_text(f"{offset_s:+d}\n")
     fresh.rename(path)  # never half written
-    host.environment = {
+    return {
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(path),
         "FAKETIME_NO_CACHE": "1",
@@ -254,28 +254,33 @@ def set_clock(host: Host, path: Path, offset_s: int) -> None:
     }
 
 
-def live_at(host: Host, path: Path, offset_s: int) -> None:
-    """Register and resume at one wrong time, and go through a jump to another and back."""
-    set_clock(host, path, offset_s)
+def check_clock(python: str, environment: dict[str, str], offset_s: int) -> None:
+    """Fails unless a program sees the wrong time in that environment, and the right uptime."""
     code = "import time; print(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))"
     said = [
         subprocess.run(
-            [host.agent.python, "-c", code],
+            [python, "-c", code],
             env={**os.environ, **more},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for more in (host.environment, {})
+        for more in (environment, {})
     ]
     assert abs(float(said[0]) - float(said[1]) - offset_s) < 60, "the clock is not off"
+
+
+def live_at(host: Host, path: Path, offset_s: int) -> None:
+    """Register and resume at one wrong time, and go through a jump to another and back."""
+    host.environment = set_clock(path, offset_s)
+    check_clock(host.agent.python, host.environment, offset_s)
     host.go_on()
     assert host.agent.process.stop() == 0
     host.go_on()
     before = host.read_sessions()
     assert len(before) == 2
     for jump_s in (-offset_s, 0, offset_s):
-        set_clock(host, path, jump_s)
+        set_clock(path, jump_s)
         host.wait_beats(2)
     host.check_well()
     assert "WARN" not in host.said

@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -434,3 +435,69 @@ def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., Cont
     assert get("invoices/2026-02")["lines"] == []
     for path in ("usage?month=2026-13", "invoices/2026-1", "usage?month=x", "invoices/%00"):
         get(path, 400)
+
+
+def test_without_credit_a_customer_is_told_and_then_stopped(
+    books: Books, make_cp: Callable[..., ControlPlane]
+) -> None:
+    """By the control plane that serves: notice, no new copies, the stop, and a payment."""
+    add_fleet(books, WEB)
+    cp = make_cp("--registry=registry.invalid", start=False)
+    cp.database = books.database
+    cp.set_dsn(books.dsn)
+    kuma = str(books.customers["kuma"])
+    assert cp.command("credit-limit", kuma, "0").returncode == 0
+    assert cp.command("add-payment", kuma, "0.03", "--reference=one").returncode == 0
+
+    def use(first_us: int, last_us: int) -> None:
+        async def work(db: cp_server.Database) -> None:
+            for event in beats("h1", first_us, last_us, {"a"}):
+                await books.apply(db, event)
+
+        in_database(books, work)
+
+    use(T, T + HOUR * 3 // 2)  # at 21,143 micro-units an hour
+    cp.start()
+    key = cp.command("mint-key", kuma).stdout.strip()
+    order = {
+        "name": "more",
+        "image": f"kuma/web@sha256:{'0' * 64}",
+        "cpu_milli": 100,
+        "memory_bytes": 64 << 20,
+    }
+
+    def call(method: str, path: str, body: object = None) -> tuple[int, Any]:
+        return cp.call(method, f"/api/v1/{path}", body, token=key)
+
+    def notice() -> Any:
+        account = call("GET", "account")[1]
+        check_shape("Customer", account)
+        return account["out_of_credit_at"] and account
+
+    account = wait_for("notice", notice)
+    since, stops = (
+        dt.datetime.fromisoformat(account[name].replace("Z", "+00:00"))
+        for name in ("out_of_credit_at", "stops_at")
+    )
+    assert stops - since == dt.timedelta(seconds=cp_server.CREDIT_NOTICE_S)
+    status, answer = call("POST", "workloads", order)
+    assert (status, answer["error"]["code"]) == (402, "no_credit")
+    assert f"{stops:%Y-%m-%dT%H:%MZ}" in answer["error"]["message"]
+    (web,) = call("GET", "workloads")[1]["workloads"]
+
+    def state() -> str:
+        (copy,) = call("GET", f"workloads/{web['workload_id']}")[1]["assignments"]
+        return f"{copy['state']}: {copy['reason']}"
+
+    assert state() == "running: "
+    use(T + HOUR * 3 // 2, T + HOUR * 5 // 2)
+    time.sleep(2 * cp_server.PLACE_S)  # not a second before
+    assert state() == "running: "
+    use(T + HOUR * 5 // 2, T + HOUR * 5 // 2 + 60 * S)
+
+    wait_for("the stop", lambda: "the balance is used up" in state(), 4 * cp_server.PLACE_S)
+    assert cp.command("add-payment", kuma, "1", "--reference=two").returncode == 0
+    cp.stop()  # it looks at its start, and then each minute
+    cp.start()
+    wait_for("credit", lambda: call("GET", "account")[1]["out_of_credit_at"] is None)
+    assert call("POST", "workloads", order)[0] == 201

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
 
 import cp_server
 from tests import billing_oracle as oracle
-from tests.billing import Books, run
+from tests.billing import Books, namespace_of, run
 from tests.harness import Postgres
 from tests.integration.test_billing import HOUR, WEB, S, T, add_fleet, beats, in_database
 
@@ -305,6 +307,51 @@ def test_counters_that_cannot_be_are_capped_and_said(
     assert shown["billed_us"] == 3 * HOUR
 
 
+REVOKE = "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
+
+
+def test_only_the_host_of_a_copy_counts_for_it(fresh: Books) -> None:
+    """Not another host, not one that was revoked; and for an ended copy no later than a week."""
+    books = fresh
+    other = oracle.Copy("b", "api", "kuma", "h2", "vole", 500, 10**9)
+    add_fleet(books, WEB, other)
+
+    async def say(db: cp_server.Database, host: str, at_us: int, tx_bytes: int) -> object:
+        """A heartbeat of this host, with counters of the copy on h1."""
+        books.set_time(at_us)
+        counter = oracle.Counter("a", "boot", "box", 10**9, 10**9, 7, tx_bytes)
+        event = oracle.Heartbeat(at_us, host, 30_000, frozenset("a"), (counter,))
+        answers, _ = await cp_server.record_heartbeats(db, [books.beat(event)], peer_check=False)
+        return next(iter(answers.values()))
+
+    def counted() -> list[int]:
+        return [row["tx_bytes"] for row in books.query("SELECT tx_bytes FROM usage_counters")]
+
+    assert isinstance(in_database(books, lambda db: say(db, "h2", T, 100)), cp_server.Accepted)
+    assert counted() == []
+    assert isinstance(in_database(books, lambda db: say(db, "h1", T, 200)), cp_server.Accepted)
+    assert counted() == [200]
+    # What goes back stays.
+    in_database(books, lambda db: say(db, "h1", T + S, 150))
+    assert counted() == [200]
+    books.set_time(T + 2 * S)
+    books.query("UPDATE assignments SET ended_at = clock.now(), state = 'stopped' RETURNING 1")
+    in_database(books, lambda db: say(db, "h1", T + 3 * S, 300))
+    assert counted() == [300]
+    late_us = T + (cp_server.USAGE_LATE_S + 60) * S
+    in_database(books, lambda db: say(db, "h1", late_us, 400))
+    assert counted() == [300]
+    books.query(
+        "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
+    )
+    books.query("UPDATE assignments SET ended_at = NULL, state = 'running' RETURNING 1")
+    answer = in_database(books, lambda db: say(db, "h1", late_us + S, 500))
+    assert isinstance(answer, cp_server.Refusal), answer
+    assert counted() == [300]
+    egress = books.query("SELECT sum(bytes)::bigint AS bytes FROM usage_egress")
+    assert egress == [{"bytes": 300}]
+
+
 def test_a_host_is_told_what_it_earned(fresh: Books) -> None:
     """In the answer to a heartbeat with counters, of this month."""
     books = fresh
@@ -325,3 +372,55 @@ def test_a_host_is_told_what_it_earned(fresh: Books) -> None:
     assert share == ("2026-03", line.share_micros)
     books.set_time(T + 5 * HOUR)
     assert in_database(books, lambda db: earned(db, counter)) == ("2026-04", 0)
+
+
+def test_a_host_reads_its_part_of_the_statement(
+    fresh: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page by page; what its provider's hosts have together is the statement."""
+    monkeypatch.setattr(cp_server, "EARNINGS_LINES", 2)
+    books = fresh
+    more = [
+        oracle.Copy(name, name, "kuma", host, "mole", 500, 10**9)
+        for name, host in (("b", "h1"), ("c", "h1"), ("d", "h2"))
+    ]
+    other = oracle.Copy("e", "e", "kuma", "h3", "vole", 500, 10**9)
+    add_fleet(books, WEB, *more, other)
+    run(books, beats("h1", T, T + HOUR, {"a", "b", "c"}))
+    run(books, beats("h2", T, T + HOUR, {"d"}))
+    march = dt.date(2026, 3, 1)
+
+    def read(host: str, cursor: int = 0, **more: Any) -> tuple[cp_server.Bill, int]:
+        order = cp_server.EarningsOrder(books.hosts[host], "10.77.0.2", march, cursor)
+        order = dataclasses.replace(order, **more)
+        return in_database(books, lambda db: cp_server.read_earnings(db, order, False))
+
+    first, cursor = read("h1")
+    last, end = read("h1", cursor)
+    assert (len(first.lines), cursor, len(last.lines), end) == (2, 2, 1, 0)
+    assert [line.workload for line in (*first.lines, *last.lines)] == [
+        "kuma/b",
+        "kuma/c",
+        "kuma/web",
+    ]
+    shares = [line.usage.share_micros for line in (*first.lines, *last.lines)]
+    assert first.total_micros == last.total_micros == sum(shares) > 0
+    name = namespace_of("mole")
+    statement = in_database(books, lambda db: cp_server.read_statement(db, name, march))
+    assert statement.total_micros == first.total_micros + read("h2")[0].total_micros
+    assert read("h3")[0].lines == []
+    assert read("h1", month=None)[0].month == march
+    assert read("h1", month=dt.date(2026, 2, 1))[0].total_micros == 0
+    with pytest.raises(cp_server.Refusal) as refused:
+        read("h1", session_sha256=b"x" * 32)
+    assert refused.value.code == "UNKNOWN_SESSION"
+    books.query(
+        "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
+    )
+    with pytest.raises(cp_server.Refusal) as refused:
+        read("h1")
+    assert refused.value.code == "HOST_REVOKED"
+    order = cp_server.EarningsOrder(books.hosts["h2"], "10.77.0.9", march, 0)
+    with pytest.raises(cp_server.Refusal) as refused:
+        in_database(books, lambda db: cp_server.read_earnings(db, order, True))
+    assert refused.value.code == "WRONG_ADDRESS"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,9 +48,15 @@ def processes_in(directory: Path) -> list[str]:
     return found
 
 
-def counters() -> list[Path]:
-    """The processes of the pilot's workload."""
-    return [each for each in Path("/proc").glob("[0-9]*") if "n % 9999" in read_cmdline(each)]
+def counters(pilot: Process) -> list[Path]:
+    """The processes of a pilot's workload."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((each / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pilot.child.pid and "n % 9999" in read_cmdline(each):
+                found.append(each)
+    return found
 
 
 def check_bills(root_dir: Path, log: str) -> int:
@@ -67,6 +75,26 @@ def check_bills(root_dir: Path, log: str) -> int:
     assert f"{invoice['total_micros'] / 1e6:.6f} EUR" in log
     assert f"{shares / 1e6:.6f} EUR" in log
     return int(invoice["total_micros"])
+
+
+def check_earnings(root_dir: Path, log: str) -> None:
+    """What the host says that it earned is what the provider's statement of the run before says."""
+    status = re.search(r"^  what the agent says +(\S.*) status (\S+)$", log, re.MULTILINE)
+    assert status, log
+    (path,) = (root_dir / "bills").glob("statement-*.json")
+    statement = json.loads(path.read_text())
+    argv = [*shlex.split(status[1]), "earnings", status[2]]
+    month = f"--month={statement['month']}"
+    done = subprocess.run([*argv, month, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["share_micros"] == statement["total_micros"] > 0
+    for mine, theirs in zip(found["lines"], statement["lines"], strict=True):
+        assert {key: theirs[key] for key in mine} == mine
+    text = subprocess.check_output([*argv, month], text=True)
+    assert f"earned in {statement['month']}: {found['share_micros'] / 1e6:.6f} EUR" in text
+    done = subprocess.run([*argv, "--month=x"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "no month" in done.stderr) == (2, True)
 
 
 Start = Callable[[], Process]
@@ -139,20 +167,21 @@ def test_stopped_and_killed_the_same_command_goes_on(start: Start, root_dir: Pat
     assert re.fullmatch(r"oi1_\S+\n", invite.stdout), invite.stderr
     workload = run_printed(pilot.log, "the workload")
     assert json.loads(workload.stdout)["state"] == "running", workload.stderr
-    (first_process,) = counters()
+    (first_process,) = counters(pilot)
     assert first_process.stat().st_uid == (65534 if os.geteuid() == 0 else os.geteuid())
     time.sleep(2.5)
     assert pilot.stop(signal.SIGINT) == 0
     assert processes_in(root_dir) == []
-    assert counters() == []
+    assert not first_process.exists()
     first_micros = check_bills(root_dir, pilot.log)
 
     pilot = start_pilot(start)
+    check_earnings(root_dir, pilot.log)
     assert f"host {host_id} is online" in pilot.log
     assert "invite minted" not in pilot.log
-    assert counters()
+    (process,) = counters(pilot)
     pilot.stop(signal.SIGKILL)  # the children must not outlive it
-    wait_for("the workload's end", lambda: not counters() or None)
+    wait_for("the workload's end", lambda: not process.exists() or None)
     wait_for("the end of all", lambda: not processes_in(root_dir) or None, 20)
 
     pilot = start_pilot(start)

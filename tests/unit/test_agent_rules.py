@@ -703,7 +703,14 @@ def test_foreign_words_stay_on_their_line(capsys: pytest.CaptureFixture[str]) ->
         (b"{}\n", "object"),
         (b'{"cmd":1}\n', "object"),
         (b'{"cmd":"status","x":1}\n', "fields"),
-        (b'{"cmd":"fly"}\n', "unknown cmd, known: status, pause, unpause, leave"),
+        (b'{"cmd":"fly"}\n', "unknown cmd, known: status, pause, unpause, leave, earnings"),
+        (b'{"cmd":"status","month":"2026-11"}\n', "fields"),
+        (b'{"cmd":"earnings","x":1}\n', "fields"),
+        (b'{"cmd":"earnings","month":"2026-13"}\n', "month"),
+        (b'{"cmd":"earnings","month":202611}\n', "month"),
+        (b'{"cmd":"earnings","cursor":-1}\n', "cursor"),
+        (b'{"cmd":"earnings","cursor":true}\n', "cursor"),
+        (b'{"cmd":"earnings","cursor":2147483648}\n', "cursor"),
     ],
 )
 def test_bad_request_is_told(line: bytes, said: str) -> None:
@@ -712,8 +719,10 @@ def test_bad_request_is_told(line: bytes, said: str) -> None:
 
 
 def test_request() -> None:
-    assert agent.parse_request(b'{"cmd":"status"}\n') == "status"
-    assert agent.parse_request(b'{"cmd":"leave"}\n') == "leave"
+    assert agent.parse_request(b'{"cmd":"status"}\n') == agent.Ask("status")
+    assert agent.parse_request(b'{"cmd":"leave"}\n') == agent.Ask("leave")
+    line = b'{"cmd":"earnings","month":"2026-11","cursor":200}\n'
+    assert agent.parse_request(line) == agent.Ask("earnings", "2026-11", 200)
 
 
 PAUSED = agent.Pause("2026-01-02 03:04 UTC")
@@ -1020,3 +1029,45 @@ def test_the_endpoint_of_a_file(conf: str, endpoint: str) -> None:
     else:
         with pytest.raises(agent.Error, match="names no control plane"):
             agent.parse_peer(conf)
+
+
+EARNED = """\
+workload     hours  cpu     GB  sent GB    charge   yours    earned
+acme/web/0  1.5000  0.5  0.067    2.000  1.234567    80 %  0.987653
+a/b/1       0.0000    2  1.000    0.000  0.000000  12.5 %  0.000000
+earned in 2026-11: 0.987653 EUR"""
+
+
+@pytest.mark.parametrize("is_preliminary", [False, True])
+def test_earnings_as_a_table(is_preliminary: bool) -> None:
+    lines = [
+        pb.EarningsLine(
+            workload="acme/web",
+            cpu_milli=500,
+            memory_bytes=64 << 20,
+            billed_us=5_400_000_000,
+            egress_bytes=2 * 10**9,
+            charge_micros=1_234_567,
+            provider_share_ppm=800_000,
+            share_micros=987_653,
+        ),
+        pb.EarningsLine(
+            workload="a/b",
+            replica=1,
+            cpu_milli=2000,
+            memory_bytes=10**9,
+            provider_share_ppm=125_000,
+        ),
+    ]
+    reply = pb.EarningsReply(
+        month="2026-11",
+        currency="EUR",
+        preliminary=is_preliminary,
+        share_micros=987_653,
+        lines=lines,
+        next_cursor=7,
+    )
+    found = agent.render_earnings_page(reply)
+    assert found["next_cursor"] == 7
+    more = " so far, of hours that are closed" if is_preliminary else ""
+    assert agent.render_earnings_table(found) == EARNED + more

@@ -591,6 +591,17 @@ def test_a_failure_is_tried_again_three_times() -> None:
     assert past.rejected == "image cannot be fetched: refused"
 
 
+def test_a_full_disk_is_tried_once_more() -> None:
+    """Each try may write gigabytes; one comes after images went that nobody needs."""
+    step, full = agent.Step(Verb.PULL, ID, "", take()), "write /x: no space left on device"
+    past = agent.decide_failure(Past(), step, agent.EngineError(500, full), 100.0)
+    assert (past.retry_at_s, past.rejected) == (108, "")
+    past = agent.decide_failure(past, step, agent.EngineError(500, full), 200.0)
+    assert past.rejected == f"image cannot be fetched: {full}"
+    past = agent.decide_failure(Past(tries=9), step, agent.EngineError(500, full), 100.0)
+    assert past.rejected
+
+
 @pytest.mark.parametrize("verb", [Verb.CREATE, Verb.START])
 def test_without_its_secrets_nothing_is_started_here(verb: Verb) -> None:
     step, error = agent.Step(verb, ID, "c1", take()), agent.NoSecretsError("none are here")
@@ -821,6 +832,7 @@ def test_the_streak_of_crashes_ends_after_ten_minutes() -> None:
     ("wish", "found", "past", "state", "reason"),
     [
         (WISH, None, Past(), "PULLING", "1 of 2 MB"),
+        (WISH, None, Past(trouble="no: full"), "PULLING", "1 of 2 MB; before, no: full"),
         (WISH, None, Past(has_image=True), "STARTING", ""),
         (WISH, CREATED, Past(), "STARTING", ""),
         (WISH, RUNNING, Past(), "RUNNING", ""),
