@@ -34,6 +34,7 @@ from install_agent import (
     QUESTIONS,
     RELEASE_PUB,
     SLICE,
+    STRAYS,
     TIMER,
     UNIT_DIR,
     UNITS,
@@ -141,6 +142,7 @@ RUNNING = {
     DISK: Unit("active", "enabled"),
     CONTAINERD: Unit("active", "static"),
     ENGINE: Unit("active", "enabled"),
+    STRAYS: Unit("inactive", "static"),
     WORKLOADS: Unit("active", "static"),
     SLICE: Unit("inactive", "static"),
 }
