@@ -184,6 +184,8 @@ GUARD_LATE_S = 3.0
 KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 10.0, 10.0
 # A guard that fails tries again, but only while it has not taken so long; systemd gives it 40 s.
 GUARD_TRIES, GUARD_AGAIN_S, GUARD_AGAIN_MAX_S = 3, 2.0, 10.0
+# All workloads, whatever the engine knows of them.
+WORKLOADS_CGROUP = Path("/sys/fs/cgroup/openinfra.slice")
 NFT_TABLE = ("inet", "openinfra")
 # nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -268,7 +270,9 @@ ENGINE_VERSION_AGE_S = 10.0
 # Pulls at once, other work, reads of logs, and threads in all: stops never wait for the others.
 PULLS_MAX = 4
 STEPS_MAX = 4
-STOPS_MAX = 6
+# The engine answers when one has ended, seconds later on a small machine; and all of them have to
+# be gone before others may run what they ran, half a minute after the right is over.
+STOPS_MAX = 16
 LOG_READS_MAX = 2
 THREADS_MAX = PULLS_MAX + STEPS_MAX + STOPS_MAX + LOG_READS_MAX + 2
 # Logs asked for at once, and what is read of one, whatever is asked.
@@ -4379,26 +4383,50 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
             wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)
 
 
-def ensure_ended(engine: Engine, lease_file: Path) -> str:
+def ensure_ended(engine: Engine, lease_file: Path, cgroup: Path = WORKLOADS_CGROUP) -> str:
     """End the workloads whose right is over, which is the agent's work while it lives.
 
-    Gives back what keeps it from that; without an engine there is nothing to end.
+    By the kernel, all at once, also what the engine does not know or while it is dead; where the
+    kernel cannot (cgroup.kill, Linux 5.14), by the engine. Gives back what keeps it from that.
     """
-    if not engine.path.exists():
+    is_populated = "populated 1" in read_text(str(cgroup / "cgroup.events"))
+    if not engine.path.exists() and not is_populated:
         return ""
     boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
     until_s, _ = read_lease(lease_file, boot_id)
     if read_boot_s() < until_s + GUARD_LATE_S:
         return ""
+    if is_populated:
+        try:
+            with open(cgroup / "cgroup.kill", "w") as kill:
+                kill.write("1")
+        except OSError as error:
+            log("WARN", "cannot end workloads without the engine", error=error.strerror)
+        else:
+            log("WARN", "workloads ended: their right to run was over")
+            return ""
     try:
         engine.read_version(ENGINE_START_S)  # its socket is there before it listens
         found, _, _ = engine.read_workloads({}, frozenset())
-        for each in found:
-            if each.is_running:
-                engine.ask_gone("POST", f"/containers/{each.id}/kill", {"signal": "SIGKILL"})
-                log("WARN", "workload ended: its right to run was over", name=each.name)
     except EngineError as error:
         return str(error)
+    running = [each for each in found if each.is_running]
+    if not running:
+        return ""
+    from concurrent.futures import ThreadPoolExecutor  # the guard seldom needs it
+
+    with ThreadPoolExecutor(STOPS_MAX) as pool:
+        troubles = list(pool.map(functools.partial(end_late, engine), running))
+    return next(filter(None, troubles), "")
+
+
+def end_late(engine: Engine, container: Container) -> str:
+    """End one whose right to run is over; gives back what kept it from that."""
+    try:
+        engine.ask_gone("POST", f"/containers/{container.id}/kill", {"signal": "SIGKILL"})
+    except EngineError as error:
+        return str(error)
+    log("WARN", "workload ended: its right to run was over", name=container.name)
     return ""
 
 

@@ -849,6 +849,7 @@ class Bill:
     is_preliminary: bool
     lines: Sequence[BillLine]
     total_micros: int  # what the customer pays, or what the provider is owed
+    currency: str | None = None  # None: the present one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2880,7 +2881,7 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
         "preliminary": bill.is_preliminary,
         "month": f"{bill.month:%Y-%m}",
         "whose": bill.whose,
-        "currency": currency,
+        "currency": bill.currency or currency,
         "total_micros": bill.total_micros,
         "lines": [render_bill_line(bill, line) for line in bill.lines],
     }
@@ -2929,8 +2930,8 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{BILL_STYLE}</style><h1>{title}</h1>"
-        f"<p>{html.escape(bill.whose)}</p><p>All amounts in {html.escape(currency)}. "
-        f"Times are UTC.</p><p><b>Total {total}</b></p>"
+        f"<p>{html.escape(bill.whose)}</p><p>All amounts in "
+        f"{html.escape(bill.currency or currency)}. Times are UTC.</p><p><b>Total {total}</b></p>"
     )
     if bill.is_preliminary:
         yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
@@ -3711,6 +3712,7 @@ CREATE TABLE usage_lines (
   memory_micros bigint NOT NULL,
   egress_micros bigint NOT NULL,
   share_micros bigint NOT NULL,
+  hostname text NOT NULL,
   PRIMARY KEY (assignment_no, month, card_no)
 );
 CREATE INDEX usage_lines_customer ON usage_lines (customer_no, month);
@@ -3721,6 +3723,7 @@ COMMENT ON TABLE usage_lines IS 'Sums of windows: the lines of invoices and of s
 COMMENT ON COLUMN usage_lines.assignment_no IS 'The copy';
 COMMENT ON COLUMN usage_lines.month IS 'First day of the month';
 COMMENT ON COLUMN usage_lines.card_no IS 'The rate card; 0: none';
+COMMENT ON COLUMN usage_lines.hostname IS 'The name of its host when the line began';
 COMMENT ON COLUMN usage_lines.customer_no IS 'Who pays';
 COMMENT ON COLUMN usage_lines.namespace IS 'The provider who earns; null: its host has no wallet';
 COMMENT ON COLUMN usage_lines.host_no IS 'The host';
@@ -3845,6 +3848,8 @@ CREATE TABLE invoices (
   month date NOT NULL CHECK (extract(day FROM month) = 1),
   total_micros bigint NOT NULL,
   issued_at timestamptz NOT NULL,
+  customer_name text NOT NULL,
+  currency text NOT NULL,
   UNIQUE (customer_no, month)
 );
 COMMENT ON TABLE invoices IS 'What was issued; its lines are the usage_lines of that month';
@@ -3853,6 +3858,8 @@ COMMENT ON COLUMN invoices.customer_no IS 'Who pays';
 COMMENT ON COLUMN invoices.month IS 'First day of the month';
 COMMENT ON COLUMN invoices.total_micros IS 'Sum of its lines';
 COMMENT ON COLUMN invoices.issued_at IS 'When; usage that comes later is on a later one';
+COMMENT ON COLUMN invoices.customer_name IS 'Its name then';
+COMMENT ON COLUMN invoices.currency IS 'What amounts were in then';
 CREATE FUNCTION check_invoice() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
@@ -4906,11 +4913,14 @@ SELECT *, now() FROM unnest(%(window_no)s::bigint[], %(customer_no)s::integer[],
 SQL_LINE_SET = """
 -- lines, as they are with new windows
 INSERT INTO usage_lines (assignment_no, month, card_no, customer_no, namespace, host_no, billed_us,
-  egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros)
-SELECT * FROM unnest(%(assignment_no)s::bigint[], %(month)s::date[], %(card_no)s::integer[],
-  %(customer_no)s::integer[], %(namespace)s::text[], %(host_no)s::integer[],
-  %(billed_us)s::bigint[], %(egress_bytes)s::bigint[], %(cpu_micros)s::bigint[],
-  %(memory_micros)s::bigint[], %(egress_micros)s::bigint[], %(share_micros)s::bigint[])
+  egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros, hostname)
+SELECT l.*, h.hostname FROM unnest(%(assignment_no)s::bigint[], %(month)s::date[],
+  %(card_no)s::integer[], %(customer_no)s::integer[], %(namespace)s::text[],
+  %(host_no)s::integer[], %(billed_us)s::bigint[], %(egress_bytes)s::bigint[],
+  %(cpu_micros)s::bigint[], %(memory_micros)s::bigint[], %(egress_micros)s::bigint[],
+  %(share_micros)s::bigint[]) AS l (assignment_no, month, card_no, customer_no, namespace, host_no,
+  billed_us, egress_bytes, cpu_micros, memory_micros, egress_micros, share_micros)
+JOIN hosts h USING (host_no)
 ON CONFLICT (assignment_no, month, card_no) DO UPDATE SET billed_us = EXCLUDED.billed_us,
   egress_bytes = EXCLUDED.egress_bytes, cpu_micros = EXCLUDED.cpu_micros,
   memory_micros = EXCLUDED.memory_micros, egress_micros = EXCLUDED.egress_micros,
@@ -4991,7 +5001,7 @@ SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
 
 SQL_BILL_LINES = """
 -- the lines of a customer's or a provider's month: the page first
-SELECT a.assignment_id, l.workload, l.replica, h.hostname,
+SELECT a.assignment_id, l.workload, l.replica, l.hostname,
   a.cpu_milli, a.memory_bytes, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
@@ -5004,8 +5014,7 @@ FROM (
   WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s
     OR l.host_no = %(host_no)s)
   ORDER BY workload, b.replica, l.assignment_no, l.card_no LIMIT %(limit)s OFFSET %(cursor)s
-) l JOIN assignments a USING (assignment_no)
-JOIN hosts h ON h.host_no = l.host_no LEFT JOIN rate_cards c ON c.card_no = l.card_no
+) l JOIN assignments a USING (assignment_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
 JOIN usage_totals t USING (assignment_no), LATERAL (
   SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS counted_cpu_ns,
     least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS counted_memory_byte_s,
@@ -5060,10 +5069,11 @@ WHERE l.month = %(month)s
 
 SQL_INVOICE_FIND = """
 -- a customer's invoice of a month, and whether the month is over
-SELECT (SELECT invoice_no FROM invoices
-  WHERE customer_no = %(customer_no)s AND month = %(month)s) AS invoice_no,
+SELECT i.invoice_no, i.customer_name, i.currency,
   (%(month)s::date + interval '1 month') AT TIME ZONE 'UTC'
     + make_interval(secs => %(after_s)s) > now() AS is_preliminary
+FROM (SELECT) AS one LEFT JOIN invoices i
+  ON i.customer_no = %(customer_no)s AND i.month = %(month)s
 """
 
 SQL_USAGE_LIST = """
@@ -5079,15 +5089,19 @@ ORDER BY u.window_no DESC LIMIT %(limit)s
 
 SQL_INVOICE_ISSUE = """
 -- invoices of months that are over for long enough, numbered on
-INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at)
+INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at, customer_name,
+  currency)
 SELECT (SELECT coalesce(max(invoice_no), 0) FROM invoices)
     + row_number() OVER (ORDER BY l.month, l.customer_no),
-  l.customer_no, l.month, sum(l.cpu_micros + l.memory_micros + l.egress_micros), now()
-FROM usage_lines l LEFT JOIN invoices i USING (customer_no, month)
+  l.customer_no, l.month, sum(l.cpu_micros + l.memory_micros + l.egress_micros), now(), c.name,
+  %(currency)s
+FROM usage_lines l JOIN customers c USING (customer_no)
+LEFT JOIN invoices i USING (customer_no, month)
 WHERE i.invoice_no IS NULL AND (l.month + interval '1 month') AT TIME ZONE 'UTC'
   < now() - make_interval(secs => %(after_s)s)
   AND l.month > now() - interval '1 year' AND l.customer_no <> ALL(%(without)s)
-GROUP BY l.customer_no, l.month HAVING sum(l.cpu_micros + l.memory_micros + l.egress_micros) > 0
+GROUP BY l.customer_no, l.month, c.name
+HAVING sum(l.cpu_micros + l.memory_micros + l.egress_micros) > 0
 ORDER BY l.month, l.customer_no
 RETURNING invoice_no, customer_no, month, total_micros
 """
@@ -6950,11 +6964,11 @@ async def prune_hours(db: Database) -> int:
     return gone
 
 
-async def issue_invoices(db: Database, without: Collection[int] = ()) -> list[Row]:
+async def issue_invoices(db: Database, currency: str, without: Collection[int] = ()) -> list[Row]:
     """Issue invoices of months that are over, but for some customers; give back the new ones."""
     async with db.transaction() as tx:
         turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
-        which = {"after_s": INVOICE_AFTER_S, "without": list(without)}
+        which = {"after_s": INVOICE_AFTER_S, "without": list(without), "currency": currency}
         return await tx.dicts(SQL_INVOICE_ISSUE, **which) if turn["is_mine"] else []
 
 
@@ -6976,8 +6990,8 @@ async def read_invoice(
     number = found["invoice_no"]
     is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
-    whose = (customer.name, str(customer_id))
-    return Bill("invoice", *whose, month, number, is_preliminary, lines, money)
+    whose, currency = (found["customer_name"] or customer.name, str(customer_id)), found["currency"]
+    return Bill("invoice", *whose, month, number, is_preliminary, lines, money, currency)
 
 
 async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
@@ -7460,9 +7474,10 @@ class Placer:
 class Biller:
     """Closes hours that are over, issues invoices, and looks whose balance is used up."""
 
-    def __init__(self, db: Database, metrics: Metrics) -> None:
+    def __init__(self, db: Database, metrics: Metrics, currency: str) -> None:
         self._db = db
         self._metrics = metrics
+        self._currency = currency
         self._without: set[int] = set()  # customers of copies that cannot be billed
         for name in ("usage_windows", "usage_charged_micros", "invoices"):
             metrics.add(f"openinfra_{name}_total", 0)
@@ -7523,7 +7538,7 @@ class Biller:
             pass
 
     async def _issue(self) -> None:
-        for row in await issue_invoices(self._db, self._without):
+        for row in await issue_invoices(self._db, self._currency, self._without):
             self._metrics.add("openinfra_invoices_total")
             log("INFO", "invoice issued", number=row["invoice_no"], month=f"{row['month']:%Y-%m}")
 
@@ -7648,7 +7663,7 @@ class ControlPlane:
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self.placer = Placer(beat_db, self._judging, self.metrics)
         self.logs = Logs(self.placer)
-        self.biller = Biller(bill_db, self.metrics)
+        self.biller = Biller(bill_db, self.metrics, settings.currency)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -11272,7 +11287,7 @@ def render_bills(bills: Sequence[Bill], currency: str) -> str:
     rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
     for bill in bills:
         number = "preliminary" if bill.is_preliminary else str(bill.number or "-")
-        total = f"{render_money(bill.total_micros)} {currency}"
+        total = f"{render_money(bill.total_micros)} {bill.currency or currency}"
         rows.append((number, bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total))
     return render_table(rows)
 

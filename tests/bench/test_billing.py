@@ -102,9 +102,21 @@ def test_the_ledger_is_verified(books: Books, record: Record) -> None:
     record(f"ledger verify: {sums['entries']:,} entries", took_s, "s", 10 * sums["entries"] / 2e6)
 
 
-def test_an_invoice(books: Books, record: Record, tmp_path: Path) -> None:
+LONG = """
+INSERT INTO usage_lines
+  SELECT assignment_no, '2026-04-01', n, customer_no, namespace, host_no, 3600000000 + n, 0,
+    1000 + n, 2000 + n, 0, 2500, hostname
+  FROM usage_lines, generate_series(1, %s) n WHERE month = '2026-03-01'
+"""
+
+
+def test_an_invoice_of_100_000_lines(books: Books, record: Record, tmp_path: Path) -> None:
+    """Of copies under many rate cards: each of them is two lines, processor and memory."""
     customer_id = books.customers["kuma"]
-    month = cp_server.parse_month("2026-03")
+    (row,) = books.query("SELECT count(*) AS n FROM usage_lines WHERE month = '2026-03-01'")
+    books.owner.execute((LONG % -(-50_000 // row["n"])).encode())
+    books.owner.execute("ANALYZE usage_lines")
+    month = cp_server.parse_month("2026-04")
 
     async def work(db: cp_server.Database) -> int:
         bill = await cp_server.read_invoice(db, customer_id, month)
@@ -113,4 +125,5 @@ def test_an_invoice(books: Books, record: Record, tmp_path: Path) -> None:
         return len(list(cp_server.list_bill_rows(bill))) - 1
 
     lines, took_s = timed(books, work)
+    assert lines >= 100_000
     record(f"an invoice of {lines:,} lines as HTML, CSV and JSON", took_s, "s", 5)

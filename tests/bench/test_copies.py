@@ -54,6 +54,14 @@ def shorten_lease(directory: Path) -> Path:
     return directory
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Home:
     """A home machine: an engine, an agent and its guard."""
 
@@ -64,7 +72,7 @@ class Home:
         self.agent.engine_socket = engine.socket
         self.agent.limits_file.write_text("CPUS=2\nMEMORY=8G\n")
         self.names: dict[str, str] = {}  # container: its assignment
-        self.seen: list[str] = []  # the assignments that run
+        self.seen: dict[str, int] = {}  # assignment: its process
         self.ending = threading.Event()
         self.guard = threading.Thread(target=self._guard_forever)
         self.agent.start()
@@ -79,13 +87,14 @@ class Home:
     def look(self) -> list[str]:
         """Which assignments have a process, also those of which the engine does not know.
 
-        While the engine is down what was seen last, since they go on.
+        While the engine is down: those of the last look whose process is still there.
         """
         with contextlib.suppress(OSError, ValueError, KeyError, subprocess.CalledProcessError):
-            for each in self.engine.containers().values():
-                self.names[each["Id"]] = each["Config"]["Labels"]["openinfra.assignment"]
-            self.seen = [self.names.get(each, each) for each in self.engine.tasks()]
-        return self.seen
+            for each in self.engine.call("GET", "/containers/json?all=1")[1]:
+                self.names[each["Id"]] = each["Labels"]["openinfra.assignment"]
+            found = self.engine.tasks().items()
+            self.seen = {self.names.get(each, each): pid for each, pid in found}
+        return [name for name, pid in self.seen.items() if is_alive(pid)]
 
     def kill_agent(self, away_s: float) -> None:
         self.agent.process.stop(signal.SIGKILL)
@@ -139,7 +148,20 @@ class Watch:
             for replica, count in counts.items():
                 if count > 1:
                     names = [name for each, name in running if each == replica]
-                    self.doubles.append(f"{time.strftime('%T')} {replica}: {names}")
+                    self.doubles.append(f"{time.strftime('%T')} {replica}: {self._tell(names)}")
+
+    def _tell(self, names: list[str]) -> str:
+        """What the control plane knows of them, if its database is up."""
+        with contextlib.suppress(Exception):
+            rows = self.cp.query(
+                "SELECT host_no, assignment_id::text, state, reason, stop_reason,"
+                " stop_at::time(1)::text AS stop_at, ended_at::time(1)::text AS ended_at,"
+                " created_at::time(1)::text AS created_at, now()::time(1)::text AS now"
+                " FROM assignments WHERE assignment_id = ANY(%s::uuid[])",
+                names,
+            )
+            return str(rows)
+        return str(names)
 
     def close(self) -> None:
         self.ending.set()
@@ -238,6 +260,7 @@ def harm(
             "PostgreSQL": kill_postgres,
         }
         name = chance.choice([*ways])
+        print(f"{time.strftime('%T')} {name} of home {homes.index(home)}, away {away_s} s")
         ways[name]()
         kills[name] += 1
         time.sleep(chance.uniform(1, 6))

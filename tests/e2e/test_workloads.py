@@ -314,6 +314,13 @@ path.write_text(json.dumps(config))
 """
 
 
+def end_right(machine: Vm) -> None:
+    """What the lease file says ten minutes after the control plane was heard last."""
+    machine.sh(
+        "cd /run/openinfra; jq -c '.until_s = 1' lease.json > new; cat new > lease.json; rm new"
+    )
+
+
 def make_layer_bomb(number: int) -> bytes:
     """A layer of 5 MB that is 5 GiB of zeros in one file (RFC 1952, of repeated blocks)."""
     info = tarfile.TarInfo(f"zeros{number}")
@@ -473,6 +480,44 @@ def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
     operator.check()
 
 
+def check_cut_start(scene: Scene) -> None:
+    """A start that a kill of the engine cut off: what its files say then, and what a unit does."""
+    machine, pids = scene.machine, list_pids(scene.machine)
+    one = inspect(machine)[0]
+    forget = shlex.quote(FORGET.format(id=one["Id"]))
+    machine.sh(
+        f"systemctl stop openinfra-engine; python3 -c {forget}; systemctl start openinfra-engine"
+    )
+    journal, lost = "journalctl --boot --unit=openinfra-strays --output=cat", one["Id"]
+    said_it = f"its start was cut off container={lost}"
+    wait_calmly("the unit's words", lambda: said_it in machine.sh(journal) or None, 90)
+    assert machine.exec(["test", "-e", f"/proc/{one['State']['Pid']}"]).code == 1
+    scene.wait_answers()
+    assert {*pids} - {*list_pids(machine)} == {str(one["State"]["Pid"])}
+
+
+def check_ends(scene: Scene) -> None:
+    """The agent is dead, and then the engine too, and the right ends."""
+    machine = scene.machine
+    machine.sh(f"systemctl stop {AGENT}")
+    assert scene.answers()
+    end_right(machine)
+    wait_calmly("the guard's end of it", lambda: not list_pids(machine) or None, 60)
+    machine.sh(f"systemctl start {AGENT}")
+    scene.wait_answers()
+    scene.customer.wait(scene.workload, "running")
+    # And so is the engine, whose workloads go on without it.
+    machine.sh(f"systemctl stop {AGENT} openinfra-engine")
+    alive = "cat /sys/fs/cgroup/openinfra.slice/cgroup.events || echo populated 0"
+    time.sleep(15)
+    assert "populated 1" in machine.sh(alive)
+    end_right(machine)
+    wait_calmly("the guard's end of all", lambda: "populated 0" in machine.sh(alive) or None, 60)
+    machine.sh(f"systemctl start openinfra-engine {AGENT}")
+    scene.wait_answers()
+    scene.customer.wait(scene.workload, "running")
+
+
 def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     machine = scene.machine
     pids = list_pids(machine)
@@ -491,28 +536,8 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     assert list_pids(machine) == pids
     assert scene.answers()
 
-    # A start that a kill of the engine cut off: what its files say then, and what its unit does.
-    one = inspect(machine)[0]
-    forget = shlex.quote(FORGET.format(id=one["Id"]))
-    machine.sh(
-        f"systemctl stop openinfra-engine; python3 -c {forget}; systemctl start openinfra-engine"
-    )
-    heard = machine.sh("journalctl --boot --unit=openinfra-engine --output=cat")
-    assert f"its start was cut off container={one['Id']}" in heard, heard
-    assert machine.exec(["test", "-e", f"/proc/{one['State']['Pid']}"]).code == 1
-    scene.wait_answers()
-    assert {*pids} - {*list_pids(machine)} == {str(one["State"]["Pid"])}
-
-    # The agent is dead, and the right ends.
-    machine.sh(f"systemctl stop {AGENT}")
-    assert scene.answers()
-    machine.sh(
-        "cd /run/openinfra; jq -c '.until_s = 1' lease.json > new; cat new > lease.json; rm new"
-    )
-    wait_calmly("the guard's end of it", lambda: not list_pids(machine) or None, 60)
-    machine.sh(f"systemctl start {AGENT}")
-    scene.wait_answers()
-    scene.customer.wait(scene.workload, "running")
+    check_cut_start(scene)
+    check_ends(scene)
 
     # A boot: the disk opens late, and the copies are there again.
     began = time.monotonic()

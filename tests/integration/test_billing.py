@@ -277,7 +277,7 @@ def test_one_copy_at_fault_holds_up_no_other(books: Books) -> None:
     metrics = cp_server.Metrics()
     for name, kind, text in cp_server.METRICS:
         metrics.define(name, kind, text)
-    is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics)._close())
+    is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics, "EUR")._close())
     assert is_whole
     rows = books.query(
         "SELECT assignment_id FROM assignments WHERE assignment_no NOT IN"

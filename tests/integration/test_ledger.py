@@ -133,7 +133,7 @@ BROKEN = (
     ("balances_are_the_ledgers", "DELETE FROM usage_lines"),
     ("time_is_billed_once", "UPDATE usage_runs SET from_us = from_us + 1 WHERE to_us IS NULL"),
     ("time_is_billed_once", "DELETE FROM usage_windows"),
-    ("invoices_add_up", "INSERT INTO invoices VALUES (2, 1, '2026-03-01', 0, now())"),
+    ("invoices_add_up", "INSERT INTO invoices VALUES (2, 1, '2026-03-01', 0, now(), 'x', 'EUR')"),
     (
         "copies_that_run_are_billed",
         "UPDATE usage_runs SET to_us = closed_us, to_at = from_at, is_closed = true",
@@ -186,6 +186,10 @@ def test_a_run_is_begun_and_ended_by_what_hosts_say_only(books: Books) -> None:
             attempt(books.dsn, (text, ()))
 
 
+async def issue(db: cp_server.Database) -> list[dict[str, Any]]:
+    return await cp_server.issue_invoices(db, "EUR")
+
+
 def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     """Two customers, a month's end, numbers without gaps; what is late is on the next invoice."""
     books = fresh
@@ -193,13 +197,13 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     add_fleet(books, WEB, gull)
     end = T + 4 * HOUR  # the first of April
     run(books, beats("h1", T, end, {"a"}) + beats("h2", T, end - 30 * S, {"b"}))
-    assert in_database(books, cp_server.issue_invoices) == []
+    assert in_database(books, issue) == []
     books.set_time(end + 24 * HOUR)
-    assert in_database(books, cp_server.issue_invoices) == []
+    assert in_database(books, issue) == []
     books.set_time(end + 24 * HOUR + 1)
-    issued = in_database(books, cp_server.issue_invoices)
+    issued = in_database(books, issue)
     assert [row["invoice_no"] for row in issued] == [1, 2]
-    assert in_database(books, cp_server.issue_invoices) == []
+    assert in_database(books, issue) == []
     # The second host comes back: the half minute up to midnight is in April now.
     run(books, [*beats("h2", end + 25 * HOUR, end + 25 * HOUR, {"b"})])
     parts = books.query("SELECT month::text, billed_us FROM usage_windows WHERE part = 2")
@@ -209,11 +213,28 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
     assert (bill.number, bill.is_preliminary) == (2, False)
     assert bill.total_micros == issued[1]["total_micros"]
+    # Who is called otherwise later was not then, and money that is counted otherwise later neither.
+    before = cp_server.render_bill_json(bill, "EUR")
+    assert (before["whose"], before["currency"], before["lines"][0]["hostname"]) == (
+        "gull",
+        "EUR",
+        "h2",
+    )
+    books.query("UPDATE hosts SET hostname = 'other' RETURNING 1")
+    books.query("UPDATE customers SET name = 'Other ' || name RETURNING 1")
+    bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
+    assert cp_server.render_bill_json(bill, "USD") == before
+    april = dt.date(2026, 4, 1)
+    bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, april))
+    after = cp_server.render_bill_json(bill, "USD")
+    assert (after["whose"], after["currency"]) == ("Other gull", "USD")
     wrong, _ = in_database(books, cp_server.verify_ledger)
     assert wrong == []
     # Neither another number nor another sum of March.
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="without gaps"):
-        attempt(books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now()", ()))
+        attempt(
+            books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now(), 'x', 'EUR'", ())
+        )
     for text in ("UPDATE invoices SET total_micros = 0", "DELETE FROM invoices"):
         with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="append-only"):
             attempt(books.postgres.dsn(books.database), (text, ()))
