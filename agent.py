@@ -186,6 +186,7 @@ KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 10.0, 10.0
 GUARD_TRIES, GUARD_AGAIN_S, GUARD_AGAIN_MAX_S = 3, 2.0, 10.0
 # All workloads, whatever the engine knows of them.
 WORKLOADS_CGROUP = Path("/sys/fs/cgroup/openinfra.slice")
+KILLED_S = 3.0  # for the kernel to end all of them
 NFT_TABLE = ("inet", "openinfra")
 # nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -715,6 +716,7 @@ class Past:
     trouble: str = ""
     tries: int = 0
     retry_at_s: float = 0.0
+    was_full: bool = False
     # Why this host cannot run it.
     rejected: str = ""
 
@@ -1839,7 +1841,8 @@ def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> 
     is_no = decide_pull_error(words) if step.verb is Verb.PULL else error.status in (400, 409)
     pause_s = TRY_PAUSES_S[min(tries, len(TRY_PAUSES_S)) - 1]
     if NO_SPACE in words:  # once more, when images that nobody needs are gone
-        is_no, pause_s = is_no or NO_SPACE in past.trouble, TRY_PAUSES_S[-1]
+        is_no, pause_s = is_no or past.was_full, TRY_PAUSES_S[-1]
+        past = replace(past, was_full=True)
     what = "image cannot be fetched" if step.verb is Verb.PULL else "container cannot be made"
     if is_no or tries > len(TRY_PAUSES_S):
         return replace(past, rejected=parse_line(f"{what}: {words}"))
@@ -4383,28 +4386,48 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
             wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)
 
 
-def ensure_ended(engine: Engine, lease_file: Path, cgroup: Path = WORKLOADS_CGROUP) -> str:
-    """End the workloads whose right is over, which is the agent's work while it lives.
-
-    By the kernel, all at once, also what the engine does not know or while it is dead; where the
-    kernel cannot (cgroup.kill, Linux 5.14), by the engine. Gives back what keeps it from that.
-    """
-    is_populated = "populated 1" in read_text(str(cgroup / "cgroup.events"))
-    if not engine.path.exists() and not is_populated:
-        return ""
+def is_right_over(lease_file: Path) -> bool:
+    """Whether the agent has no right to run anything, and should have ended all of it by now."""
     boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
     until_s, _ = read_lease(lease_file, boot_id)
-    if read_boot_s() < until_s + GUARD_LATE_S:
+    return read_boot_s() >= until_s + GUARD_LATE_S
+
+
+def end_at_once(lease_file: Path, cgroup: Path) -> bool:
+    """End all workloads by the kernel when their right is over: cgroup.kill, Linux 5.14.
+
+    Also those that the engine does not know, and while it is dead. False: it could not, or there
+    are none, or they may run.
+    """
+
+    def is_populated() -> bool:
+        return "populated 1" in read_text(str(cgroup / "cgroup.events"))
+
+    if not is_populated() or not is_right_over(lease_file):
+        return False
+    try:
+        with open(cgroup / "cgroup.kill", "w") as kill:
+            kill.write("1")
+    except OSError as error:
+        log("WARN", "cannot end workloads without the engine", error=error.strerror)
+        return False
+    until_s = read_boot_s() + KILLED_S
+    while is_populated() and read_boot_s() < until_s:
+        time.sleep(0.05)
+    log("WARN", "workloads ended: their right to run was over")
+    return not is_populated()
+
+
+def ensure_ended(engine: Engine, lease_file: Path) -> str:
+    """End the workloads whose right is over, which is the agent's work while it lives.
+
+    At once where the engine is the installed one, else one by one. Gives back what keeps it from
+    that; without an engine there is nothing to end.
+    """
+    if str(engine.path) == DEFAULTS["engine_socket"] and end_at_once(lease_file, WORKLOADS_CGROUP):
         return ""
-    if is_populated:
-        try:
-            with open(cgroup / "cgroup.kill", "w") as kill:
-                kill.write("1")
-        except OSError as error:
-            log("WARN", "cannot end workloads without the engine", error=error.strerror)
-        else:
-            log("WARN", "workloads ended: their right to run was over")
-            return ""
+    if not engine.path.exists() or not is_right_over(lease_file):
+        return ""
     try:
         engine.read_version(ENGINE_START_S)  # its socket is there before it listens
         found, _, _ = engine.read_workloads({}, frozenset())
@@ -4450,26 +4473,29 @@ def end_strays(engine: Engine, containerd: Path) -> str:
         in_space = functools.partial(ctr, f"--namespace={name}")
         for each, pid in parse_tasks(in_space("tasks", "list")).items():
             is_known, why = engine.knows_running(each)
+            why = why if is_known else end_stray(in_space, each, pid)
             trouble = why or trouble
-            if not is_known and end_stray(in_space, each, pid):
-                log("WARN", "ended what the engine had lost: its start was cut off", container=each)
     return trouble
 
 
-def end_stray(ctr: Callable[..., str], container: str, pid: int) -> bool:
-    """End this process if it is still the container's; tell whether it was."""
+def end_stray(ctr: Callable[..., str], container: str, pid: int) -> str:
+    """End this process if it is still the container's; gives back what kept it from that."""
     try:
         process = os.pidfd_open(pid)
-    except OSError:
-        return False
+    except ProcessLookupError:
+        return ""
+    except OSError as error:
+        return f"process {pid}: {error.strerror}"
     try:
         if parse_tasks(ctr("tasks", "list")).get(container) != pid:
-            return False
+            return ""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, signal.SIGKILL)
-        select.select([process], [], [], CTR_TIMEOUT_S)
+        if not select.select([process], [], [], CTR_TIMEOUT_S)[0]:
+            return f"process {pid} does not end"
     finally:
         os.close(process)
+    log("WARN", "ended what the engine had lost: its start was cut off", container=container)
     # Their records may keep the engine from a start of this container; it may be quicker with them.
     # Of one that runs again by now neither can be deleted.
     until_s = read_boot_s() + CTR_TIMEOUT_S
@@ -4478,7 +4504,7 @@ def end_stray(ctr: Callable[..., str], container: str, pid: int) -> bool:
     for words in (("tasks", "delete"), ("containers", "delete", "--keep-snapshot")):
         with contextlib.suppress(Error):
             ctr(*words, container)
-    return True
+    return ""
 
 
 def ensure_docker_user() -> str:
@@ -4877,10 +4903,15 @@ def command_guard(args: argparse.Namespace) -> int:
         return command_strays(engine, Path(args.containerd or DEFAULTS["containerd"]))
     if args.watch:
         watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
-    began_s, guard = read_boot_s(), keep()
-    late = ensure_ended(engine, lease_file)
-    if late:
-        log("WARN", "cannot look for workloads whose right to run is over", error=late)
+    began_s = read_boot_s()
+    if str(engine.path) == DEFAULTS["engine_socket"]:
+        end_at_once(lease_file, WORKLOADS_CGROUP)  # before all that may fail, or take its time
+    try:
+        guard = keep()
+    finally:
+        late = ensure_ended(engine, lease_file)
+        if late:
+            log("WARN", "cannot look for workloads whose right to run is over", error=late)
     for _ in range(GUARD_TRIES - 1):  # at boot the tunnel waits for this run, and for none after it
         if not guard.error or read_boot_s() > began_s + GUARD_AGAIN_MAX_S:
             break

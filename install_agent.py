@@ -1138,8 +1138,9 @@ def plan_removal(facts: Facts) -> list[Step]:
     mine = [name for name, path in places.items() if str(path) in ours]
     off = ("inactive", "failed")
     on = [name for name in mine if units[name].active not in off]
-    if GUARD in mine and GUARD not in on and units[GUARD].enabled:
-        on.append(GUARD)  # it runs each few seconds, and would lay the table again
+    # These are started again and again, the guard to lay the table anew.
+    again = {name for name in mine if name == STRAYS or (name == GUARD and units[name].enabled)}
+    on += sorted(again - {*on})
     enabled = [name for name in mine if units[name].enabled == "enabled"]
     steps: list[Step] = [*plan_unwanted(facts)]
     for name, why in (  # each by itself, as a later one is needed for it, or undoes it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import http.client
 import os
 import random
 import signal
@@ -89,8 +90,10 @@ class Home:
 
         While the engine is down: those of the last look whose process is still there.
         """
-        with contextlib.suppress(OSError, ValueError, KeyError, subprocess.CalledProcessError):
-            for each in self.engine.call("GET", "/containers/json?all=1")[1]:
+        faults = (OSError, http.client.HTTPException, subprocess.CalledProcessError)
+        with contextlib.suppress(*faults):
+            status, rows = self.engine.call("GET", "/containers/json?all=1")
+            for each in rows if status == 200 else ():
                 self.names[each["Id"]] = each["Labels"]["openinfra.assignment"]
             found = self.engine.tasks().items()
             self.seen = {self.names.get(each, each): pid for each, pid in found}

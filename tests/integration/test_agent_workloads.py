@@ -778,6 +778,10 @@ def test_a_start_that_the_engines_end_cut_off_is_ended(world: World) -> None:
     ]
     lost = f"WARN ended what the engine had lost: its start was cut off container={ids[0]}\n"
     assert said == [lost, ""]
+    for more, code in (("--engine-socket=/nonexistent", 0), ("--containerd=/nonexistent", 1)):
+        done = subprocess.run([*argv, more], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert ("cannot look for what the engine has lost" in done.stderr) == bool(code)
     assert engine.tasks() == {key: pid for key, pid in before.items() if key != ids[0]}
     assert not Path(f"/proc/{before[ids[0]]}").exists()
     world.start()

@@ -362,9 +362,7 @@ def test_only_the_host_of_a_copy_counts_for_it(fresh: Books) -> None:
     late_us = T + (cp_server.USAGE_LATE_S + 60) * S
     in_database(books, lambda db: say(db, "h1", late_us, 400))
     assert counted() == [300]
-    books.query(
-        "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
-    )
+    books.query(REVOKE)
     books.query("UPDATE assignments SET ended_at = NULL, state = 'running' RETURNING 1")
     answer = in_database(books, lambda db: say(db, "h1", late_us + S, 500))
     assert isinstance(answer, cp_server.Refusal), answer
@@ -435,9 +433,7 @@ def test_a_host_reads_its_part_of_the_statement(
     with pytest.raises(cp_server.Refusal) as refused:
         read("h1", session_sha256=b"x" * 32)
     assert refused.value.code == "UNKNOWN_SESSION"
-    books.query(
-        "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
-    )
+    books.query(REVOKE)
     with pytest.raises(cp_server.Refusal) as refused:
         read("h1")
     assert refused.value.code == "HOST_REVOKED"

@@ -1082,3 +1082,36 @@ dd      14      PAUSED
 )
 def test_tasks_that_have_a_process(listed: str, want: dict[str, int]) -> None:
     assert agent.parse_tasks(listed) == want
+
+
+@pytest.mark.parametrize(
+    ("events", "until_s", "is_killed"),
+    [
+        ("populated 1", 1.0, True),
+        ("populated 1", 1e9, False),
+        ("populated 0", 1.0, False),
+        ("", 1.0, False),
+    ],
+)
+def test_workloads_without_a_right_are_ended_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    events: str,
+    until_s: float,
+    is_killed: bool,
+) -> None:
+    """By the file that the kernel has for it; here nothing empties the group after that."""
+    monkeypatch.setattr(agent, "KILLED_S", 0.1)
+    monkeypatch.setattr(agent, "LEASE_MAX_S", 1e12)
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    lease = tmp_path / "lease.json"
+    lease.write_bytes(agent.render_lease(boot_id, until_s, frozenset()))
+    (tmp_path / "cgroup.events").write_text(f"{events}\nfrozen 0\n")
+    (tmp_path / "cgroup.kill").write_text("")
+    assert not agent.end_at_once(lease, tmp_path)
+    assert (tmp_path / "cgroup.kill").read_text() == ("1" if is_killed else "")
+    (tmp_path / "cgroup.kill").unlink()
+    tmp_path.chmod(0o500)
+    assert not agent.end_at_once(lease, tmp_path / "gone")
+    lease.unlink()  # there is none after a boot, and while the host is paused
+    assert agent.is_right_over(lease)

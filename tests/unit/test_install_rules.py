@@ -1181,7 +1181,7 @@ def test_all_that_is_ours_is_removed() -> None:
         f"stop {TIMER}",
         f"stop {AGENT}",
         f"stop {WORKLOADS}",
-        f"stop {WATCH} {ENGINE} {CONTAINERD} {DISK} {WG} {GUARD}",
+        f"stop {WATCH} {ENGINE} {CONTAINERD} {DISK} {WG} {GUARD} {STRAYS}",
         f"disable {AGENT} {GUARD} {TIMER} {WATCH} {ENGINE} {DISK} {WG}",
         "nft delete table inet openinfra",
     ]
