@@ -4887,6 +4887,8 @@ def command_strays(engine: Engine, containerd: Path) -> int:
         if error.status == 0:
             return 0
         trouble = str(error)
+    except Error as error:
+        trouble = error.what
     if trouble:
         what = f"cannot look for what the engine has lost: {trouble}"
         raise Error(what, "sudo systemctl restart openinfra-engine")
