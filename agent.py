@@ -51,6 +51,8 @@ Files (mode)
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
+  /run/openinfra-engine/containerd.sock    `guard --strays` has `ctr` ask there
+  /sys/fs/cgroup/openinfra.slice/          `guard`, `pause` without an agent: to cgroup.kill there
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
@@ -2093,10 +2095,9 @@ def parse_request(line: bytes) -> Ask:
         raise BrokenError('request is not an object with a "cmd"')
     if data["cmd"] not in REQUESTS:
         raise BrokenError(f"unknown cmd, known: {', '.join(REQUESTS)}")
-    known = {"month": "", "cursor": 0} if data["cmd"] == "earnings" else {}
-    if data.keys() - known != {"cmd"}:
+    if data.keys() - ({"month", "cursor"} if data["cmd"] == "earnings" else set()) != {"cmd"}:
         raise BrokenError("request has unknown fields")
-    month, cursor = (data.get(key, value) for key, value in (("month", ""), ("cursor", 0)))
+    month, cursor = data.get("month", ""), data.get("cursor", 0)
     if type(month) is not str or not re.fullmatch(MONTH, month):
         raise BrokenError("month is none like 2026-11")
     if type(cursor) is not int or not 0 <= cursor < 2**31:

@@ -65,18 +65,21 @@ def at(time_us: int) -> dt.datetime:
     return dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(microseconds=time_us)
 
 
+def lay_clock(postgres: Postgres, database: str) -> None:
+    """Give a database a clock that a test sets, for what connects from now on."""
+    with psycopg.connect(postgres.dsn(database)) as connection:
+        connection.execute(CLOCK)
+        words = "ALTER ROLE openinfra IN DATABASE {} SET search_path = clock, pg_catalog, public"
+        connection.execute(sql.SQL(words).format(sql.Identifier(database)))
+
+
 class Books:
     """One database with its clock."""
 
     def __init__(self, postgres: Postgres, interval_ms: int = 30_000) -> None:
         self.postgres, self.interval_ms = postgres, interval_ms
         self.database = postgres.new_database()
-        with psycopg.connect(postgres.dsn(self.database)) as connection:
-            connection.execute(CLOCK)
-            words = (
-                "ALTER ROLE openinfra IN DATABASE {} SET search_path = clock, pg_catalog, public"
-            )
-            connection.execute(sql.SQL(words).format(sql.Identifier(self.database)))
+        lay_clock(postgres, self.database)
         self.owner = psycopg.connect(postgres.dsn(self.database))
         self.connect()
         self.dsn = postgres.dsn(self.database, "openinfra")

@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg import sql
 
 import cp_server
 from tests import billing_oracle as oracle
-from tests.billing import CLOCK, at, close_all
+from tests.billing import at, close_all, lay_clock
 from tests.harness import WALLET, Agent, ControlPlane, wait_for
 from tests.integration.test_agent_faults import check_clock, set_clock
 
@@ -34,20 +32,9 @@ SPEC: dict[str, Any] = cp_server.PILOT_ORDER
 SEEN = "SELECT 1 FROM liveness, clock.time WHERE last_heartbeat_at = at"
 
 
-class Clock:
-    """The database's clock."""
-
-    def __init__(self, cp: ControlPlane) -> None:
-        self.cp = cp
-        with psycopg.connect(cp.postgres.dsn(cp.database)) as connection:
-            connection.execute(CLOCK)
-            words = (
-                "ALTER ROLE openinfra IN DATABASE {} SET search_path = clock, pg_catalog, public"
-            )
-            connection.execute(sql.SQL(words).format(sql.Identifier(cp.database)))
-
-    def set(self, time_us: int) -> None:
-        self.cp.postgres.force(self.cp.database, "UPDATE clock.time SET at = %s", at(time_us))
+def set_time(cp: ControlPlane, time_us: int) -> None:
+    """What the database's clock says from now on."""
+    cp.postgres.force(cp.database, "UPDATE clock.time SET at = %s", at(time_us))
 
 
 @pytest.fixture
@@ -106,8 +93,8 @@ def test_a_hosts_clock_changes_no_bill(
     cp = make_cp("--heartbeat-s=1", f"--registry={cp_server.PILOT_REGISTRY}")
     token = cp.mint(payout_pubkey=WALLET)
     cp.stop()
-    times = Clock(cp)
-    times.set(T)
+    lay_clock(cp.postgres, cp.database)
+    set_time(cp, T)
     cp.start()
     agent = make_agent(f"127.0.0.1:{cp.grpc_port}", token)
     agent.engine_socket = directory / "engine.sock"
@@ -124,7 +111,7 @@ def test_a_hosts_clock_changes_no_bill(
 
         wait_for("it runs", is_running, 20)
         for number in range(1, STEPS + 1):
-            times.set(T + number * STEP_US)
+            set_time(cp, T + number * STEP_US)
             if number == STEPS // 2:
                 check_clock(agent.python, environment, clock[0] * DAY_S)
                 set_clock(offset_file, clock[1] * DAY_S)
@@ -134,7 +121,7 @@ def test_a_hosts_clock_changes_no_bill(
         assert cp.call("DELETE", path, token=key)[0] == 200
         wait_for("it is gone", lambda: cp.call("GET", path, token=key)[1]["state"] == "deleted")
         assert agent.process.stop() == 0
-    times.set(T + 3 * oracle.HOUR_US)
+    set_time(cp, T + 3 * oracle.HOUR_US)
     asyncio.run(cp_server.with_database(cp.dsn_file, close_all))
     lines = read_lines(cp)
     assert [line[0] for line in lines] == ["2026-03", "2026-04"]
