@@ -23,11 +23,12 @@ What it does to this machine
   When the engine's disk is nearly full it has images removed that nothing uses, but only by an
   engine whose own label says `openinfra.engine=1`.
   Workloads answer on 20000 to 28191 of this host's address in the tunnel. The control socket is a
-  unix socket. `doctor` starts `wg show`. `guard` starts `nft` and `wg`, and changes the nft tables
-  `inet openinfra` and `inet openinfra_held` and the endpoint of the interface openinfra; where the
-  provider's own Docker drops what workloads forward, it adds two rules to its chain DOCKER-USER
-  with `iptables`. It stops the workloads whose time is over when the agent does not, and freezes
-  them while it cannot put the firewall back. `guard --strays` starts `ctr`. Nothing else.
+  unix socket. `doctor` starts `wg show` and `systemctl list-units`. `guard` starts `nft` and `wg`,
+  and changes the nft tables `inet openinfra` and `inet openinfra_held` and the endpoint of the
+  interface openinfra; where the provider's own Docker drops what workloads forward, it adds two
+  rules to its chain DOCKER-USER with `iptables`. It stops the workloads whose time is over when the
+  agent does not, and freezes them while it cannot put the firewall back. `guard --strays` starts
+  `ctr`. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -180,8 +181,6 @@ PROBE_TIMEOUT_S = 3.0
 ENDPOINT_OLD_S = 150
 # The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
 GUARD_OLD_S = 45.0
-# The agent ends what has no right any more by itself; later than this it is dead or stuck.
-GUARD_LATE_S = 3.0
 # For one answer of the engine and of `ctr`, while what the engine has lost is looked for.
 KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 10.0, 10.0
 # A guard that fails tries again, but only while it has not taken so long; systemd gives it 40 s.
@@ -241,6 +240,8 @@ LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
+# The agent ends what has no right any more by itself; later than this it is dead or stuck.
+GUARD_LATE_S = STOP_S + 3
 # A workload that ran this long is started again at once after its end.
 STEADY_S = 600.0
 BACK_OFF_MAX_S = 300.0
@@ -607,6 +608,8 @@ class Snapshot:
     handshake_age_s: int | None
     # Why the firewall is not known to be in place; empty when it is.
     firewall: str
+    # Units of ours that failed, also those that systemd tries again.
+    failed_units: tuple[str, ...]
     # The running agent's own words; None when none answers.
     status: Mapping[str, Any] | None
     # Why the control plane ended the agent, if it did: reason, what, todo.
@@ -1705,10 +1708,13 @@ def is_final(wish: Wish, past: Past, found: Container) -> bool:
     return wish.restart is Restart.NEVER or (found.exit_code == 0 and not found.error)
 
 
-def decide_right_s(sent_s: float, lease_s: int) -> float:
-    """Until when the host may run what is assigned to it; 0: it may not."""
+def decide_right_s(sent_s: float, lease_s: int, before_s: float) -> float:
+    """Until when the host may run what is assigned to it: from now on not, when no lease came.
+
+    An end that was said before stays, since what still runs has its time to end from there.
+    """
     if not lease_s:
-        return 0.0
+        return min(sent_s, before_s)
     return sent_s + min(float(lease_s), LEASE_MAX_S) - LEASE_MARGIN_S
 
 
@@ -2446,6 +2452,8 @@ def list_host_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
     if seen.refused is not None and seen.status is None:
         said = f"{seen.refused['what']}; {seen.refused['todo']}"
         yield "ERROR", f"The control plane ended the agent: {said}.", start
+    for unit in seen.failed_units:
+        yield "ERROR", f"{unit} failed.", f"journalctl -n 50 -u {unit}"
 
 
 def list_tunnel_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
@@ -3068,6 +3076,16 @@ def read_tunnel() -> tuple[str, int | None]:
     return "ok", None if newest is None else max(0, int(time.time()) - newest)
 
 
+def read_failed_units() -> tuple[str, ...]:
+    """Ask systemd for our units that failed; none where there is no systemd."""
+    argv = ["systemctl", "list-units", "--plain", "--no-legend", "--state=failed,auto-restart"]
+    try:
+        shown = run([*argv, "openinfra-*", "wg-quick@openinfra.service"], echo=False)
+    except Error:
+        return ()
+    return tuple(line.split()[0] for line in shown.splitlines() if line.strip())
+
+
 def read_guard(path: Path) -> Guard | None:
     """Read what the last run of guard left."""
     try:
@@ -3635,7 +3653,8 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
     ):  # there is no list for this host
         workloads.wishes, workloads.refused = (), {}
     kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
-    ensure_lease(agent, decide_right_s(sent_s, reply.lease_s), kept)
+    before_s, _ = workloads.saved_lease or (0.0, kept)
+    ensure_lease(agent, decide_right_s(sent_s, reply.lease_s, before_s), kept)
     workloads.stirred.set()
 
 
@@ -3685,11 +3704,11 @@ async def read_log(agent: Agent, request: pb.LogRequest) -> pb.LogAnswer:
 def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
     """Save the right to run, for the guard and for the next agent; it counts once it is saved.
 
-    While the host is paused there is none; the guard lets the copies have their time to end.
+    While the host is paused there is none.
     """
     workloads, path = agent.workloads, agent.config.lease_file
     if agent.pause is not None:
-        until_s = min(until_s, agent.paused_s + STOP_S)
+        until_s = min(until_s, agent.paused_s)
     if workloads.saved_lease == (until_s, kept):
         return
     try:
@@ -4037,7 +4056,7 @@ async def end_workloads(agent: Agent) -> None:
     """Stop and remove everything, since the control plane has ended this agent."""
     workloads = agent.workloads
     workloads.wishes, workloads.refused = (), {}
-    ensure_lease(agent, 0.0, frozenset())
+    ensure_lease(agent, read_boot_s(), frozenset())  # the guard gives them their time to end
     workloads.right_until_s = 0.0
     workloads.stirred.set()
     await wait_for_end(workloads, has_any, STOP_S + LEASE_MARGIN_S)
@@ -4284,6 +4303,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         wg=wg,
         handshake_age_s=handshake_age_s,
         firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
+        failed_units=() if is_here else read_failed_units(),
         status=status,
         refused=read_refused(data_dir),
         pause=read_pause(data_dir),

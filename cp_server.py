@@ -849,7 +849,6 @@ class Bill:
     is_preliminary: bool
     lines: Sequence[BillLine]
     total_micros: int  # what the customer pays, or what the provider is owed
-    currency: str | None = None  # None: the present one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2881,7 +2880,7 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
         "preliminary": bill.is_preliminary,
         "month": f"{bill.month:%Y-%m}",
         "whose": bill.whose,
-        "currency": bill.currency or currency,
+        "currency": currency,
         "total_micros": bill.total_micros,
         "lines": [render_bill_line(bill, line) for line in bill.lines],
     }
@@ -2930,8 +2929,8 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{BILL_STYLE}</style><h1>{title}</h1>"
-        f"<p>{html.escape(bill.whose)}</p><p>All amounts in "
-        f"{html.escape(bill.currency or currency)}. Times are UTC.</p><p><b>Total {total}</b></p>"
+        f"<p>{html.escape(bill.whose)}</p><p>All amounts in {html.escape(currency)}. "
+        f"Times are UTC.</p><p><b>Total {total}</b></p>"
     )
     if bill.is_preliminary:
         yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
@@ -3637,6 +3636,9 @@ COMMENT ON COLUMN usage_egress.hour_at IS 'The hour, UTC, in which the control p
 COMMENT ON COLUMN usage_egress.bytes IS 'By how much';
 COMMENT ON COLUMN usage_egress.closed_bytes IS 'What of it is in windows';
 
+ALTER TABLE cp_state ADD currency text;
+COMMENT ON COLUMN cp_state.currency IS 'What amounts are in; final once there are any';
+
 CREATE TABLE rate_cards (
   card_no integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   customer_no integer REFERENCES customers (customer_no),
@@ -3849,7 +3851,6 @@ CREATE TABLE invoices (
   total_micros bigint NOT NULL,
   issued_at timestamptz NOT NULL,
   customer_name text NOT NULL,
-  currency text NOT NULL,
   UNIQUE (customer_no, month)
 );
 COMMENT ON TABLE invoices IS 'What was issued; its lines are the usage_lines of that month';
@@ -3859,7 +3860,6 @@ COMMENT ON COLUMN invoices.month IS 'First day of the month';
 COMMENT ON COLUMN invoices.total_micros IS 'Sum of its lines';
 COMMENT ON COLUMN invoices.issued_at IS 'When; usage that comes later is on a later one';
 COMMENT ON COLUMN invoices.customer_name IS 'Its name then';
-COMMENT ON COLUMN invoices.currency IS 'What amounts were in then';
 CREATE FUNCTION check_invoice() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
@@ -3932,6 +3932,7 @@ GRANT UPDATE (closed_hour, closed_us, is_closed) ON usage_runs TO @ROLE@;
 GRANT INSERT, UPDATE (cpu_ns, memory_byte_s, rx_bytes, tx_bytes, at) ON usage_counters TO @ROLE@;
 GRANT INSERT (assignment_no, hour_at, bytes), UPDATE (bytes, closed_bytes)
   ON usage_egress TO @ROLE@;
+GRANT UPDATE (currency) ON cp_state TO @ROLE@;
 GRANT INSERT (customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
   provider_share_ppm, created_by) ON rate_cards TO @ROLE@;
 GRANT INSERT ON usage_windows, invoices TO @ROLE@;
@@ -4778,6 +4779,19 @@ ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = least(
   e.bytes::numeric + EXCLUDED.bytes, %(most)s)::bigint
 """
 
+SQL_CURRENCY_SET = """
+-- what amounts are in; no row when there are some, in another currency
+UPDATE cp_state SET currency = %(currency)s
+WHERE currency IS NULL OR currency = %(currency)s
+  OR NOT EXISTS (SELECT FROM rate_cards) AND NOT EXISTS (SELECT FROM ledger_transactions)
+RETURNING currency
+"""
+
+SQL_CURRENCY_FIND = """
+-- what amounts are in
+SELECT currency FROM cp_state
+"""
+
 SQL_CARD_INSERT = """
 -- new prices
 INSERT INTO rate_cards (customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
@@ -5069,7 +5083,7 @@ WHERE l.month = %(month)s
 
 SQL_INVOICE_FIND = """
 -- a customer's invoice of a month, and whether the month is over
-SELECT i.invoice_no, i.customer_name, i.currency,
+SELECT i.invoice_no, i.customer_name,
   (%(month)s::date + interval '1 month') AT TIME ZONE 'UTC'
     + make_interval(secs => %(after_s)s) > now() AS is_preliminary
 FROM (SELECT) AS one LEFT JOIN invoices i
@@ -5089,12 +5103,10 @@ ORDER BY u.window_no DESC LIMIT %(limit)s
 
 SQL_INVOICE_ISSUE = """
 -- invoices of months that are over for long enough, numbered on
-INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at, customer_name,
-  currency)
+INSERT INTO invoices (invoice_no, customer_no, month, total_micros, issued_at, customer_name)
 SELECT (SELECT coalesce(max(invoice_no), 0) FROM invoices)
     + row_number() OVER (ORDER BY l.month, l.customer_no),
-  l.customer_no, l.month, sum(l.cpu_micros + l.memory_micros + l.egress_micros), now(), c.name,
-  %(currency)s
+  l.customer_no, l.month, sum(l.cpu_micros + l.memory_micros + l.egress_micros), now(), c.name
 FROM usage_lines l JOIN customers c USING (customer_no)
 LEFT JOIN invoices i USING (customer_no, month)
 WHERE i.invoice_no IS NULL AND (l.month + interval '1 month') AT TIME ZONE 'UTC'
@@ -6638,6 +6650,15 @@ def parse_copy(row: Row) -> Copy:
     return Copy(**row, is_running=state == "running", is_done=state in DONE_STATES)
 
 
+async def ensure_currency(db: Database, currency: str) -> None:
+    """Note what amounts are in; raises Error when there are some, in another currency."""
+    async with db.transaction() as tx:
+        if not await tx.one(SQL_CURRENCY_SET, currency=currency):
+            found = (await tx.the(SQL_CURRENCY_FIND))["currency"]
+            what = f"the amounts in this database are in {found}, not in {currency}"
+            raise Error(what, f"set CURRENCY={found}", USAGE)
+
+
 async def add_rate_card(
     db: Database,
     actor: Actor,
@@ -6964,11 +6985,11 @@ async def prune_hours(db: Database) -> int:
     return gone
 
 
-async def issue_invoices(db: Database, currency: str, without: Collection[int] = ()) -> list[Row]:
+async def issue_invoices(db: Database, without: Collection[int] = ()) -> list[Row]:
     """Issue invoices of months that are over, but for some customers; give back the new ones."""
     async with db.transaction() as tx:
         turn = await tx.the(SQL_BILLING_LOCK, grace_s=USAGE_GRACE_S)
-        which = {"after_s": INVOICE_AFTER_S, "without": list(without), "currency": currency}
+        which = {"after_s": INVOICE_AFTER_S, "without": list(without)}
         return await tx.dicts(SQL_INVOICE_ISSUE, **which) if turn["is_mine"] else []
 
 
@@ -6990,8 +7011,8 @@ async def read_invoice(
     number = found["invoice_no"]
     is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
-    whose, currency = (found["customer_name"] or customer.name, str(customer_id)), found["currency"]
-    return Bill("invoice", *whose, month, number, is_preliminary, lines, money, currency)
+    whose = (found["customer_name"] or customer.name, str(customer_id))
+    return Bill("invoice", *whose, month, number, is_preliminary, lines, money)
 
 
 async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
@@ -7474,10 +7495,9 @@ class Placer:
 class Biller:
     """Closes hours that are over, issues invoices, and looks whose balance is used up."""
 
-    def __init__(self, db: Database, metrics: Metrics, currency: str) -> None:
+    def __init__(self, db: Database, metrics: Metrics) -> None:
         self._db = db
         self._metrics = metrics
-        self._currency = currency
         self._without: set[int] = set()  # customers of copies that cannot be billed
         for name in ("usage_windows", "usage_charged_micros", "invoices"):
             metrics.add(f"openinfra_{name}_total", 0)
@@ -7538,7 +7558,7 @@ class Biller:
             pass
 
     async def _issue(self) -> None:
-        for row in await issue_invoices(self._db, self._currency, self._without):
+        for row in await issue_invoices(self._db, self._without):
             self._metrics.add("openinfra_invoices_total")
             log("INFO", "invoice issued", number=row["invoice_no"], month=f"{row['month']:%Y-%m}")
 
@@ -7663,7 +7683,7 @@ class ControlPlane:
         self._judging = asyncio.Lock()  # heartbeats and sweep in turn: neither misses a flip
         self.placer = Placer(beat_db, self._judging, self.metrics)
         self.logs = Logs(self.placer)
-        self.biller = Biller(bill_db, self.metrics, settings.currency)
+        self.biller = Biller(bill_db, self.metrics)
         self._due: dict[str, float] = {}  # by peer, at most one for each tunnel address
         self._told: dict[str, float] = {}
 
@@ -9425,6 +9445,7 @@ async def run_server(cp: ControlPlane) -> None:
     settings, loop = cp.settings, asyncio.get_running_loop()
     probe_port(*settings.grpc_listen, "grpc-listen")
     probe_port(*settings.http_listen, "http-listen")
+    await ensure_currency(cp.beat_db, settings.currency)
     web = HttpServer(cp, loop)
     server = make_grpc_server(cp)
     async with cp.beat_db.transaction() as tx:  # both ports are ours: it will serve
@@ -10812,7 +10833,7 @@ OPTIONS = (
     Option("registry", "", "host name of the registry that customers push to; empty: none"),
     Option("registry-url", "http://127.0.0.1:5000", "where that registry is on this machine"),
     Option("registry-dir", "", "on the disk that it fills; empty: nobody looks how full that is"),
-    Option("currency", "EUR", "what amounts are in; only written beside them"),
+    Option("currency", "EUR", "what amounts are in; final once there are any"),
     Option("role", "openinfra", "the CP's own database role; `migrate` grants it its rights"),
 )
 
@@ -11129,6 +11150,7 @@ def command_add_rate_card(args: argparse.Namespace, settings: Settings) -> int:
     values = dict(zip(names, prices, strict=True))
 
     async def work(db: Database) -> RateCard:
+        await ensure_currency(db, settings.currency)
         actor = cli_actor()
         return await add_rate_card(
             db, actor, customer_id, valid_from, provider_share_ppm=share, **values
@@ -11168,6 +11190,7 @@ def command_add_payment(args: argparse.Namespace, settings: Settings) -> int:
     customer_id = parse_id(args.customer_id)
 
     async def work(db: Database) -> tuple[int, bool]:
+        await ensure_currency(db, settings.currency)
         return await add_payment(db, cli_actor(), customer_id, micros, **values)
 
     number, is_new = asyncio.run(with_database(settings.dsn_file, work))
@@ -11287,7 +11310,7 @@ def render_bills(bills: Sequence[Bill], currency: str) -> str:
     rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
     for bill in bills:
         number = "preliminary" if bill.is_preliminary else str(bill.number or "-")
-        total = f"{render_money(bill.total_micros)} {bill.currency or currency}"
+        total = f"{render_money(bill.total_micros)} {currency}"
         rows.append((number, bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total))
     return render_table(rows)
 

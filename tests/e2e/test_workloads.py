@@ -20,7 +20,7 @@ import pytest
 from cp_server import LEASE_S
 from tests.cis import list_broken
 from tests.e2e import disk
-from tests.e2e.fleet import AGENT, CP_LAN, HOME_LAN, Operator, find_server, join_fleet
+from tests.e2e.fleet import AGENT, CP_LAN, HOME_LAN, Operator, doctor, find_server, join_fleet
 from tests.e2e.home import ADDRESS, CA_FILE, TOKEN_FILE, give_token, list_answers
 from tests.e2e.home import install as run_installer
 from tests.e2e.network import Network
@@ -494,6 +494,12 @@ def check_cut_start(scene: Scene) -> None:
     assert machine.exec(["test", "-e", f"/proc/{one['State']['Pid']}"]).code == 1
     scene.wait_answers()
     assert {*pids} - {*list_pids(machine)} == {str(one["State"]["Pid"])}
+    # And when it cannot look, somebody is told.
+    strays = "systemctl start openinfra-strays"
+    machine.sh(f"mv /usr/bin/ctr /usr/bin/ctr.away; {strays} || true")
+    assert "openinfra-strays.service failed." in [one["sentence"] for one in doctor(machine)]
+    machine.sh(f"mv /usr/bin/ctr.away /usr/bin/ctr; {strays}")
+    wait_calmly("nothing wrong", lambda: not doctor(machine) or None, 60)
 
 
 def check_ends(scene: Scene) -> None:

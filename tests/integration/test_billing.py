@@ -277,7 +277,7 @@ def test_one_copy_at_fault_holds_up_no_other(books: Books) -> None:
     metrics = cp_server.Metrics()
     for name, kind, text in cp_server.METRICS:
         metrics.define(name, kind, text)
-    is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics, "EUR")._close())
+    is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics)._close())
     assert is_whole
     rows = books.query(
         "SELECT assignment_id FROM assignments WHERE assignment_no NOT IN"
@@ -391,6 +391,12 @@ def test_bills_by_the_command_line(books: Books, tmp_path: Path) -> None:
         ["credit-limit", "kuma", "1"],
     ):
         assert "Traceback" not in command(*words, code=2)
+    # Amounts that are there do not become others.
+    for words in (
+        ["add-rate-card", "--valid-from=next", *prices],
+        ["add-payment", kuma, "1", "--reference=dollars"],
+    ):
+        assert "in EUR, not in USD ; set CURRENCY=EUR" in command(*words, "--currency=USD", code=2)
 
 
 def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., ControlPlane]) -> None:
@@ -435,6 +441,10 @@ def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., Cont
     assert get("invoices/2026-02")["lines"] == []
     for path in ("usage?month=2026-13", "invoices/2026-1", "usage?month=x", "invoices/%00"):
         get(path, 400)
+    cp.stop()
+    with pytest.raises(AssertionError, match="in EUR, not in USD ; set CURRENCY=EUR"):
+        cp.start("--currency=USD")
+    assert cp.stop() == cp_server.USAGE
 
 
 def test_without_credit_a_customer_is_told_and_then_stopped(

@@ -133,7 +133,7 @@ BROKEN = (
     ("balances_are_the_ledgers", "DELETE FROM usage_lines"),
     ("time_is_billed_once", "UPDATE usage_runs SET from_us = from_us + 1 WHERE to_us IS NULL"),
     ("time_is_billed_once", "DELETE FROM usage_windows"),
-    ("invoices_add_up", "INSERT INTO invoices VALUES (2, 1, '2026-03-01', 0, now(), 'x', 'EUR')"),
+    ("invoices_add_up", "INSERT INTO invoices VALUES (2, 1, '2026-03-01', 0, now(), 'x')"),
     (
         "copies_that_run_are_billed",
         "UPDATE usage_runs SET to_us = closed_us, to_at = from_at, is_closed = true",
@@ -187,7 +187,7 @@ def test_a_run_is_begun_and_ended_by_what_hosts_say_only(books: Books) -> None:
 
 
 async def issue(db: cp_server.Database) -> list[dict[str, Any]]:
-    return await cp_server.issue_invoices(db, "EUR")
+    return await cp_server.issue_invoices(db)
 
 
 def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
@@ -213,27 +213,22 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
     assert (bill.number, bill.is_preliminary) == (2, False)
     assert bill.total_micros == issued[1]["total_micros"]
-    # Who is called otherwise later was not then, and money that is counted otherwise later neither.
+    # Who is called otherwise later was not then.
     before = cp_server.render_bill_json(bill, "EUR")
-    assert (before["whose"], before["currency"], before["lines"][0]["hostname"]) == (
-        "gull",
-        "EUR",
-        "h2",
-    )
+    assert (before["whose"], before["lines"][0]["hostname"]) == ("gull", "h2")
     books.query("UPDATE hosts SET hostname = 'other' RETURNING 1")
     books.query("UPDATE customers SET name = 'Other ' || name RETURNING 1")
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
-    assert cp_server.render_bill_json(bill, "USD") == before
+    assert cp_server.render_bill_json(bill, "EUR") == before
     april = dt.date(2026, 4, 1)
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, april))
-    after = cp_server.render_bill_json(bill, "USD")
-    assert (after["whose"], after["currency"]) == ("Other gull", "USD")
+    assert bill.whose == "Other gull"
     wrong, _ = in_database(books, cp_server.verify_ledger)
     assert wrong == []
     # Neither another number nor another sum of March.
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="without gaps"):
         attempt(
-            books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now(), 'x', 'EUR'", ())
+            books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now(), 'x'", ())
         )
     for text in ("UPDATE invoices SET total_micros = 0", "DELETE FROM invoices"):
         with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="append-only"):
@@ -241,6 +236,21 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     text = "UPDATE usage_lines SET cpu_micros = 0 WHERE month = '2026-03-01'"
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="stays as it is"):
         attempt(books.dsn, (text, ()))
+
+
+def test_the_currency_is_final_once_there_are_amounts(fresh: Books) -> None:
+    def take(currency: str) -> str:
+        try:
+            in_database(fresh, lambda db: cp_server.ensure_currency(db, currency))
+        except cp_server.Error as error:
+            return f"{error.exit_code} {error}"
+        return ""
+
+    assert [take("EUR"), take("USD"), take("USD")] == ["", "", ""]
+    add_fleet(fresh, WEB)
+    said = "2 the amounts in this database are in USD, not in EUR; set CURRENCY=USD"
+    assert [take("EUR"), take("USD"), take("EUR")] == [said, "", said]
+    assert fresh.query("SELECT currency FROM cp_state") == [{"currency": "USD"}]
 
 
 def test_a_balance_that_is_used_up(fresh: Books) -> None:

@@ -857,10 +857,19 @@ def test_report(
 
 
 @pytest.mark.parametrize(
-    ("lease_s", "expected"), [(600, 1585), (15, 1000), (20, 1005), (0, 0), (2**32 - 1, 4585)]
+    ("lease_s", "before_s", "expected"),
+    [
+        (600, 900, 1585),
+        (15, 900, 1000),
+        (20, 0, 1005),
+        (2**32 - 1, 0, 4585),
+        (0, 0, 0),
+        (0, 900, 900),  # over since then
+        (0, 1500, 1000),  # over from now on
+    ],
 )
-def test_the_right_ends_before_the_lease(lease_s: int, expected: float) -> None:
-    assert agent.decide_right_s(1000.0, lease_s) == expected
+def test_the_right_ends_before_the_lease(lease_s: int, before_s: float, expected: float) -> None:
+    assert agent.decide_right_s(1000.0, lease_s, before_s) == expected
 
 
 def test_a_lease_is_of_one_boot() -> None:
