@@ -82,6 +82,7 @@ import hashlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -257,6 +258,8 @@ ENGINE_API = (1, 41)  # of Docker 20.10; a newer engine may want a newer one
 ENGINE_START_S = 15.0
 # Nobody pays for what may run while an engine is silent for this long.
 ENGINE_LOST_S = 120.0
+# A host that can run nothing for so long gives back what does not run.
+GIVE_BACK_S = 600.0
 NO_ENGINE = Path("none")
 # `pause` waits so long for the ends, and this for the heartbeat that says so; `leave` for the
 # control plane's round, its nudge (or the next heartbeat), and the heartbeat after it.
@@ -696,6 +699,8 @@ class Container:
     assignment_id: str
     wish_sha256: str
     is_running: bool
+    # It has a process, and the guard keeps that from going on.
+    is_frozen: bool = False
     has_ended: bool = False
     exit_code: int = 0
     is_oom: bool = False
@@ -825,6 +830,8 @@ class Workloads:
     engine_lost_s: float | None = None
     is_engine_logged: bool = False
     is_lost: bool = False
+    # Since when this host can take no workload; None: it can.
+    unready_s: float | None = None
     lease_error: str = ""
 
     # This host's address in the tunnel; empty while it is not known.
@@ -1573,6 +1580,7 @@ def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Co
         assignment_id=str(labels.get(LABEL)),
         wish_sha256=str(labels.get("openinfra.wish")),
         is_running=state in ("running", "paused", "restarting"),
+        is_frozen=state == "paused",
     )
     if end is None or found.is_running:
         return found
@@ -1747,10 +1755,12 @@ def plan_containers(
     right_until_s: float,
     memory: Memory,
     unready: str = "",
+    late_s: float = math.inf,
 ) -> list[Step]:
     """Decide the next step of each assignment; an empty list when nothing is to do now.
 
-    Without the right to run, or before the list is known, nothing begins.
+    Without the right to run, or before the list is known, nothing begins. From `late_s` on, as
+    after a suspend, what has no right ends without being asked: it may run elsewhere by now.
     """
     steps: list[Step] = []
     wished = {wish.assignment_id: wish for wish in wishes or ()}
@@ -1765,8 +1775,11 @@ def plan_containers(
         else:
             is_wanted = is_named and wish is not None and wish.sha256 == each.wish_sha256
             is_wanted = is_wanted and not past.rejected
+        if wish is not None and each.is_running and each.assignment_id not in networks:
+            # Nobody reaches its ports any more; a job is not to run twice for that.
+            is_wanted = is_wanted and (not wish.ports or wish.restart is Restart.NEVER)
         if each.is_running and not (is_wanted and has_right):
-            steps += plan_stop(each, now_s, memory)
+            steps += plan_stop(each, now_s, memory, not has_right and now_s >= late_s)
         elif wishes is not None and not is_wanted and not each.is_running:
             network = networks.get(each.assignment_id, "") if is_named else ""
             steps.append(Step(Verb.REMOVE, each.assignment_id, each.id, network=network))
@@ -1801,10 +1814,12 @@ def decide_held(
     return held
 
 
-def plan_stop(found: Container, now_s: float, memory: Memory) -> Iterator[Step]:
-    """Ask a container to end, then end it."""
+def plan_stop(found: Container, now_s: float, memory: Memory, is_late: bool) -> Iterator[Step]:
+    """Ask a container to end, then end it; at once when it is late, or too frozen to hear it."""
     told_s = memory.stops.get(found.id)
-    if told_s is None:
+    if is_late or found.is_frozen:
+        yield Step(Verb.KILL, found.assignment_id, found.id)
+    elif told_s is None:
         yield Step(Verb.TERM, found.assignment_id, found.id)
     elif now_s >= told_s + STOP_S:
         yield Step(Verb.KILL, found.assignment_id, found.id)
@@ -1826,8 +1841,9 @@ def plan_start(
     if found.has_ended and not past.is_stopped:
         ended_s = now_s if past.ended_s is None else past.ended_s
         due_s = ended_s + decide_back_off_s(past.streak)
-    if now_s >= due_s and "already exists" in found.error:
-        # The engine was killed in the middle of a start, and can never start this one again.
+    if now_s >= due_s and (not network or "already exists" in found.error):
+        # The engine lost its networks, or was killed in the middle of a start: it can never start
+        # this one again.
         yield Step(Verb.REMOVE, wish.assignment_id, found.id, network=network)
     elif now_s >= due_s:
         yield Step(Verb.START, wish.assignment_id, found.id, wish)
@@ -1896,8 +1912,9 @@ def decide_report(
     if wish is not None and found.wish_sha256 != wish.sha256:
         return pb.ASSIGNMENT_STATE_STARTING, "another container of it is stopped first"
     if found.is_running:
-        state = pb.ASSIGNMENT_STATE_WAITING if lost else pb.ASSIGNMENT_STATE_RUNNING
-        return state, lost
+        frozen = f"frozen: {unready or 'the firewall was not in place'}" if found.is_frozen else ""
+        why = lost or frozen
+        return pb.ASSIGNMENT_STATE_WAITING if why else pb.ASSIGNMENT_STATE_RUNNING, why
     if past.is_stopped:
         return pb.ASSIGNMENT_STATE_WAITING, unready or "stopped: its right to run was over"
     if not found.has_ended:
@@ -1908,6 +1925,16 @@ def decide_report(
         return pb.ASSIGNMENT_STATE_WAITING, said + again
     is_good = found.exit_code == 0 and not found.error
     return pb.ASSIGNMENT_STATE_FINISHED if is_good else pb.ASSIGNMENT_STATE_FAILED, said
+
+
+def list_idle(wishes: Sequence[Wish], found: Sequence[Container], memory: Memory) -> Iterator[Wish]:
+    """What should run here, or be about to, and does not."""
+    mine = {each.assignment_id: each for each in found}
+    for wish in wishes:
+        one, past = mine.get(wish.assignment_id), memory.pasts.get(wish.assignment_id, Past())
+        is_over = wish.is_done or past.rejected or (one and is_final(wish, past, one))
+        if not is_over and not (one and one.is_running and not one.is_frozen):
+            yield wish
 
 
 def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
@@ -3194,6 +3221,7 @@ class Engine:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_installed = str(path) == DEFAULTS["engine_socket"]
         self.api = decide_api("")
 
     @contextlib.contextmanager
@@ -3414,12 +3442,23 @@ class Engine:
 
 
 def read_used(path: str) -> float:
-    """The share of a file system that is used; 0 for one that cannot be seen."""
+    """The share of a file system that is used, of its bytes or of its inodes, whichever is more.
+
+    0 for one that cannot be seen.
+    """
     try:
         disk = os.statvfs(path)
     except OSError:
         return 0.0
-    return 1 - disk.f_bavail / max(disk.f_blocks, 1)
+    pairs = ((disk.f_bavail, disk.f_blocks), (disk.f_favail, disk.f_files))
+    return max(1 - free / whole if whole else 0.0 for free, whole in pairs)
+
+
+def is_empty(cgroup: Path) -> bool:
+    """Tell whether the kernel knows of no process in a control group; False where it cannot say."""
+    if not (cgroup.parent / "cgroup.controllers").exists():
+        return False  # cgroup v1
+    return "populated 1" not in read_text(str(cgroup / "cgroup.events"))
 
 
 def read_ports(path: Path) -> tuple[int, ...]:
@@ -3816,6 +3855,9 @@ async def look(workloads: Workloads) -> None:
     workloads.looks += 1
     if is_calm and revision == workloads.revision:
         workloads.seen_revision = revision
+    if engine.is_installed and "frozen 1" in read_text(str(WORKLOADS_CGROUP / "cgroup.events")):
+        found = workloads.containers
+        workloads.containers = tuple(replace(one, is_frozen=one.is_running) for one in found)
     now_s = read_boot_s()
     for each in workloads.containers:
         past = memory.pasts.get(each.assignment_id, Past(each.wish_sha256))
@@ -3923,12 +3965,22 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
     memory, now_s = workloads.memory, read_boot_s()
     held = decide_held(workloads.wishes, workloads.containers, memory)
     remove_secrets(workloads.secrets_dir, held | {*workloads.tasks} | workloads.busy)
-    seen, right_until_s = (workloads.containers, workloads.networks), workloads.right_until_s
-    for step in plan_containers(workloads.wishes, *seen, now_s, right_until_s, memory, unready):
+    right_until_s = workloads.right_until_s
+    until_s = workloads.saved_lease[0] if workloads.saved_lease else 0.0
+    for step in plan_containers(
+        workloads.wishes,
+        workloads.containers,
+        workloads.networks,
+        now_s,
+        right_until_s,
+        memory,
+        unready,
+        until_s + STOP_S,
+    ):
         if step.key in workloads.tasks or step.key in workloads.busy:
             continue  # at work, or done by now, and what was seen is of before
-        if step.verb is Verb.TERM:
-            memory.stops[step.container_id] = now_s
+        if step.verb in (Verb.TERM, Verb.KILL):
+            memory.stops.setdefault(step.container_id, now_s)
         workloads.tasks[step.key] = asyncio.create_task(do_step(workloads, step))
     wanted = {*(workloads.wishes or ())} if now_s < right_until_s else set[Wish]()
     for wish in workloads.sockets.keys() - wanted:
@@ -4020,6 +4072,27 @@ def note_lost(workloads: Workloads) -> None:
     since_s = now_s if workloads.engine_lost_s is None else workloads.engine_lost_s
     workloads.engine_lost_s = since_s if workloads.engine_error else None
     workloads.is_lost = bool(workloads.engine_error) and now_s - since_s >= ENGINE_LOST_S
+
+
+def note_idle(agent: Agent, unready: str) -> None:
+    """Give back what cannot run here for long, so that it runs elsewhere; what runs goes on.
+
+    While the engine is silent only when the kernel has no process of any workload.
+    """
+    workloads, now_s = agent.workloads, read_boot_s()
+    since_s = now_s if workloads.unready_s is None else workloads.unready_s
+    workloads.unready_s = since_s if unready and agent.pause is None else None
+    if workloads.unready_s is None or now_s < since_s + GIVE_BACK_S:
+        return
+    if workloads.engine_error:
+        if workloads.engine.is_installed and is_empty(WORKLOADS_CGROUP):
+            workloads.containers = ()
+        else:
+            return
+    pasts = workloads.memory.pasts
+    for wish in list_idle(workloads.wishes or (), workloads.containers, workloads.memory):
+        past = pasts.get(wish.assignment_id, Past(wish.sha256))
+        pasts[wish.assignment_id] = replace(past, rejected=f"this host cannot run it: {unready}")
 
 
 def note_engine(workloads: Workloads) -> None:
@@ -4345,8 +4418,11 @@ def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
 def ensure_frozen(engine: Engine, is_open: bool) -> str:
     """Freeze the workloads while the firewall is not in place, and let them go on when it is.
 
-    Gives back what keeps it from that; without an engine there is nothing to freeze.
+    At once where the engine is the installed one, else one by one. Gives back what keeps it from
+    that; without an engine there is nothing to freeze.
     """
+    if engine.is_installed and freeze_at_once(WORKLOADS_CGROUP, is_open):
+        return ""
     if not engine.path.exists():
         return ""
     verb, trouble = "pause" if is_open else "unpause", ""
@@ -4414,6 +4490,22 @@ def is_right_over(lease_file: Path) -> bool:
     return read_boot_s() >= until_s + GUARD_LATE_S
 
 
+def freeze_at_once(cgroup: Path, is_open: bool) -> bool:
+    """Freeze all workloads by the kernel, or let them go on: cgroup.freeze, Linux 5.2.
+
+    Also while the engine is dead. False: there are none, or it cannot.
+    """
+    path, wanted = cgroup / "cgroup.freeze", "1" if is_open else "0"
+    try:
+        if path.read_text().strip() != wanted:
+            with open(path, "w") as freeze:
+                freeze.write(wanted)
+            log("WARN", f"all workloads {'frozen' if is_open else 'go on'}")
+    except OSError:
+        return False
+    return True
+
+
 def end_at_once(lease_file: Path, cgroup: Path) -> bool:
     """End all workloads by the kernel when their right is over: cgroup.kill, Linux 5.14.
 
@@ -4445,7 +4537,7 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     At once where the engine is the installed one, else one by one. Gives back what keeps it from
     that; without an engine there is nothing to end.
     """
-    if str(engine.path) == DEFAULTS["engine_socket"] and end_at_once(lease_file, WORKLOADS_CGROUP):
+    if engine.is_installed and end_at_once(lease_file, WORKLOADS_CGROUP):
         return ""
     if not engine.path.exists() or not is_right_over(lease_file):
         return ""
@@ -4681,6 +4773,7 @@ async def tend(agent: Agent) -> NoReturn:
             workloads.engine_error = str(error)
         note_lost(workloads)
         note_pause(agent)
+        note_idle(agent, read_unready(agent)[0])
         if not workloads.engine_error:
             begin_steps(workloads, read_unready(agent)[0])
             await tidy(workloads)
@@ -4927,7 +5020,7 @@ def command_guard(args: argparse.Namespace) -> int:
     if args.watch:
         watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
     began_s = read_boot_s()
-    if str(engine.path) == DEFAULTS["engine_socket"]:
+    if engine.is_installed:
         end_at_once(lease_file, WORKLOADS_CGROUP)  # before all that may fail, or take its time
     try:
         guard = keep()

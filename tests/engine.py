@@ -14,6 +14,8 @@ import http.client
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import agent as agent_script
-from tests.harness import Netns, Process, inside, make_netns, wait_for
+from tests.harness import ROOT, Netns, Process, inside, make_netns, wait_for
 
 USER = "openinfra-engine"
 REGISTRY = "127.0.0.1:5000"
@@ -141,8 +143,30 @@ class Engine:
         return ["nsenter", f"--net=/run/netns/{self.netns.name}", "--", *argv]
 
     def start(self, ends_strays: bool = True) -> None:
-        """Start dockerd, wait until it answers; then what its unit does."""
+        """Start dockerd, again if it ends before it answers; then what its unit does."""
+        if not self._has_started():
+            self._mend()
+            assert self._has_started(), self.dockerd.log
+        if ends_strays:
+            trouble = agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
+            assert trouble == ""
+
+    def _mend(self) -> None:
+        """What the unit does when dockerd has ended, word for word."""
+        unit = (ROOT / "systemd" / "openinfra-engine.service").read_text()
+        (line,) = re.findall(r"(?ms)^ExecStopPost=-(.*?[^\\])$", unit)
+        for there, here in (
+            ("/run/openinfra-engine", ""),
+            ("/var/cache/openinfra/engine", "/root"),
+        ):
+            line = line.replace(there, f"{self.directory}{here}")
+        argv = shlex.split(line.replace("\\\n", " ").replace("$$", "$"))
+        environment = {**os.environ, "EXIT_STATUS": str(self.dockerd.child.returncode)}
+        subprocess.run(argv, env=environment, check=False)
+
+    def _has_started(self) -> bool:
         at = self.directory
+        (at / "up").unlink(missing_ok=True)
         argv = ["dockerd", f"--host=unix://{self.socket}", f"--data-root={at}/root"]
         argv += [f"--exec-root={at}/exec", f"--pidfile={at}/pid", "--iptables=false"]
         argv += [
@@ -163,13 +187,12 @@ class Engine:
         def answers() -> bool:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 return self.call("GET", "/version")[0] == 200
-            assert self.dockerd.child.poll() is None, self.dockerd.log
-            return False
+            return self.dockerd.child.poll() is not None
 
         wait_for("dockerd", answers, 30)
-        if ends_strays:
-            trouble = agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
-            assert trouble == ""
+        if self.dockerd.child.poll() is None:
+            (at / "up").touch()
+        return self.dockerd.child.poll() is None
 
     def kill(self) -> None:
         """SIGKILL to dockerd; its containers go on.

@@ -259,6 +259,10 @@ class Scene:
         ask = ["curl", "-sf", "--max-time", "5", f"http://{HOME_LAN}:8081/"]
         wait_for("the provider's own", lambda: self.router.exec(ask).code == 0 or None, 60)
 
+    def read(self) -> Any:
+        """The workload as its customer sees it."""
+        return self.customer.call("GET", f"/{self.workload['workload_id']}")
+
     def answers(self) -> bool:
         """Both copies answer the control plane at their addresses in the tunnel."""
         asks = [["curl", "-sf", "--max-time", "3", f"http://{each}/"] for each in self.addresses]
@@ -502,6 +506,40 @@ def check_cut_start(scene: Scene) -> None:
     wait_calmly("nothing wrong", lambda: not doctor(machine) or None, 60)
 
 
+def check_lost_networks(scene: Scene) -> None:
+    """A kill of the engine while it removes a network, after which no start of it would succeed."""
+    machine = scene.machine
+    notes = machine.sh("ls /var/cache/openinfra/engine/*/network/files/local-kv.db").strip()
+    pid = machine.sh("systemctl show -P MainPID openinfra-engine").strip()
+    # The fifth is within the note that its addresses are free, before it is gone.
+    inject = f"strace -f -qq --attach={pid} --trace-path={notes} --trace=fdatasync"
+    inject += " --inject=fdatasync:signal=SIGKILL:when=5 --output=/dev/null"
+    make = f"{ENGINE} network create --label openinfra.assignment=gone gone"
+    cut = f"({inject} > /dev/null 2>&1 &); sleep 5; {ENGINE} network rm gone || true"
+    machine.sh(f"{make}; {cut}", timeout_s=120)
+    journal = "journalctl --boot --unit=openinfra-engine --output=cat"
+    said = f"removed '{notes}'"
+    wait_calmly("the unit's words", lambda: said in machine.sh(journal) or None, 90)
+    assert "index out of range" in machine.sh(journal)
+    scene.wait_answers()
+    assert machine.sh("systemctl is-active openinfra-engine").strip() == "active"
+
+
+def check_frozen(scene: Scene) -> None:
+    """While the firewall cannot be looked at, nothing of a workload goes on."""
+    machine, pids = scene.machine, list_pids(scene.machine)
+    events = "cat /sys/fs/cgroup/openinfra.slice/cgroup.events"
+    machine.sh("mv /usr/sbin/nft /usr/sbin/nft.away")
+    wait_calmly("the freeze", lambda: "frozen 1" in machine.sh(events) or None, 60)
+    assert not scene.answers()
+    wait_calmly("its reason", lambda: "frozen: " in str(scene.read()) or None, 90)
+    machine.sh("mv /usr/sbin/nft.away /usr/sbin/nft")
+    wait_calmly("the thaw", lambda: "frozen 0" in machine.sh(events) or None, 60)
+    scene.wait_answers()
+    assert list_pids(machine) == pids
+    scene.customer.wait(scene.workload, "running")
+
+
 def check_ends(scene: Scene) -> None:
     """The agent is dead, and then the engine too, and the right ends."""
     machine = scene.machine
@@ -542,7 +580,9 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     assert list_pids(machine) == pids
     assert scene.answers()
 
+    check_frozen(scene)
     check_cut_start(scene)
+    check_lost_networks(scene)
     check_ends(scene)
 
     # A boot: the disk opens late, and the copies are there again.

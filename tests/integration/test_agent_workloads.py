@@ -789,6 +789,55 @@ def test_a_start_that_the_engines_end_cut_off_is_ended(world: World) -> None:
     assert engine.tasks()[ids[1]] == before[ids[1]]
 
 
+def test_an_engine_that_is_killed_while_it_removes_a_network_starts_again(world: World) -> None:
+    """With what it leaves then, every start of it ends in a panic."""
+    engine, door = world.engine, agent_script.Engine(world.engine.socket)
+    served = ["sh", "-c", "while :; do echo served | nc -l -p 80; done"]
+    port = [pb.Port(container_port=80, host_port=20_000)]
+    web, other = world.assignment(served, ports=port), world.assignment(SLEEP)
+    job = world.assignment(["sh", "-c", "exit 0"], restart=pb.RESTART_NEVER)
+    world.plane.post(web, other, job)
+    for each in (web, other):
+        world.plane.wait_state(each, "RUNNING")
+    world.plane.wait_state(job, "FINISHED")
+
+    def serves() -> bool:
+        with contextlib.suppress(OSError):
+            return world.fetch(20_000) == "served\n"
+        return False
+
+    wait_for("port", serves)
+    before = {name: one["Id"] for name, one in engine.containers().items()}
+    gone = "oi-00000000000"
+    body = {"Name": gone, "Labels": {agent_script.LABEL: "gone"}}
+    assert engine.call("POST", "/networks/create", body)[0] == 201
+    (notes,) = engine.directory.glob("root/*/network/files/local-kv.db")
+    # Each note is two calls of fdatasync: it is being removed; its addresses are free; it is gone.
+    argv = ["strace", "-f", "-qq", f"--attach={engine.dockerd.child.pid}", f"--trace-path={notes}"]
+    argv += ["--trace=fdatasync", "--inject=fdatasync:signal=SIGKILL:when=5", "--output=/dev/null"]
+    with subprocess.Popen(argv) as strace:
+        pid = f"/proc/{engine.dockerd.child.pid}/status"
+        wait_for("strace", lambda: "TracerPid:\t0\n" not in Path(pid).read_text())
+        with pytest.raises(agent_script.EngineError):
+            door.ask("DELETE", f"/networks/{gone}")
+        assert engine.dockerd.child.wait(10) == -signal.SIGKILL
+        strace.wait(10)
+    engine.kill()
+    engine.start()
+    assert "index out of range" in engine.dockerd.log  # of the first start
+    # What has a port is made anew, what runs without one runs on, and no job runs twice.
+    wait_for("port", serves, 40)
+    after = {name: one["Id"] for name, one in engine.containers().items()}
+    assert after.keys() == before.keys()
+    changed = {name for name, each in after.items() if before[name] != each}
+    assert changed == {f"oi-{web.assignment_id}"}
+    assert is_running(world, other)
+    subprocess.run(["kill", str(world.container(other)["State"]["Pid"])], check=True)
+    wait_for("it is made anew", lambda: is_running(world, other), 20)
+    world.plane.post()
+    wait_for("all is gone", lambda: engine.containers() == {} and engine.networks() == [], 30)
+
+
 def test_a_start_at_work_is_no_stray(world: World) -> None:
     """Containers start and end all the while; none of them is taken for a lost one."""
     engine, until = agent_script.Engine(world.engine.socket), time.monotonic() + 8
@@ -983,10 +1032,9 @@ def test_who_leaves_waits_until_nothing_is_assigned(world: World) -> None:
     assert pause(world, "leave")[:2] == (0, said)
 
 
-def test_workloads_are_frozen_while_the_firewall_cannot_be_put_back(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And what is frozen can be ended."""
+@pytest.fixture
+def guard(world: World, tmp_path: Path) -> Callable[[bool], subprocess.CompletedProcess[str]]:
+    """One run of the guard, if asked with an nft that fails."""
     argv = [sys.executable, str(ROOT / "agent.py"), "guard", world.guard]
     argv += [f"--engine-socket={world.engine.socket}", f"--lease-file={world.agent.lease_file}"]
     argv = world.engine.netns.argv(argv)
@@ -994,11 +1042,18 @@ def test_workloads_are_frozen_while_the_firewall_cannot_be_put_back(
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
 
-    def guard(is_broken: bool) -> subprocess.CompletedProcess[str]:
-        with monkeypatch.context() as patch:
-            if is_broken:
-                patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-            return subprocess.run(argv, capture_output=True, text=True, check=False)
+    def run_guard(is_broken: bool) -> subprocess.CompletedProcess[str]:
+        path = f"{tmp_path}:{os.environ['PATH']}" if is_broken else os.environ["PATH"]
+        environment = {**os.environ, "PATH": path}
+        return subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
+
+    return run_guard
+
+
+def test_workloads_are_frozen_while_the_firewall_cannot_be_put_back(
+    world: World, guard: Callable[[bool], subprocess.CompletedProcess[str]]
+) -> None:
+    """And what is frozen can be ended."""
 
     def is_frozen(made: pb.Assignment) -> bool:
         return bool(world.container(made)["State"]["Paused"])
@@ -1015,12 +1070,40 @@ def test_workloads_are_frozen_while_the_firewall_cannot_be_put_back(
         assert re.findall("workload [a-z]+", done.stderr) == words
         assert is_frozen(made)
     wait_for("facts", lambda: "firewall is not known" in world.plane.facts.unready)
+    said = world.plane.wait_state(made, "WAITING").reason
+    assert said.startswith("frozen: the firewall is not known to be in place")
     world.plane.post(made)
     wait_for("its end", lambda: not world.container(other), 20)
     assert guard(False).stderr.count("workload goes on") == 1
     assert not is_frozen(made)
     assert is_running(world, made)
     wait_for("facts", lambda: not world.plane.facts.unready)
+    world.plane.wait_state(made, "RUNNING")
+    subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
+
+
+def test_a_host_that_can_run_nothing_for_long_gives_it_back(
+    world: World, tmp_path: Path, guard: Callable[[bool], subprocess.CompletedProcess[str]]
+) -> None:
+    """What is frozen, and what would begin; the ten minutes are four seconds here."""
+    short = tmp_path / "scripts"
+    short.mkdir()
+    (short / "proto").symlink_to(ROOT / "proto")
+    text = (ROOT / "agent.py").read_text()
+    assert "\nGIVE_BACK_S = 600.0\n" in text
+    (short / "agent.py").write_text(text.replace("\nGIVE_BACK_S = 600.0", "\nGIVE_BACK_S = 4.0"))
+    made, job = world.run(DEAF), world.assignment(SLEEP)
+    world.agent.process.stop(signal.SIGKILL)
+    assert guard(True).returncode == 1
+    world.agent.scripts = short
+    world.start()
+    world.plane.post(made, job)
+    assert world.plane.wait_state(made, "WAITING").reason.startswith("frozen: ")
+    for each in (made, job):
+        said = world.plane.wait_state(each, "REJECTED").reason
+        assert said.startswith("this host cannot run it: the firewall is not known to be in place")
+    assert world.engine.containers() == {}
+    assert guard(False).returncode == 0
     subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
 
 

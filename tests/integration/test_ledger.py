@@ -227,9 +227,7 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     assert wrong == []
     # Neither another number nor another sum of March.
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="without gaps"):
-        attempt(
-            books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now(), 'x'", ())
-        )
+        attempt(books.dsn, ("INSERT INTO invoices SELECT 4, 1, '2026-05-01', 0, now(), 'x'", ()))
     for text in ("UPDATE invoices SET total_micros = 0", "DELETE FROM invoices"):
         with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="append-only"):
             attempt(books.postgres.dsn(books.database), (text, ()))

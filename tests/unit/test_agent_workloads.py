@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -716,6 +717,71 @@ def test_a_stop_becomes_a_kill(told_s: float, expected: list[tuple[str, str]]) -
     assert plan([], [RUNNING], stops={"c1": told_s}) == expected
 
 
+FROZEN = dataclasses.replace(RUNNING, is_frozen=True)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "found", "now_s", "expected"),
+    [
+        ([WISH], RUNNING, 2010.0, [("term", "c1")]),
+        ([WISH], RUNNING, 2011.0, [("kill", "c1")]),  # as after a suspend
+        ([], RUNNING, 2011.0, [("kill", "c1")]),
+        ([], RUNNING, 1000.0, [("term", "c1")]),
+        ([], FROZEN, 1000.0, [("kill", "c1")]),  # SIGTERM would have it go on, with no firewall
+        ([WISH], FROZEN, 1000.0, []),
+        ([WISH], FROZEN, 2000.0, [("kill", "c1")]),
+    ],
+)
+def test_some_are_not_asked_to_end(
+    wishes: list[Wish], found: Container, now_s: float, expected: list[tuple[str, str]]
+) -> None:
+    assert plan(wishes, [found], now_s=now_s, late_s=2011.0) == expected
+
+
+WITH_PORTS = dataclasses.replace(WISH, ports=((80, 20_000),))
+WITHOUT = dataclasses.replace(WISH, ports=())
+
+
+@pytest.mark.parametrize(
+    ("wish", "found", "expected"),
+    [
+        (WITH_PORTS, RUNNING, [("term", "c1")]),
+        (WITHOUT, RUNNING, []),
+        (dataclasses.replace(WITH_PORTS, restart=Restart.NEVER), RUNNING, []),  # it would run twice
+        (WITHOUT, CREATED, [("remove", "c1")]),
+        (WITHOUT, ENDED, [("remove", "c1")]),
+        (policy(Restart.NEVER), ENDED, []),
+        (policy(Restart.ON_FAILURE), GOOD, []),
+    ],
+)
+def test_what_lost_its_network_is_made_anew(
+    wish: Wish, found: Container, expected: list[tuple[str, str]]
+) -> None:
+    past = Past(ended_s=500.0) if found.has_ended else None
+    assert plan([wish], [found], past, networks={}) == expected
+    is_made_anew = expected == [("remove", "c1")]
+    assert plan([wish], [found], past) == [("start", "c1")] * is_made_anew
+
+
+@pytest.mark.parametrize(
+    ("wish", "found", "past", "is_idle"),
+    [
+        (WISH, None, Past(), True),
+        (WISH, None, Past(rejected="no"), False),
+        (WISH, RUNNING, Past(), False),
+        (WISH, FROZEN, Past(), True),
+        (WISH, ENDED, Past(ended_s=1.0), True),
+        (policy(Restart.NEVER), ENDED, Past(ended_s=1.0), False),
+        (dataclasses.replace(WISH, is_done=True), None, Past(), False),
+    ],
+)
+def test_what_does_not_run_is_given_back(
+    wish: Wish, found: Container | None, past: Past, is_idle: bool
+) -> None:
+    memory = Memory(pasts={ID: past})
+    assert [*agent.list_idle([wish], [found] if found else [], memory)] == [wish] * is_idle
+
+
 def test_before_the_list_is_known_the_lease_decides() -> None:
     assert plan(None, [RUNNING], kept=[ID]) == []
     assert plan(None, [RUNNING], kept=[ID], now_s=2000.0) == [("term", "c1")]
@@ -937,6 +1003,9 @@ def test_nobody_says_that_it_runs_while_the_engine_is_silent() -> None:
     assert report == (pb.ASSIGNMENT_STATE_WAITING, "no answer for 30 s")
     report = agent.decide_report(take(), container, Past(), "", "")
     assert report == (pb.ASSIGNMENT_STATE_RUNNING, "")
+    frozen = dataclasses.replace(container, is_frozen=True)
+    report = agent.decide_report(take(), frozen, Past(), "", "no firewall")
+    assert report == (pb.ASSIGNMENT_STATE_WAITING, "frozen: no firewall")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1124,3 +1193,78 @@ def test_workloads_without_a_right_are_ended_at_once(
     assert not agent.end_at_once(lease, tmp_path / "gone")
     lease.unlink()  # there is none after a boot, and while the host is paused
     assert agent.is_right_over(lease)
+
+
+@pytest.mark.parametrize(
+    ("before", "is_open", "after"), [("0\n", True, "1"), ("1\n", True, "1\n"), ("1\n", False, "0")]
+)
+def test_all_workloads_are_frozen_at_once(
+    tmp_path: Path, before: str, is_open: bool, after: str
+) -> None:
+    """By the file that the kernel has for it; without it one by one, by the engine."""
+    (tmp_path / "cgroup.freeze").write_text(before)
+    assert agent.freeze_at_once(tmp_path, is_open)
+    assert (tmp_path / "cgroup.freeze").read_text() == after
+    assert not agent.freeze_at_once(tmp_path / "gone", is_open)
+
+
+def test_nothing_runs_only_where_the_kernel_says_so(tmp_path: Path) -> None:
+    group = tmp_path / "openinfra.slice"
+    assert not agent.is_empty(group)  # cgroup v1
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    assert agent.is_empty(group)
+    group.mkdir()
+    for populated in (0, 1):
+        (group / "cgroup.events").write_text(f"populated {populated}\nfrozen 0\n")
+        assert agent.is_empty(group) == (not populated)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "inodes", "used"),
+    [((60, 100), (90, 100), 0.4), ((60, 100), (5, 100), 0.95), ((60, 100), (0, 0), 0.4)],
+)
+def test_a_disk_is_full_when_its_inodes_are(
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: tuple[int, int],
+    inodes: tuple[int, int],
+    used: float,
+) -> None:
+    disk = SimpleNamespace(
+        f_bavail=blocks[0], f_blocks=blocks[1], f_favail=inodes[0], f_files=inodes[1]
+    )
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    assert agent.read_used("/x") == pytest.approx(used)
+    assert agent.read_used("/x") <= 1
+
+
+@pytest.mark.parametrize(
+    ("populated", "silent_s", "is_given_back"),
+    [(0, 601.0, True), (0, 599.0, False), (1, 9e9, False)],
+)
+def test_what_a_dead_engine_ran_is_given_back_once_nothing_of_it_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    populated: int,
+    silent_s: float,
+    is_given_back: bool,
+) -> None:
+    group = tmp_path / "openinfra.slice"
+    group.mkdir()
+    (tmp_path / "cgroup.controllers").write_text("cpu\n")
+    (group / "cgroup.events").write_text(f"populated {populated}\n")
+    monkeypatch.setattr(agent, "WORKLOADS_CGROUP", group)
+    workloads = SimpleNamespace(
+        engine=agent.Engine(Path(agent.DEFAULTS["engine_socket"])),
+        engine_error="no answer",
+        wishes=(WISH,),
+        containers=(RUNNING,),  # as it was seen last
+        memory=Memory(),
+        unready_s=agent.read_boot_s() - silent_s,
+    )
+    host: Any = SimpleNamespace(workloads=workloads, pause=None)
+    agent.note_idle(host, "no answer")
+    given_back = [past.rejected for past in workloads.memory.pasts.values()]
+    assert given_back == ["this host cannot run it: no answer"] * is_given_back
+    assert workloads.containers == (() if is_given_back else (RUNNING,))
+    agent.note_idle(host, "")
+    assert workloads.unready_s is None
