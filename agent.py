@@ -43,6 +43,8 @@ Files (mode)
     paused.json                      0600  while it is there this host is paused, whatever it holds
     usage.json                       0600  what workloads used, until the control plane has it
     usage.json.broken                0600  one that could not be read, moved aside
+    workloads.ended                  0600  its time: when workloads that are wanted were last told
+                                           to end; openinfra-workloads.service has it made too
     agent.lock                       0600  held while the agent runs
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
@@ -73,6 +75,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import calendar
 import contextlib
 import enum
 import errno
@@ -241,6 +244,9 @@ LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
+# Its time is when workloads were told to end last; what ended so soon after it ended by that.
+ENDED_NAME = "workloads.ended"
+ENDED_WITHIN_S = 60.0
 # The agent ends what has no right any more by itself; later than this it is dead or stuck.
 GUARD_LATE_S = STOP_S + 3
 # A workload that ran this long is started again at once after its end.
@@ -692,7 +698,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Container:
-    """A container of ours as the engine has it; the last three of its end."""
+    """A container of ours as the engine has it; from `has_ended` on of its end."""
 
     id: str
     name: str
@@ -705,6 +711,9 @@ class Container:
     exit_code: int = 0
     is_oom: bool = False
     error: str = ""
+    # Seconds since the epoch, by this machine's clock; of its last run.
+    started_at_s: float = 0.0
+    ended_at_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -811,6 +820,7 @@ class Workloads:
 
     engine: Engine
     secrets_dir: Path
+    ended_file: Path
     limits: Limits
     threads: ThreadPoolExecutor
     pulls: asyncio.Semaphore
@@ -1591,7 +1601,17 @@ def parse_container(row: Mapping[str, Any], end: Mapping[str, Any] | None) -> Co
         exit_code=int(end.get("ExitCode") or 0),
         is_oom=bool(end.get("OOMKilled")),
         error=error,
+        started_at_s=parse_engine_time(str(end.get("StartedAt"))),
+        ended_at_s=parse_engine_time(str(end.get("FinishedAt"))),
     )
+
+
+def parse_engine_time(text: str) -> float:
+    """Read a time of the engine's (RFC 3339, UTC), to the second; 0 for what is none."""
+    try:
+        return float(calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")))
+    except ValueError:
+        return 0.0
 
 
 def parse_tasks(listed: str) -> dict[str, int]:
@@ -1707,6 +1727,15 @@ def decide_end(past: Past, found: Container, was_told: bool, now_s: float) -> Pa
         streak=past.streak if was_told else streak,
         is_stopped=was_told,
     )
+
+
+def was_shut_down(found: Container, told_at_s: float) -> bool:
+    """Tell whether a container ended because all were told to, of which this process knows no more.
+
+    Times of one clock: a machine that shuts down, or an agent that was stopped after it.
+    """
+    is_soon = told_at_s - 1 <= found.ended_at_s <= told_at_s + ENDED_WITHIN_S
+    return found.started_at_s <= told_at_s and is_soon
 
 
 def is_final(wish: Wish, past: Past, found: Container) -> bool:
@@ -3859,12 +3888,16 @@ async def look(workloads: Workloads) -> None:
         found = workloads.containers
         workloads.containers = tuple(replace(one, is_frozen=one.is_running) for one in found)
     now_s = read_boot_s()
+    told_at_s = 0.0
+    with contextlib.suppress(OSError):
+        told_at_s = workloads.ended_file.stat().st_mtime
     for each in workloads.containers:
         past = memory.pasts.get(each.assignment_id, Past(each.wish_sha256))
         if past.wish_sha256 != each.wish_sha256:
             continue  # it is to go, and another one takes its place
         if each.has_ended and past.ended_s is None:
-            past = decide_end(past, each, each.id in memory.stops, now_s)
+            was_told = each.id in memory.stops or was_shut_down(each, told_at_s)
+            past = decide_end(past, each, was_told, now_s)
         elif each.is_running and (past.started_s is None or past.ended_s is not None):
             past = replace(past, started_s=now_s, ended_s=None)
         memory.pasts[each.assignment_id] = past
@@ -3981,6 +4014,9 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
             continue  # at work, or done by now, and what was seen is of before
         if step.verb in (Verb.TERM, Verb.KILL):
             memory.stops.setdefault(step.container_id, now_s)
+        if step.verb is Verb.TERM and now_s >= right_until_s:
+            with contextlib.suppress(OSError):  # for the agent after this one
+                workloads.ended_file.touch(0o600)
         workloads.tasks[step.key] = asyncio.create_task(do_step(workloads, step))
     wanted = {*(workloads.wishes or ())} if now_s < right_until_s else set[Wish]()
     for wish in workloads.sockets.keys() - wanted:
@@ -4829,6 +4865,7 @@ def make_workloads(config: Config, limits: Limits) -> Workloads:
     return Workloads(
         engine=Engine(config.engine_socket),
         secrets_dir=config.secrets_dir,
+        ended_file=config.data_dir / ENDED_NAME,
         limits=limits,
         threads=ThreadPoolExecutor(THREADS_MAX),
         pulls=asyncio.Semaphore(PULLS_MAX),

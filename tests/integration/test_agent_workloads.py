@@ -576,6 +576,7 @@ def make_workloads(path: Path) -> agent_script.Workloads:
     """What an agent knows of workloads at its start, with the engine at a socket."""
     return agent_script.Workloads(
         engine=agent_script.Engine(path),
+        ended_file=Path("none"),
         secrets_dir=path.with_name("secrets"),
         limits=agent_script.Limits(1000, 1 << 30),
         threads=ThreadPoolExecutor(2),
@@ -1164,6 +1165,25 @@ def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: Worl
     assert seen.reason.startswith("ended with exit code 3, started again after ")
     assert world.container(good)["State"]["ExitCode"] == 0
     assert "said" in world.engine.logs(f"oi-{bad.assignment_id}")
+
+
+@pytest.mark.parametrize("is_noted", [False, True])
+def test_a_job_that_a_shutdown_ended_goes_on(world: World, is_noted: bool) -> None:
+    """It leaves with 0 when it is told to end, as openinfra-workloads.service does at a boot."""
+    polite = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"]
+    made = world.run(polite, restart=pb.RESTART_ON_FAILURE)
+    world.agent.process.stop(signal.SIGKILL)
+    time.sleep(1.1)  # the engine's times are of whole seconds here
+    if is_noted:
+        (world.agent.data / "workloads.ended").touch()
+    name = f"oi-{made.assignment_id}"
+    assert world.engine.call("POST", f"/containers/{name}/kill?signal=SIGTERM")[0] == 204
+    wait_for("its end", lambda: not is_running(world, made))
+    world.start()
+    if is_noted:
+        wait_for("it goes on", lambda: is_running(world, made), 15)
+    else:
+        world.plane.wait_state(made, "FINISHED")
 
 
 def test_what_this_host_cannot_run_is_rejected_with_the_reason(world: World) -> None:

@@ -1268,3 +1268,26 @@ def test_what_a_dead_engine_ran_is_given_back_once_nothing_of_it_runs(
     assert workloads.containers == (() if is_given_back else (RUNNING,))
     agent.note_idle(host, "")
     assert workloads.unready_s is None
+
+
+@pytest.mark.parametrize(
+    ("started", "ended", "expected"),
+    [
+        ("10:00:00.5", "12:00:00.1", True),
+        ("10:00:00.5", "12:00:59.9", True),
+        ("10:00:00.5", "11:59:58", False),  # by itself, before
+        ("10:00:00.5", "12:01:02", False),  # by itself, long after
+        ("12:00:02", "12:00:05", False),  # it was started after it
+    ],
+)
+def test_what_ended_right_after_all_were_told_to_did_not_choose_it(
+    started: str, ended: str, expected: bool
+) -> None:
+    end = {"StartedAt": f"2026-11-30T{started}Z", "FinishedAt": f"2026-11-30T{ended}Z"}
+    row = {"Id": "c1", "Names": ["/oi-x"], "State": "exited", "Labels": {}}
+    found = agent.parse_container(row, end)
+    noon_s = 1_796_040_000.0  # of that day
+    assert agent.was_shut_down(found, noon_s) == expected
+    assert not agent.was_shut_down(found, 0.0)
+    assert agent.parse_engine_time("0001-01-01T00:00:00Z") < 0
+    assert agent.parse_engine_time("never") == 0
