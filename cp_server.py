@@ -4848,13 +4848,19 @@ LEFT JOIN usage_totals t USING (assignment_no)
 ORDER BY a.assignment_no
 """
 
+SQL_USAGE_HOLD = """
+-- runs that may have time in no window yet; one that somebody changes now waits. A statement of its
+-- own, so that the next one sees of one moment a run's end and the marks up to there
+SELECT run_no FROM usage_runs WHERE assignment_no = ANY(%(assignment_nos)s) AND NOT is_closed
+FOR UPDATE SKIP LOCKED
+"""
+
 SQL_USAGE_TIME = """
 -- by run and hour, the time that is in no window yet: a run from where windows end, cut at marks.
 -- A clock that was wrong for a while left marks, and ends of windows, that are not yet: no mark
--- of later counts, nor one below an earlier one. A run that somebody changes now waits
+-- of later counts, nor one below an earlier one
 WITH run AS (
-  SELECT * FROM usage_runs WHERE assignment_no = ANY(%(assignment_nos)s) AND NOT is_closed
-  FOR UPDATE SKIP LOCKED
+  SELECT * FROM usage_runs WHERE run_no = ANY(%(run_nos)s::bigint[])
 ), cut AS (
   SELECT r.run_no, r.assignment_no, c.hour_at, coalesce(r.to_us, l.seen_us) AS end_us,
     max(greatest(c.seen_us, r.closed_us)) OVER (PARTITION BY r.run_no ORDER BY c.hour_at) AS from_us
@@ -6791,7 +6797,8 @@ async def close_windows(
         meters = {meter.assignment_no: meter for meter in found}
         asked = {"assignment_nos": list(meters)}
         limits = {"most": USAGE_PARTS, "hours": USAGE_HOURS}
-        times = await tx.dicts(SQL_USAGE_TIME, **asked, until=until, **limits)
+        runs = arrays_of(await tx.dicts(SQL_USAGE_HOLD, **asked), "run_no")
+        times = await tx.dicts(SQL_USAGE_TIME, run_nos=runs["run_no"], until=until, **limits)
         is_full = len(times) == USAGE_PARTS
         is_cut = is_full or any(row["is_cut"] for row in times)
         if is_full:  # so many hours that the next transaction goes on with these copies
