@@ -5096,6 +5096,17 @@ FROM (SELECT) AS one LEFT JOIN invoices i
   ON i.customer_no = %(customer_no)s AND i.month = %(month)s
 """
 
+SQL_STATEMENT_OPEN = """
+-- whether a provider's month, or a host's, may still grow: it was over just now, or what ran in it
+-- is not all in windows
+SELECT month.end_at + make_interval(secs => %(after_s)s) > now() OR EXISTS (
+  SELECT FROM hosts h JOIN usage_runs r USING (host_no)
+  WHERE (h.namespace = %(namespace)s OR h.host_no = %(host_no)s)
+    AND NOT r.is_closed AND r.closed_hour < month.end_at
+) AS is_preliminary
+FROM (SELECT (%(month)s::date + interval '1 month') AT TIME ZONE 'UTC' AS end_at) month
+"""
+
 SQL_USAGE_LIST = """
 -- windows of a customer's month, newest first
 SELECT u.window_no, a.assignment_id, w.workload_id, w.name AS workload, u.hour_at, u.part,
@@ -7014,7 +7025,7 @@ async def read_invoice(
         which = {"customer_no": customer.customer_no, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
         total = await tx.the(SQL_BILL_TOTAL, **which)
-        lines = await _read_lines(tx, namespace=None, limit=limit, cursor=cursor, **which)
+        lines = await _read_lines(tx, limit=limit, cursor=cursor, **which)
     number = found["invoice_no"]
     is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
@@ -7026,9 +7037,9 @@ async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
     """A provider's month."""
     async with db.transaction() as tx:
         await tx.execute(SQL_ONE_PICTURE)
-        which = {"customer_no": None, "month": month}
-        found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
-        lines = await _read_lines(tx, namespace=namespace, limit=None, cursor=0, **which)
+        which = {"namespace": namespace, "host_no": None, "month": month}
+        found = await tx.the(SQL_STATEMENT_OPEN, after_s=INVOICE_AFTER_S, **which)
+        lines = await _read_lines(tx, limit=None, cursor=0, **which)
     total = sum(line.usage.share_micros for line in lines)
     whose = (namespace, namespace.replace(":", "-"))
     return Bill("statement", *whose, month, None, found["is_preliminary"], lines, total)
@@ -7047,9 +7058,8 @@ async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) ->
             why = await tx.one(SQL_HEARTBEAT_WHY, sessions=[order.session_sha256])
             raise decide_heartbeat_refusal(why, order.peer)
         month: dt.date = order.month or host["month"]
-        which = {"customer_no": None, "namespace": None, "month": month}
-        found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
-        which["host_no"] = host["host_no"]
+        which = {"namespace": None, "host_no": host["host_no"], "month": month}
+        found = await tx.the(SQL_STATEMENT_OPEN, after_s=INVOICE_AFTER_S, **which)
         page = {"limit": EARNINGS_LINES + 1, "cursor": order.cursor}
         lines = await _read_lines(tx, **page, **which)
         total = (await tx.the(SQL_HOST_TOTAL, **which))["micros"]
@@ -7060,7 +7070,8 @@ async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) ->
 
 
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
-    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **{"host_no": None, **which})
+    whose = {"customer_no": None, "namespace": None, "host_no": None}
+    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **{**whose, **which})
     return [
         BillLine(usage=Usage(*(row.pop(name) for name in Usage._fields)), **row) for row in rows
     ]

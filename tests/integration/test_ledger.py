@@ -236,6 +236,30 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
         attempt(books.dsn, (text, ()))
 
 
+def test_a_statement_is_final_once_all_of_its_month_is_booked(fresh: Books) -> None:
+    """Also when one copy cannot be billed for days, whose customer gets no invoice meanwhile."""
+    add_fleet(fresh, WEB)
+    march = dt.date(2026, 3, 1)
+    name = namespace_of("mole")
+
+    def is_preliminary() -> bool:
+        bill = in_database(fresh, lambda db: cp_server.read_statement(db, name, march))
+        return bill.is_preliminary
+
+    end = T + 4 * HOUR  # the first of April
+    run(fresh, beats("h1", T, end + HOUR, {"a"}), is_closed=False)
+    fresh.set_time(end + 23 * HOUR)
+    assert is_preliminary()
+    fresh.set_time(end + 25 * HOUR)
+    assert is_preliminary()
+    run(fresh, [end + 25 * HOUR])
+    assert not is_preliminary()
+    other = in_database(
+        fresh, lambda db: cp_server.read_statement(db, namespace_of("other"), march)
+    )
+    assert not other.is_preliminary
+
+
 def test_the_currency_is_final_once_there_are_amounts(fresh: Books) -> None:
     def take(currency: str) -> str:
         try:
