@@ -781,7 +781,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Count:
-    """What a container used; kept after its end until the control plane has it."""
+    """What a container used in one boot; kept after its end until the control plane has it."""
 
     assignment_id: str
     boot_id: str
@@ -796,6 +796,11 @@ class Count:
     read_s: float = 0.0
     # True when a heartbeat may have brought it to the control plane.
     is_sent: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """A container that is there after a reboot has one of each boot."""
+        return self.boot_id, self.container_id
 
     @property
     def sums(self) -> tuple[int, int, int, int]:
@@ -879,11 +884,11 @@ class Workloads:
     # What the control plane asks for, by its request_id, until the answer went out once.
     logs: dict[int, asyncio.Task[pb.LogAnswer]] = field(default_factory=dict)
 
-    # By container, in the order of their beginning; what the control plane acknowledged of them,
-    # and when; what was read right before a stop; which are to be read, and when that began.
-    counts: dict[str, Count] = field(default_factory=dict)
-    told: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
-    told_s: dict[str, float] = field(default_factory=dict)
+    # By boot and container, in the order of their beginning; what the control plane acknowledged
+    # of them, and when; what was read right before a stop; which are to be read, and since when.
+    counts: dict[tuple[str, str], Count] = field(default_factory=dict)
+    told: dict[tuple[str, str], tuple[int, int, int, int]] = field(default_factory=dict)
+    told_s: dict[tuple[str, str], float] = field(default_factory=dict)
     parting: list[tuple[str, str, Reading]] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     metered_s: float = 0.0
@@ -2052,33 +2057,35 @@ def add_sums(count: Count, sums: tuple[int, int, int, int]) -> Count:
     return replace(count, cpu_ns=cpu_ns, memory_byte_s=byte_s, rx_bytes=rx_bytes, tx_bytes=tx_bytes)
 
 
-def merge_counts(counts: Mapping[str, Count], live: Collection[str], most: int) -> dict[str, Count]:
+def merge_counts(
+    counts: Mapping[tuple[str, str], Count], live: Collection[tuple[str, str]], most: int
+) -> dict[tuple[str, str], Count]:
     """No more than so many: of those that are over and were never sent, the oldest of one
     assignment goes into its next; a sent one may be known already, and would count twice."""
     kept = dict(counts)
-    for name, count in counts.items():
+    for key, count in counts.items():
         if len(kept) <= most:
             break
-        if count.is_sent or name in live:
+        if count.is_sent or key in live:
             continue
         for other in [*kept.values()]:
             same = (other.assignment_id, other.boot_id) == (count.assignment_id, count.boot_id)
-            if same and other.container_id != name and not other.is_sent:
-                kept[other.container_id] = add_sums(other, count.sums)
-                del kept[name]
+            if same and other.key != key and not other.is_sent:
+                kept[other.key] = add_sums(other, count.sums)
+                del kept[key]
                 break
     return kept
 
 
 def list_due(
-    counts: Mapping[str, Count],
-    told: Mapping[str, tuple[int, int, int, int]],
-    told_s: Mapping[str, float],
-    live: Collection[str],
+    counts: Mapping[tuple[str, str], Count],
+    told: Mapping[tuple[str, str], tuple[int, int, int, int]],
+    told_s: Mapping[tuple[str, str], float],
+    live: Collection[tuple[str, str]],
 ) -> list[Count]:
     """What the control plane does not have yet: of what is over first, then what waited longest."""
-    due = [each for name, each in counts.items() if told.get(name) != each.sums and any(each.sums)]
-    due.sort(key=lambda each: (each.container_id in live, told_s.get(each.container_id, 0.0)))
+    due = [each for key, each in counts.items() if told.get(key) != each.sums and any(each.sums)]
+    due.sort(key=lambda each: (each.key in live, told_s.get(each.key, 0.0)))
     return due[:COUNTS_SENT_MAX]
 
 
@@ -2095,12 +2102,12 @@ def render_counter(count: Count) -> pb.UsageCounter:
     )
 
 
-def render_counts(counts: Mapping[str, Count]) -> bytes:
+def render_counts(counts: Mapping[tuple[str, str], Count]) -> bytes:
     """usage.json."""
     return json.dumps([vars(count) for count in counts.values()]).encode() + b"\n"
 
 
-def parse_counts(raw: bytes) -> dict[str, Count]:
+def parse_counts(raw: bytes) -> dict[tuple[str, str], Count]:
     """The inverse; raises ValueError, TypeError or KeyError."""
     found = {}
     for row in json.loads(raw):
@@ -2112,7 +2119,7 @@ def parse_counts(raw: bytes) -> dict[str, Count]:
         is_right = is_right and isinstance(count.read_s, int | float)
         if not (is_named and is_right and len(numbers) == 7):
             raise ValueError("a count that cannot be")
-        found[count.container_id] = count
+        found[count.key] = count
     return found
 
 
@@ -2840,7 +2847,7 @@ def save_pause(data_dir: Path, pause: Pause | None) -> None:
         raise Error(f"cannot change {path}: {error.strerror}", todo) from None
 
 
-def read_counts(data_dir: Path) -> dict[str, Count]:
+def read_counts(data_dir: Path) -> dict[tuple[str, str], Count]:
     """What was counted before; a file that cannot be read is moved aside."""
     path = data_dir / USAGE_NAME
     try:
@@ -3684,8 +3691,8 @@ async def beat(agent: Agent) -> None:
     workloads.acknowledged = observed
     if reply.HasField("earnings"):
         agent.earnings = render_earnings(reply.earnings)
-    workloads.told |= {each.container_id: each.sums for each in usage}
-    workloads.told_s |= {each.container_id: read_boot_s() for each in usage}
+    workloads.told |= {each.key: each.sums for each in usage}
+    workloads.told_s |= {each.key: read_boot_s() for each in usage}
     take_reply(agent, reply, sent_s)
     begin_logs(agent, reply.log_requests)
     agent.interval_s = decide_interval_s(reply.next_heartbeat_ms, agent.nominal_s)
@@ -3927,15 +3934,15 @@ async def meter(agent: Agent) -> None:
     workloads.unread = chosen
     counts = dict(workloads.counts)  # as a heartbeat may have left it meanwhile
     for name, assignment_id, reading in sorted(parting, key=lambda each: each[2].at_s):
-        count = counts.get(name, Count(assignment_id, agent.boot_id, name))
-        counts[name] = add_reading(count, reading)
-    live = {each.id for each in workloads.containers}
+        fresh = Count(assignment_id, agent.boot_id, name)
+        counts[fresh.key] = add_reading(counts.get(fresh.key, fresh), reading)
+    live = {(agent.boot_id, each.id) for each in workloads.containers}
     nothing = (0, 0, 0, 0)
-    for name, count in [*counts.items()]:
-        if name not in live and workloads.told.get(name, nothing) == count.sums:
-            del counts[name]
-            workloads.told.pop(name, None)
-            workloads.told_s.pop(name, None)
+    for key, count in [*counts.items()]:
+        if key not in live and workloads.told.get(key, nothing) == count.sums:
+            del counts[key]
+            workloads.told.pop(key, None)
+            workloads.told_s.pop(key, None)
     counts = merge_counts(counts, live, COUNTS_MAX)
     if counts != workloads.counts:
         workloads.counts = counts
@@ -3960,14 +3967,14 @@ async def save_counts(agent: Agent) -> None:
 async def pop_usage(agent: Agent, room_bytes: int) -> list[Count]:
     """What goes with a heartbeat; that it went is on the disk before it goes."""
     workloads, chosen = agent.workloads, []
-    live = {each.id for each in workloads.containers}
+    live = {(agent.boot_id, each.id) for each in workloads.containers}
     for count in list_due(workloads.counts, workloads.told, workloads.told_s, live):
         room_bytes -= render_counter(count).ByteSize() + 4
         if room_bytes < 0:
             break
         chosen.append(replace(count, is_sent=True))
-    fresh = {each.container_id: each for each in chosen}
-    if any(not workloads.counts[name].is_sent for name in fresh):
+    fresh = {each.key: each for each in chosen}
+    if any(not workloads.counts[key].is_sent for key in fresh):
         workloads.counts = {**workloads.counts, **fresh}
         await save_counts(agent)
     return chosen

@@ -159,3 +159,27 @@ def test_a_broken_usage_file_is_moved_aside(fleet: Fleet) -> None:
     fleet.start_agent()
     wait_for("it says so", lambda: "usage file cannot be read" in fleet.agent.log or None)
     assert path.with_name("usage.json.broken").read_text() == "[{]"
+
+
+def test_a_container_of_before_a_reboot_is_counted_anew(fleet: Fleet) -> None:
+    """Readings of the boot before were taken at later times of its clock than those of now."""
+    made = fleet.post(command=BUSY, ports=[8080])
+    fleet.tenant.wait(made, "running")
+    wait_for("it answers", lambda: _answers(fleet, made) or None, 30)
+    (now,) = wait_sent(fleet, 100_000)
+    fleet.agent.process.stop()
+    (row,) = usage_file(fleet)
+    before = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f0b"
+    row |= {"boot_id": before, "read_s": row["read_s"] + 1e6, "tx_bytes": 300_000}
+    (fleet.agent.data / "usage.json").write_text(json.dumps([row]))
+    fleet.start_agent()
+    fetch(fleet, made, 5)
+    rows = wait_sent(fleet, 300_000 + now["tx_bytes"] + 500_000)
+    assert {each["container"] for each in rows} == {now["container"]}
+    assert [each["tx_bytes"] for each in rows if each["boot_id"] == before] == [300_000]
+    assert {each["boot_id"] for each in rows} == {before, now["boot_id"]}
+
+    def probe() -> bool | None:
+        return {each["boot_id"] for each in usage_file(fleet)} == {now["boot_id"]} or None
+
+    wait_for("the old count is over", probe, 30)

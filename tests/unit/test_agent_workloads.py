@@ -1080,10 +1080,10 @@ def test_an_odd_answer_of_the_engine_is_its_error(answer: object) -> None:
         engine.read_stats("a")
 
 
-def make_counts(*rows: tuple[str, str, bool]) -> dict[str, Count]:
+def make_counts(*rows: tuple[str, str, bool]) -> dict[tuple[str, str], Count]:
     """(container, assignment, was sent), one byte sent each."""
     return {
-        name * 64: Count(assignment, BOOT, name * 64, tx_bytes=1, is_sent=sent)
+        (BOOT, name * 64): Count(assignment, BOOT, name * 64, tx_bytes=1, is_sent=sent)
         for name, assignment, sent in rows
     }
 
@@ -1092,33 +1092,39 @@ def test_only_what_was_never_sent_is_merged_into_the_next() -> None:
     counts = make_counts(("a", ID, False), ("b", OTHER, False), ("c", ID, True), ("d", ID, False))
     assert agent.merge_counts(counts, (), 4) == counts
     merged = agent.merge_counts(counts, (), 3)
-    assert [name[0] for name in merged] == ["b", "c", "d"]
+    assert [name[0] for _, name in merged] == ["b", "c", "d"]
     assert [each.tx_bytes for each in merged.values()] == [1, 1, 2]
     # A container that is there, and one that was sent, stay what they are.
-    assert agent.merge_counts(counts, ("a" * 64,), 0) == {
-        **{name: counts[name] for name in ("a" * 64, "b" * 64, "c" * 64)},
-        "a" * 64: dataclasses.replace(counts["a" * 64], tx_bytes=2),
+    a, b, c, _ = counts
+    assert agent.merge_counts(counts, (a,), 0) == {
+        **{key: counts[key] for key in (a, b, c)},
+        a: dataclasses.replace(counts[a], tx_bytes=2),
     }
-    other_boot = {name: dataclasses.replace(each, boot_id=name) for name, each in counts.items()}
+    boots = [dataclasses.replace(each, boot_id=str(n)) for n, each in enumerate(counts.values())]
+    other_boot = {each.key: each for each in boots}
     assert agent.merge_counts(other_boot, (), 0) == other_boot
 
 
 def test_what_is_told_again() -> None:
     counts = make_counts(("a", ID, True), ("b", OTHER, False), ("d", ID, False))
-    counts["c" * 64] = Count(ID, BOOT, "c" * 64)
-    live = {"a" * 64, "b" * 64}
+    a, b, _ = counts
+    counts[BOOT, "c" * 64] = Count(ID, BOOT, "c" * 64)
+    live = {a, b}
 
-    def due(told: dict[str, Any], told_s: dict[str, float]) -> str:
+    def due(told: dict[tuple[str, str], Any], told_s: dict[tuple[str, str], float]) -> str:
         found = agent.list_due(counts, told, told_s, live)
         return "".join(each.container_id[0] for each in found)
 
     assert due({}, {}) == "dab"  # what is over goes first
-    assert due({}, {"a" * 64: 2.0, "b" * 64: 1.0}) == "dba"  # then what waited longest
-    assert due({"a" * 64: counts["a" * 64].sums, "b" * 64: (0, 0, 0, 0)}, {}) == "db"
+    assert due({}, {a: 2.0, b: 1.0}) == "dba"  # then what waited longest
+    assert due({a: counts[a].sums, b: (0, 0, 0, 0)}, {}) == "db"
 
 
 def test_the_file_of_usage_and_back() -> None:
     counts = make_counts(("a", ID, True), ("b", OTHER, False))
+    rebooted = Count(ID, OTHER, "a" * 64)  # the same container in another boot
+    counts[rebooted.key] = rebooted
+    assert len(counts) == 3
     assert agent.parse_counts(agent.render_counts(counts)) == counts
 
 
