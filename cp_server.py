@@ -833,7 +833,7 @@ class BillLine:
     counted_cpu_ns: int  # by its host, over the copy's whole life, as all of the next three
     counted_memory_byte_s: int
     counted_tx_bytes: int
-    life_us: int  # that it was billed
+    life_us: int  # that it ran, with what is in no window yet: counters know no hours
     usage: Usage
 
 
@@ -2832,8 +2832,8 @@ def price_of(line: BillLine, name: str) -> tuple[int, int]:
 def decide_counters(line: BillLine) -> tuple[dict[str, int], bool]:
     """What a host counted of a copy, capped by what is possible; and whether it was more.
 
-    Possible is what is reserved, for as long as it was billed; a tenth and two minutes more are
-    no reason to doubt a host, which looks once a minute.
+    Possible is what is reserved, for as long as it was seen to run, the open hour included; a
+    tenth and two minutes more are no reason to doubt a host, which looks once a minute.
     """
     most = {
         "counted_cpu_ns": line.cpu_milli * line.life_us,
@@ -2887,11 +2887,13 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
 
 
 def render_bill_line(bill: Bill, line: BillLine) -> Row:
-    """A line of it; what the provider gets is on its statement only."""
-    counted, disagree = decide_counters(line)
+    """A line of it; what the provider gets is on its statement only.
+
+    Without counters: those are of the copy's whole life, and grow when this is issued already.
+    """
     shown = {**vars(line), **line.usage._asdict(), "charge_micros": line.usage.charge_micros}
-    shown |= {**counted, "counters_disagree": disagree}
     del shown["usage"], shown["life_us"]
+    del shown["counted_cpu_ns"], shown["counted_memory_byte_s"], shown["counted_tx_bytes"]
     if bill.kind == "invoice":
         del shown["provider_share_ppm"], shown["share_micros"]
     return {**shown, "assignment_id": str(line.assignment_id)}
@@ -5026,7 +5028,7 @@ SELECT a.assignment_id, l.workload, l.replica, l.hostname,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
-  k.counted_cpu_ns, k.counted_memory_byte_s, k.counted_tx_bytes, t.billed_us AS life_us,
+  k.counted_cpu_ns, k.counted_memory_byte_s, k.counted_tx_bytes, t.billed_us + o.open_us AS life_us,
   l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
 FROM (
   SELECT l.*, n.namespace || '/' || n.name AS workload, b.replica FROM usage_lines l
@@ -5039,7 +5041,10 @@ JOIN usage_totals t USING (assignment_no), LATERAL (
   SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS counted_cpu_ns,
     least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS counted_memory_byte_s,
     least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS counted_tx_bytes
-  FROM usage_counters u WHERE u.assignment_no = l.assignment_no) k
+  FROM usage_counters u WHERE u.assignment_no = l.assignment_no) k, LATERAL (
+  SELECT coalesce(sum(coalesce(r.to_us, v.seen_us) - r.closed_us), 0)::bigint AS open_us
+  FROM usage_runs r JOIN liveness v USING (host_no)
+  WHERE r.assignment_no = l.assignment_no AND NOT r.is_closed) o
 ORDER BY l.workload, l.replica, l.assignment_no, l.card_no
 """
 
@@ -8850,16 +8855,12 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "cpu_hour_micros": "integer",
         "gb_hour_micros": "integer",
         "egress_gb_micros": "integer",
-        "counted_cpu_ns": "integer",
-        "counted_memory_byte_s": "integer",
-        "counted_tx_bytes": "integer",
         "billed_us": "integer",
         "egress_bytes": "integer",
         "cpu_micros": "integer",
         "memory_micros": "integer",
         "egress_micros": "integer",
         "charge_micros": "integer",
-        "counters_disagree": "boolean",
     },
     "Invoice": {
         "kind": "string",
@@ -11262,14 +11263,15 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
-    """List what copies used in a month, and beside it what their hosts counted of them."""
+    """List what copies used in a month, and what hosts counted of their whole life."""
     print(render_usage(read_invoices(args, settings)))
     return 0
 
 
 def render_usage(bills: Sequence[Bill]) -> str:
     """What the lines of invoices were billed for, and what hosts counted, as a table."""
-    table = [("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "COUNTED", "EGRESS-GB", "NOTE")]
+    head = ("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "EGRESS-GB")
+    table = [(*head, "COUNTED-CPU-HOURS", "COUNTED-GB", "OF-HOURS", "NOTE")]
     for bill in bills:
         for line in bill.lines:
             counted, disagree = decide_counters(line)
@@ -11281,8 +11283,10 @@ def render_usage(bills: Sequence[Bill]) -> str:
                     line.hostname,
                     render_quantity(usage.billed_us, HOUR_US),
                     render_quantity(line.cpu_milli * usage.billed_us, CPU_HOUR),
-                    render_quantity(counted["counted_cpu_ns"], CPU_HOUR),
                     render_quantity(usage.egress_bytes, GB),
+                    render_quantity(counted["counted_cpu_ns"], CPU_HOUR),
+                    render_quantity(counted["counted_tx_bytes"], GB),
+                    render_quantity(line.life_us, HOUR_US),
                     "its host counted more than is possible" if disagree else "",
                 )
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import cp_server
 from tests import billing_oracle as oracle
-from tests.billing import Books, namespace_of, run
+from tests.billing import Books, close_all, namespace_of, run
 from tests.harness import Postgres
 from tests.integration.test_billing import HOUR, WEB, S, T, add_fleet, beats, in_database
 
@@ -354,10 +355,58 @@ def test_counters_that_cannot_be_are_capped_and_said(
     assert egress == min(counter.tx_bytes, 125 * 3 * HOUR, cp_server.EGRESS_MAX_BYTES)
     customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
-    (shown,) = cp_server.render_bill_json(bill, "EUR")["lines"]
-    assert shown["counters_disagree"] == disagrees
-    assert shown["counted_cpu_ns"] == min(counter.cpu_ns, 500 * 3 * HOUR)
-    assert shown["billed_us"] == 3 * HOUR
+    (line,) = bill.lines
+    counted, doubt = cp_server.decide_counters(line)
+    assert doubt == disagrees
+    assert counted["counted_cpu_ns"] == min(counter.cpu_ns, 500 * 3 * HOUR)
+    assert line.usage.billed_us == 3 * HOUR
+    assert ("more than is possible" in cp_server.render_usage([bill])) == disagrees
+
+
+def test_a_busy_copy_in_its_open_hour_is_no_reason_for_doubt(fresh: Books) -> None:
+    """Its counters are of now, and one hour is closed: the open one counts for them too."""
+    books = fresh
+    add_fleet(books, WEB)
+    end_us = T + HOUR * 3 // 2
+    busy = oracle.Counter("a", "b", "c", 500 * HOUR * 3 // 2, 5_400 * 10**9, 7, 7)
+    last = oracle.Heartbeat(end_us, "h1", 30_000, frozenset("a"), (busy,))
+    run(books, [*beats("h1", T, end_us - 30 * S, {"a"}), last], is_closed=False)
+    books.set_time(end_us)
+    in_database(books, close_all)
+    customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
+    bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
+    (line,) = bill.lines
+    assert (line.usage.billed_us, line.life_us) == (HOUR, end_us - T)
+    counted, doubt = cp_server.decide_counters(line)
+    assert (counted["counted_cpu_ns"], doubt) == (busy.cpu_ns, False)
+    assert cp_server.render_usage([bill]).splitlines()[1].split()[3:] == [
+        *("1.000000", "0.500000", "0.000000"),
+        *("0.750000", "0.000000", "1.500000"),
+    ]
+
+
+def test_what_was_issued_stays_while_counters_grow(fresh: Books) -> None:
+    books = fresh
+    add_fleet(books, WEB)
+    first = oracle.Counter("a", "b", "c", 10**12, 10**12, 7, 10**9)
+    beat = oracle.Heartbeat(T + HOUR, "h1", 30_000, frozenset("a"), (first,))
+    run(books, [*beats("h1", T, T + HOUR - 30 * S, {"a"}), beat])
+    later_us = T + 40 * 24 * HOUR
+    books.set_time(later_us)
+    assert len(in_database(books, issue)) == 1
+    customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
+
+    def shown() -> str:
+        bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
+        assert bill.number == 1
+        return json.dumps(cp_server.render_bill_json(bill, "EUR"))
+
+    before = shown()
+    more = oracle.Counter("a", "b", "c", 10**13, 10**13, 9, 10**10)
+    late = oracle.Heartbeat(later_us + 30 * S, "h1", 30_000, frozenset("a"), (more,))
+    run(books, [late, *beats("h1", later_us + 60 * S, later_us + HOUR, {"a"})])
+    assert books.query("SELECT tx_bytes FROM usage_counters") == [{"tx_bytes": 10**10}]
+    assert shown() == before
 
 
 REVOKE = "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
