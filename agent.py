@@ -3658,7 +3658,7 @@ async def open_session(agent: Agent) -> None:
 
 
 async def beat(agent: Agent) -> None:
-    """Send one heartbeat; a repeated one keeps its number, news go until they are acknowledged."""
+    """Send one heartbeat; each try has its number, and news go until they are acknowledged."""
     workloads = agent.workloads
     request = pb.HeartbeatRequest(
         session=bytes.fromhex(agent.identity.session or ""),
@@ -3681,9 +3681,9 @@ async def beat(agent: Agent) -> None:
     request.logs.extend(pop_logs(workloads, BEAT_MAX_BYTES - request.ByteSize()))
     failpoint("Heartbeat.before_send")
     sent_s = read_boot_s()
+    agent.seq += 1  # also when no answer comes: this one may arrive after the next
     reply = await call(agent, agent.stub.Heartbeat, request)
     failpoint("Heartbeat.after_reply")
-    agent.seq += 1
     agent.session_heartbeats += 1
     agent.heartbeats += 1
     agent.acknowledged_facts = facts

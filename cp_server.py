@@ -370,6 +370,7 @@ LOG_LINES_MAX = 1_000
 LOG_BYTES = 32_768  # of all copies that are asked of one host at once: a heartbeat has twice that
 LOG_S = 5.0  # the longest that a customer waits for hosts; an agent answers in one or two
 LOG_READERS_MAX = 2  # customers that wait at once, each for one answer: each takes an HTTP worker
+SESSION_NEW_S = 60  # a batch with a heartbeat of the session before takes less
 USAGE_GRACE_S = 300  # after a full hour its windows are closed; what comes later is another one
 USAGE_S = 60.0  # between two looks for hours that are over
 USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
@@ -4284,26 +4285,34 @@ SEEN_US = """coalesce(least(greatest(
       (extract(epoch FROM {at} - {before}.last_heartbeat_at) * 1000000)::bigint, 0),
       %(intervals)s * 1000 * {before}.interval_ms::bigint), 0)"""
 
+# That a heartbeat is older than the last one, of its own session and of a right clock.
+IS_LATE = f"""(good.seq < b.seq AND b.last_heartbeat_at <= now()
+      AND b.last_heartbeat_at > good.started_at + interval '{SESSION_NEW_S} s')"""
+
 SQL_HEARTBEATS = f"""
 -- accept a batch of heartbeats: liveness, the time that they cover and where it stood at a full
--- hour, status; after a boot nothing runs until the host says so. One that is missing was refused
+-- hour, status; after a boot nothing runs until the host says so. One that is missing was refused.
+-- Late is one with a smaller number than the last of its session. Just after that was opened the
+-- last may be one of the session before, committed meanwhile: then none is late
 WITH beat AS (
   SELECT * FROM unnest(%(session_sha256)s::bytea[], %(peer)s::inet[], %(interval_ms)s::integer[],
     %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[]) WITH ORDINALITY
     AS t (session_sha256, peer, interval_ms, seq, boot_id, status, number)
 ), good AS (
-  SELECT beat.*, s.host_no, h.host_id, h.status AS old_status, {HOST_IS_PLAIN} AS is_plain FROM beat
+  SELECT beat.*, s.host_no, s.started_at, h.host_id, h.status AS old_status,
+    {HOST_IS_PLAIN} AS is_plain FROM beat
   JOIN sessions s ON s.session_sha256 = beat.session_sha256 AND s.ended_at IS NULL
   JOIN hosts h ON h.host_no = s.host_no
   LEFT JOIN namespaces n ON n.namespace = h.namespace
   WHERE h.status NOT IN ('quarantined', 'revoked')
     AND (NOT %(peer_check)s OR h.wg_ip = beat.peer)
 ), alive AS (
-  UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms, seq = good.seq,
+  UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms,
+    seq = CASE WHEN {IS_LATE} THEN b.seq ELSE good.seq END,
     boot_id = good.boot_id, seen_us = l.seen_us + {SEEN_US.format(before="l", at="now()")}
   FROM good JOIN liveness b USING (host_no) WHERE l.host_no = good.host_no
   RETURNING l.host_no, l.desired_revision, b.last_heartbeat_at, b.interval_ms, b.seen_us,
-    b.boot_id <> good.boot_id AS is_other_boot
+    b.boot_id <> good.boot_id AS is_other_boot, {IS_LATE} AS is_late
 ), marked AS (
   INSERT INTO usage_hours (host_no, hour_at, seen_us)
   SELECT b.host_no, h.hour_at, b.seen_us + {SEEN_US.format(before="b", at="h.hour_at")}
@@ -4323,6 +4332,7 @@ WITH beat AS (
     AND h.status NOT IN ('quarantined', 'revoked')
 )
 SELECT number, host_no, old_status, is_plain AND status = 'online' AS is_plain, desired_revision,
+  coalesce(is_late, false) AS is_late,
   CASE WHEN status <> old_status THEN host_id END AS flipped_host_id
 FROM good JOIN alive USING (host_no)
 """
@@ -6091,8 +6101,15 @@ async def record_heartbeats(
 
 
 async def _record_observed(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]) -> int:
-    """Keep what hosts have of their assignments; give back how many of these changed."""
-    said = [(row["host_no"], beat.observed) for row, beat in accepted if beat.observed]
+    """Keep what hosts have of their assignments; give back how many of these changed.
+
+    Not what comes late: a copy that ended since would run, and be billed, until it changes again.
+    """
+    said = [
+        (row["host_no"], beat.observed)
+        for row, beat in accepted
+        if beat.observed and not row["is_late"]
+    ]
     if not said:
         return 0
     each = [(host_no, one) for host_no, observed in said for one in observed.assignments]
@@ -7764,11 +7781,12 @@ class ControlPlane:
             self._waiting[key] = (beat, [future])
         else:  # a retry overtook the first try: one commit answers both
             earlier, futures = known
+            older, newer = sorted((earlier, beat), key=lambda each: each.seq)
             merged = dataclasses.replace(
-                beat,
-                facts=beat.facts or earlier.facts,
-                observed=beat.observed or earlier.observed,
-                counters=(beat.counters + earlier.counters)[: 4 * COUNTERS_MAX],
+                newer,
+                facts=newer.facts or older.facts,
+                observed=newer.observed or older.observed,
+                counters=(newer.counters + older.counters)[: 4 * COUNTERS_MAX],
             )
             self._waiting[key] = (merged, [*futures, future])
         self._wake.set()

@@ -798,7 +798,9 @@ class HeartbeatRequest(google.protobuf.message.Message):
     session: builtins.bytes
     """32 bytes; says which host this is."""
     seq: builtins.int
-    """Counts the heartbeats of one session from 1; a retry of one heartbeat repeats its number."""
+    """Counts the heartbeats of one session from 1, each try. What one says of assignments counts for
+    nothing once one with a greater number was accepted.
+    """
     boot_id: builtins.str
     """/proc/sys/kernel/random/boot_id: changes with each boot."""
     paused: builtins.bool

@@ -182,6 +182,40 @@ def test_a_copy_without_right_is_not_billed_whatever_its_host_says(books: Books,
     assert [each.billed_us for each in books.check().windows] == [600 * S]
 
 
+def test_what_comes_late_opens_no_run(books: Books) -> None:
+    """A number below the session's last; the same number is a repeat, a new session begins at 1."""
+    add_fleet(books, WEB)
+
+    async def say(db: cp_server.Database, seq: int, at_s: int, state: str) -> tuple[str, int]:
+        books.set_time(T + at_s * S)
+        running = frozenset("a" if state == "running" else "")
+        event = oracle.Heartbeat(T, "h1", 30_000, running, ())
+        beat = dataclasses.replace(books.beat(event), seq=seq)
+        answers, _ = await cp_server.record_heartbeats(db, [beat], peer_check=False)
+        assert [type(each) for each in answers.values()] == [cp_server.Accepted]
+        (row,) = books.query("SELECT state, seq FROM assignments JOIN liveness USING (host_no)")
+        return row["state"], row["seq"]
+
+    async def work(db: cp_server.Database) -> None:
+        books.query("UPDATE sessions SET started_at = '2026-03-01' RETURNING 1")
+        assert await say(db, 7, 0, "running") == ("running", 7)
+        assert await say(db, 8, 30, "waiting") == ("waiting", 8)
+        assert await say(db, 7, 31, "running") == ("waiting", 8)
+        assert await say(db, 8, 60, "running") == ("running", 8)
+        books.query("UPDATE sessions SET started_at = clock.now() RETURNING 1")
+        assert await say(db, 1, 61, "waiting") == ("waiting", 1)
+        # What is stored was of the session before, whose last one was committed meanwhile.
+        books.query("UPDATE liveness SET seq = 9 RETURNING 1")
+        assert await say(db, 2, 62, "running") == ("running", 2)
+        # The clock was a year ahead when the last one came.
+        books.query("UPDATE liveness SET seq = 9, last_heartbeat_at = '2027-01-01' RETURNING 1")
+        assert await say(db, 3, 90, "waiting") == ("waiting", 3)
+
+    in_database(books, work)
+    runs = books.query("SELECT (to_us - from_us) / 1000000 AS s FROM usage_runs ORDER BY run_no")
+    assert [row["s"] for row in runs] == [30, 1, 0]
+
+
 def test_hours_are_cut_in_many_small_transactions(
     books: Books, seed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -133,6 +134,31 @@ def age_host(cp: ControlPlane, seconds: float) -> None:
         cp.database, "UPDATE liveness SET last_heartbeat_at = now() - %s::interval", age
     )
     cp.postgres.force(cp.database, "UPDATE cp_state SET serving_since = now() - interval '1 day'")
+
+
+def test_an_older_heartbeat_changes_nothing_that_a_newer_one_said(
+    cp: ControlPlane, tenant: Tenant
+) -> None:
+    """Also when both wait for the same batch, in whatever order they came."""
+    machine = Machine(cp)
+    machine.beat()
+    wait_placed(tenant, tenant.post())
+    (key,) = machine.beat()
+    cp.postgres.force(cp.database, "UPDATE sessions SET started_at = now() - interval '1 day'")
+
+    def say(seq: int, state: str, after_s: float) -> object:
+        time.sleep(after_s)
+        row = pb.ObservedAssignment(assignment_id=key, state=STATES[state])
+        observed = pb.Observed(revision=machine.revision, assignments=[row])
+        return machine.heartbeat(seq=seq, observed=observed)
+
+    for number in range(6):
+        seq, gap_s = 100 + 2 * number, (number - 2.5) * cp_server.BATCH_S / 5
+        older = partial(say, seq, "running", max(0, gap_s))
+        answers = race(older, partial(say, seq + 1, "waiting", max(0, -gap_s)))
+        assert {type(each) for each in answers} == {pb.HeartbeatReply}
+        (row,) = cp.query("SELECT state, seq FROM assignments JOIN liveness USING (host_no)")
+        assert (row["state"], row["seq"]) == ("waiting", seq + 1)
 
 
 def test_from_an_order_to_a_deleted_workload(cp: ControlPlane, tenant: Tenant) -> None:
