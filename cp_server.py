@@ -4752,23 +4752,24 @@ WHERE a.host_no = t.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
 """
 
 SQL_USAGE_COUNT = """
--- counters as hosts say them: what is greater counts, and by how much tx_bytes grew in this hour.
+-- counters as hosts say them: what is greater counts, and by how much tx_bytes grew in this hour;
+-- gives back how many count for nothing.
 -- The hosts' rows of liveness are locked by their heartbeat, so that none is counted twice
 WITH said AS (
   SELECT a.assignment_no, s.boot_id, s.container_id, max(s.cpu_ns) AS cpu_ns,
-    max(s.memory_byte_s) AS memory_byte_s, max(s.rx_bytes) AS rx_bytes, max(s.tx_bytes) AS tx_bytes
+    max(s.memory_byte_s) AS memory_byte_s, max(s.rx_bytes) AS rx_bytes, max(s.tx_bytes) AS tx_bytes,
+    coalesce(a.ended_at <= now() - make_interval(secs => %(late_s)s), false) AS is_late
   FROM unnest(%(host_no)s::integer[], %(assignment_id)s::uuid[], %(boot_id)s::uuid[],
     %(container_id)s::bytea[], %(cpu_ns)s::bigint[], %(memory_byte_s)s::bigint[],
     %(rx_bytes)s::bigint[], %(tx_bytes)s::bigint[]) AS s (host_no, assignment_id, boot_id,
     container_id, cpu_ns, memory_byte_s, rx_bytes, tx_bytes)
   JOIN assignments a ON a.assignment_id = s.assignment_id AND a.host_no = s.host_no
-  WHERE coalesce(a.ended_at > now() - make_interval(secs => %(late_s)s), true)
-  GROUP BY a.assignment_no, s.boot_id, s.container_id
+  GROUP BY a.assignment_no, a.ended_at, s.boot_id, s.container_id
 ), known AS (
   SELECT said.*, c.tx_bytes AS old_bytes FROM said
   LEFT JOIN usage_counters c USING (assignment_no, boot_id, container_id)
-  WHERE c.assignment_no IS NOT NULL OR %(kept)s > (
-    SELECT count(*) FROM usage_counters k WHERE k.assignment_no = said.assignment_no)
+  WHERE NOT said.is_late AND (c.assignment_no IS NOT NULL OR %(kept)s > (
+    SELECT count(*) FROM usage_counters k WHERE k.assignment_no = said.assignment_no))
 ), counted AS (
   INSERT INTO usage_counters AS c (assignment_no, boot_id, container_id, cpu_ns, memory_byte_s,
     rx_bytes, tx_bytes, at)
@@ -4782,13 +4783,16 @@ WITH said AS (
   WHERE (c.cpu_ns, c.memory_byte_s, c.rx_bytes, c.tx_bytes) <> (
     greatest(c.cpu_ns, EXCLUDED.cpu_ns), greatest(c.memory_byte_s, EXCLUDED.memory_byte_s),
     greatest(c.rx_bytes, EXCLUDED.rx_bytes), greatest(c.tx_bytes, EXCLUDED.tx_bytes))
+), sent AS (
+  INSERT INTO usage_egress AS e (assignment_no, hour_at, bytes)
+  SELECT assignment_no, date_trunc('hour', now(), 'UTC'),
+    least(sum(tx_bytes - coalesce(old_bytes, 0)), %(most)s)::bigint
+  FROM known WHERE tx_bytes > coalesce(old_bytes, 0) GROUP BY assignment_no
+  ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = least(
+    e.bytes::numeric + EXCLUDED.bytes, %(most)s)::bigint
 )
-INSERT INTO usage_egress AS e (assignment_no, hour_at, bytes)
-SELECT assignment_no, date_trunc('hour', now(), 'UTC'),
-  least(sum(tx_bytes - coalesce(old_bytes, 0)), %(most)s)::bigint
-FROM known WHERE tx_bytes > coalesce(old_bytes, 0) GROUP BY assignment_no
-ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = least(
-  e.bytes::numeric + EXCLUDED.bytes, %(most)s)::bigint
+SELECT count(*) FILTER (WHERE is_late) AS late,
+  count(*) FILTER (WHERE NOT is_late) - (SELECT count(*) FROM known) AS too_many FROM said
 """
 
 SQL_CURRENCY_SET = """
@@ -6141,7 +6145,9 @@ async def _record_counters(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]
     ]
     if each:
         limits = {"late_s": USAGE_LATE_S, "kept": COUNTERS_KEPT, "most": EGRESS_MAX_BYTES}
-        await tx.execute(SQL_USAGE_COUNT, **columns_of(each, *each[0]), **limits)
+        dropped = await tx.the(SQL_USAGE_COUNT, **columns_of(each, *each[0]), **limits)
+        if any(dropped.values()):
+            log("WARN", "counters dropped: they are too late, or of too many containers", **dropped)
 
 
 async def _add_earnings(

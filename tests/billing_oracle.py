@@ -16,6 +16,7 @@ SECOND_US = 1_000_000
 HOUR_US = 3600 * SECOND_US
 SEEN_INTERVALS = 3  # after a heartbeat a host counts as seen for at most so many intervals
 EGRESS_BYTES_PER_US = 125  # 1 Gbit/s
+LATE_US = 7 * 24 * HOUR_US  # counters are heard for so long after a copy's end
 COUNTER_MAX = 2**63 - 1
 MILLION = 10**6
 
@@ -390,12 +391,13 @@ def bill(cards: Sequence[RateCard], copies: Sequence[Copy], events: Iterable[Eve
     windows: list[Window] = []
     lines: list[Line] = []
     for copy in copies:
-        beats = hosts.get(copy.host, [])
+        beats = heard = hosts.get(copy.host, [])
         if copy.copy in ends:
-            # Of an ended copy nothing later is heard, and its host is seen no further.
+            # For an ended copy its host is seen no further; what it sent may be told later.
             beats = [beat for beat in beats if beat.at_us <= ends[copy.copy]]
+            heard = [beat for beat in heard if beat.at_us < ends[copy.copy] + LATE_US]
         time = time_by_hour(common(seen_spans(beats), run_spans(copy.copy, beats)))
-        one = bill_copy(copy, cards, time, egress_by_hour(copy.copy, beats))
+        one = bill_copy(copy, cards, time, egress_by_hour(copy.copy, heard))
         windows += one.windows
         lines += one.lines
     windows.sort(key=lambda window: (window.copy, window.hour_us))

@@ -121,7 +121,7 @@ def random_events(chance: random.Random, copies: list[oracle.Copy]) -> list[orac
                     running.discard(copy.copy)
             counters = []
             for copy in mine:
-                if copy.copy in ended or chance.random() < 0.7:
+                if chance.random() < 0.7:  # also after its end
                     continue
                 key = (copy.copy, f"c{chance.randrange(3)}")
                 sent[key] = sent.get(key, 0) + chance.choice([0, 1, 10**6, 10**9, 4 * 10**9])

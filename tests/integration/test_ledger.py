@@ -412,7 +412,9 @@ def test_what_was_issued_stays_while_counters_grow(fresh: Books) -> None:
 REVOKE = "UPDATE hosts SET status = 'revoked', revoked_at = now() WHERE hostname = 'h1' RETURNING 1"
 
 
-def test_only_the_host_of_a_copy_counts_for_it(fresh: Books) -> None:
+def test_only_the_host_of_a_copy_counts_for_it(
+    fresh: Books, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not another host, not one that was revoked; and for an ended copy no later than a week."""
     books = fresh
     other = oracle.Copy("b", "api", "kuma", "h2", "vole", 500, 10**9)
@@ -440,16 +442,41 @@ def test_only_the_host_of_a_copy_counts_for_it(fresh: Books) -> None:
     books.query("UPDATE assignments SET ended_at = clock.now(), state = 'stopped' RETURNING 1")
     in_database(books, lambda db: say(db, "h1", T + 3 * S, 300))
     assert counted() == [300]
-    late_us = T + (cp_server.USAGE_LATE_S + 60) * S
+    late_us = T + (cp_server.USAGE_LATE_S + 2) * S
+    in_database(books, lambda db: say(db, "h1", late_us - 1, 301))
+    assert counted() == [301]
+    assert "counters dropped" not in "".join(capsys.readouterr())
     in_database(books, lambda db: say(db, "h1", late_us, 400))
-    assert counted() == [300]
+    assert counted() == [301]
+    assert "containers late=1 too_many=0\n" in "".join(capsys.readouterr())
     books.query(REVOKE)
     books.query("UPDATE assignments SET ended_at = NULL, state = 'running' RETURNING 1")
     answer = in_database(books, lambda db: say(db, "h1", late_us + S, 500))
     assert isinstance(answer, cp_server.Refusal), answer
-    assert counted() == [300]
+    assert counted() == [301]
     egress = books.query("SELECT sum(bytes)::bigint AS bytes FROM usage_egress")
-    assert egress == [{"bytes": 300}]
+    assert egress == [{"bytes": 301}]
+
+
+def test_of_a_copy_so_many_containers_count(
+    fresh: Books, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are known go on; of one more the log says that it is dropped."""
+    monkeypatch.setattr(cp_server, "COUNTERS_KEPT", 2)
+    books = fresh
+    add_fleet(books, WEB)
+
+    async def say(db: cp_server.Database, at_us: int, *boxes: str) -> None:
+        counters = tuple(oracle.Counter("a", "boot", box, 1, 1, 1, at_us - T) for box in boxes)
+        await books.apply(db, oracle.Heartbeat(at_us, "h1", 30_000, frozenset("a"), counters))
+
+    in_database(books, lambda db: say(db, T + 1, "one"))
+    in_database(books, lambda db: say(db, T + 2, "two"))
+    assert "counters dropped" not in "".join(capsys.readouterr())
+    in_database(books, lambda db: say(db, T + 3, "one", "two", "three"))
+    said = "".join(capsys.readouterr())
+    assert said.count("WARN counters dropped") == said.count("late=0 too_many=1\n") == 1
+    assert books.query("SELECT tx_bytes FROM usage_counters") == [{"tx_bytes": 3}] * 2
 
 
 def test_a_host_is_told_what_it_earned(fresh: Books) -> None:

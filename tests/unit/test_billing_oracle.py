@@ -351,11 +351,13 @@ def test_counters_of_two_copies_and_of_another_host() -> None:
     assert traffic(made, "b") == {0: 40}
 
 
-def test_counters_after_the_end_are_ignored() -> None:
-    beats = sent((), (tx(100),), (tx(200),), (tx(400),))
-    # 0, 30, 60, 90 s: ended at 60 the 200 counts, a microsecond before it does not.
-    assert traffic(bill([FREE], [A], [*beats, CopyEnded(T + 60 * S, "a")])) == {0: 200}
-    assert traffic(bill([FREE], [A], [*beats, CopyEnded(T + 60 * S - 1, "a")])) == {0: 100}
+def test_counters_count_for_a_week_after_the_end() -> None:
+    beats: list[Event] = [*sent((), (tx(100),)), CopyEnded(T + 60 * S, "a")]
+    week = 7 * 24 * HOUR_US
+    # In the hour in which they are heard, without any time of it.
+    late = [*beats, beat(60 * S + week - 1, "", (tx(200),)), beat(60 * S + week, "", (tx(400),))]
+    assert traffic(bill([FREE], [A], late)) == {0: 100, 168: 100}
+    assert billed_us(late) == 30 * S
 
 
 @pytest.mark.parametrize(
@@ -762,11 +764,8 @@ def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], di
     """Billed time and billed egress by hour, moment by moment between all cuts."""
     ends = [e.at_us for e in log if isinstance(e, CopyEnded) and e.copy == copy.copy]
     limit = min(ends, default=utc(5, 1))
-    beats = {
-        e.at_us: e
-        for e in log
-        if isinstance(e, Heartbeat) and e.host == copy.host and e.at_us <= limit
-    }
+    heard = {e.at_us: e for e in log if isinstance(e, Heartbeat) and e.host == copy.host}
+    beats = {at_us: e for at_us, e in heard.items() if at_us <= limit}
     cuts = set(range(utc(3, 31, 20), utc(4, 1, 6), HOUR_US)) | beats.keys()
     cuts |= {at_us + 3000 * e.interval_ms for at_us, e in beats.items()}
     time: dict[int, int] = {}
@@ -783,7 +782,7 @@ def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], di
     before_sum = 0
     for hour in range(utc(3, 31, 20), utc(4, 1, 6), HOUR_US):
         best: dict[str, int] = {}
-        for at_us, said in beats.items():
+        for at_us, said in heard.items():
             for counter in said.counters:
                 if at_us < hour + HOUR_US and counter.copy == copy.copy and counter.cpu_ns >= 0:
                     best[counter.boot_id] = max(best.get(counter.boot_id, 0), counter.tx_bytes)
