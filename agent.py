@@ -635,6 +635,7 @@ class Guard:
     wanted_sha256: str = ""
     listed_sha256: str = ""
     endpoint_error: str = ""
+    endpoints: str = ""  # the control plane's addresses; of an interface that is gone the last ones
 
 
 class EngineError(Exception):
@@ -2141,6 +2142,15 @@ def parse_handshakes(text: str) -> int | None:
     return max(times, default=0) or None
 
 
+def parse_endpoints(text: str) -> tuple[str, ...]:
+    """The IPv4 addresses in `wg show … endpoints`, or in what is kept of it; else none."""
+    found = set()
+    for word in text.split():
+        with contextlib.suppress(ValueError):
+            found.add(ipaddress.IPv4Address(word.partition(":")[0]))
+    return tuple(map(str, sorted(found)))
+
+
 UNPAUSE = "sudo openinfra-agent unpause"
 REQUESTS = ("status", "pause", "unpause", "leave", "earnings")
 
@@ -2388,8 +2398,9 @@ def render_table(
     Nothing comes in through the tunnel but answers, ping, nudges, and the hub to the published
     `ports`; nothing passes between the tunnel and any other network, also where this machine
     forwards; nobody else uses the tunnel's addresses. A workload reaches the internet by IPv4, and
-    neither this machine nor the tunnel, a private network, one of `homes`, another workload or a
-    mail server; one on a bridge ox-* reaches nothing. Only answers are forwarded to workloads.
+    neither this machine nor the tunnel, a private network, one of `homes` (the control plane's
+    public address is among them), another workload or a mail server; one on a bridge ox-* reaches
+    nothing. Only answers are forwarded to workloads.
     Where this machine was no router before the engine made it one, it forwards for bridges only:
     those of workloads, and of containers and machines that the provider has.
     """
@@ -4427,8 +4438,10 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
 
 
 def read_wanted(guard_file: Path, lease_file: Path) -> str:
-    """The table that is right now, for this home's networks."""
+    """The table that is right now, for this home's networks and the control plane's address."""
     homes, ports = parse_routes(read_text("/proc/net/route")), read_ports(lease_file)
+    guard = read_guard(guard_file)
+    homes += parse_endpoints(guard.endpoints) if guard else ()
     # The engine's unit leaves here what it found before the engine began to forward.
     is_router = read_text(str(guard_file.parent / "ip_forward")).strip() != "0"
     return render_table(homes, ports, is_router)
@@ -4450,7 +4463,8 @@ def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
         # What is loaded is not what is wanted, also for the next run.
         return replace(guard, error=error.what, wanted_sha256="")
     if before and before.listed_sha256 and before.wanted_sha256 != wanted_sha256:
-        log("INFO", "firewall follows what changed: this home's networks, or published ports")
+        what = "this home's networks, published ports, or the control plane's address"
+        log("INFO", f"firewall follows what changed: {what}")
     elif before and before.listed_sha256:
         log("WARN", "firewall was changed or gone, and is in place again")
     else:
@@ -4500,7 +4514,9 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
                 guard = replace(guard, error=f"workloads are frozen: {trouble}")  # tried again
         guard = replace(guard, error=guard.error or ensure_docker_user())
         # The name server's trouble is the last run's: it takes time, and the firewall needs none.
-        guard = replace(guard, endpoint_error=before.endpoint_error if before else "")
+        if before:
+            guard = replace(guard, endpoint_error=before.endpoint_error)
+            guard = replace(guard, endpoints=before.endpoints)
         save_guard(guard_file, guard)
     return guard
 
@@ -4705,6 +4721,19 @@ def ensure_endpoint(wg_conf: Path) -> str:
     if now != before:
         log("INFO", "control plane has another address", endpoint=now.split()[-1])
     return ""
+
+
+def read_fenced(before: str) -> str:
+    """The control plane's addresses as the kernel has them now, for Guard.endpoints.
+
+    Without an interface they are those from before: what runs then must not reach it either. After
+    a boot the first table has none, since the tunnel waits for it; nothing runs before that tunnel
+    is up, and the next run is 10 s away. A moved one takes the old one's place in one transaction.
+    """
+    try:
+        return " ".join(parse_endpoints(read_endpoints())) or before
+    except Error:
+        return before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5053,6 +5082,12 @@ def command_strays(engine: Engine, containerd: Path) -> int:
     return 0
 
 
+def check_firewall(guard: Guard) -> None:
+    """Raise Error when the firewall is not in place."""
+    if guard.error:
+        raise Error(f"firewall is not in place: {guard.error}", "is nftables installed? see above")
+
+
 def command_guard(args: argparse.Namespace) -> int:
     """Put the firewall in place, and find the control plane again; once, as root."""
     path = Path(args.guard_file or DEFAULTS["guard_file"])
@@ -5077,16 +5112,19 @@ def command_guard(args: argparse.Namespace) -> int:
             break
         time.sleep(GUARD_AGAIN_S)
         guard = keep()
-    if guard.error:
-        raise Error(f"firewall is not in place: {guard.error}", "is nftables installed? see above")
+    check_firewall(guard)
     # `wg` asks the name server 15 times by default, with longer and longer waits.
     os.environ["WG_ENDPOINT_RESOLUTION_RETRIES"] = "1"
     said = ensure_endpoint(Path(args.wg_conf or DEFAULTS["wg_conf"]))
     if said and not guard.endpoint_error:
         log("WARN", "cannot look up the control plane", "guard tries again", error=said)
-    if said != guard.endpoint_error:
+    endpoints = read_fenced(guard.endpoints)
+    if (said, endpoints) != (guard.endpoint_error, guard.endpoints):
         with alone(path.parent):
-            save_guard(path, replace(read_guard(path) or guard, endpoint_error=said))
+            found = replace(read_guard(path) or guard, endpoint_error=said, endpoints=endpoints)
+            save_guard(path, found)
+    if endpoints != guard.endpoints:
+        check_firewall(keep())
     return 0
 
 

@@ -552,6 +552,10 @@ def test_a_home_without_workloads_keeps_its_docker_as_it_is(home: Home) -> None:
     assert say(home.netns, "iptables", "-S", "DOCKER-USER") == "-N DOCKER-USER\n"
 
 
+FOLLOWS = (
+    "INFO firewall follows what changed: this home's networks, published ports, "
+    "or the control plane's address\n"
+)
 CONF = """
 [Interface]
 PrivateKey = {key}
@@ -617,7 +621,7 @@ def test_a_control_plane_that_moved_is_found_again(home: Home, tunnel: Tunnel) -
     done = home.guard()
     assert done.returncode == 0
     said = "INFO control plane has another address endpoint=192.0.2.10:51820\n"
-    assert done.stderr == "INFO firewall is in place\n" + said
+    assert done.stderr == "INFO firewall is in place\n" + said + FOLLOWS
     wait_for("a handshake", lambda: ping(home.netns, HUB_WG) or None)
     # With a young handshake the name is not looked up.
     Path("/etc/netns", home.netns.name, "hosts").write_text("192.0.2.11 cp.example.org\n")
@@ -643,6 +647,42 @@ def test_an_old_handshake_makes_it_look_again(home: Home, tunnel: Tunnel, tmp_pa
     wait_for("a packet", lambda: ping(home.netns, HUB_WG) or None, 20)
 
 
+def test_a_workload_does_not_reach_the_control_plane_at_its_public_address(
+    workloads: Workloads, tunnel: Tunnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the tunnel sends to is fenced, moves at once with the endpoint, and outlives it."""
+    home, first = workloads.home, workloads.first
+    old, new, laid = "198.51.100.81", "203.0.113.7", tmp_path / "laid"
+    ip(home.lan, f"addr add {old}/32 dev lo", f"addr add {new}/32 dev lo")
+    Path("/etc/netns", home.netns.name, "hosts").write_text(f"{new} cp.example.org\n")
+    assert home.guard().returncode == 0  # as at boot: no endpoint yet
+    assert reach_all(first, (INTERNET, old, new)) == [HOME_LAN] * 3
+    tunnel.call("cp.example.org:51820", f"{old}:51821")  # nobody listens there
+    conf = home.directory / "openinfra.conf"
+    conf.rename(tmp_path / "conf")  # so that the name is not looked up yet
+    assert "INFO firewall follows what changed" in home.guard().stderr
+    assert reach_all(first, (INTERNET, old, new)) == [HOME_LAN, "", HOME_LAN]
+    assert not ping(first, old)
+    (tmp_path / "conf").rename(conf)
+    hide_nft(tmp_path, monkeypatch, f"case $1 in --file) exec tee -a {laid} | $0 -f -;; esac")
+    with watching(home, tmp_path / "watch"):
+        assert old in list_held(home)
+        assert f"endpoint={new}:51820" in home.guard().stderr
+        assert reach_all(first, (INTERNET, old, new)) == [HOME_LAN, HOME_LAN, ""]
+        wait_for("the copy", lambda: new in list_held(home) and old not in list_held(home))
+    tables = laid.read_text().split("delete table")[1:]
+    assert [new in table for table in tables] == [True]  # the old one stayed until the new one came
+    wait_for("a handshake", lambda: ping(home.netns, HUB_WG) or None)  # the host itself goes there
+    assert reach(home.netns, new) == HOME_LAN
+    assert home.guard().stderr == ""
+    conf.unlink()
+    for harm in (f"wg set openinfra peer {tunnel.hub_key} remove", "ip link del openinfra"):
+        say(home.netns, *harm.split())
+        say(home.netns, "nft", "flush ruleset")
+        assert home.guard().returncode == 0
+        assert reach_all(first, (INTERNET, new)) == [HOME_LAN, ""]
+
+
 def test_a_dead_name_server_takes_nothing_from_the_firewall(home: Home, tunnel: Tunnel) -> None:
     tunnel.call("cp.example.net:51820", "192.0.2.77:51820")  # nobody knows that name
     say(home.netns, "nft", "flush ruleset")
@@ -651,7 +691,8 @@ def test_a_dead_name_server_takes_nothing_from_the_firewall(home: Home, tunnel: 
     assert time.monotonic() - began < 12
     assert done.returncode == 0
     assert "WARN cannot look up the control plane" in done.stderr
-    assert done.stderr.count("\n") == 2
+    assert done.stderr.endswith(FOLLOWS)
+    assert done.stderr.count("\n") == 3
     assert home.found()["error"] == ""
     assert "cp.example.net" in str(home.found()["endpoint_error"])
     assert home.guard().stderr == "", "the same trouble is said once"

@@ -6,6 +6,7 @@ import dataclasses
 import ipaddress
 import json
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -135,6 +136,32 @@ def test_which_networks_are_the_homes(
     table = agent.render_table(networks, (20_000, 20_001))
     assert all(network in table for network in networks)
     assert "ip saddr 10.77.0.1 tcp dport { 20000, 20001 } accept" in table
+
+
+KEY = "A" * 43 + "="
+
+
+@pytest.mark.parametrize(
+    ("shown", "addresses"),
+    [
+        ("", ()),
+        (f"{KEY}\t(none)\n", ()),
+        (f"{KEY}\t203.0.113.7:51820\n", ("203.0.113.7",)),
+        (f"{KEY}\t[2001:db8::7]:51820\n", ()),  # nothing of a workload goes by IPv6
+        (f"{KEY}\t203.0.113.7:1\n{KEY}\t198.51.100.9:2\n", ("198.51.100.9", "203.0.113.7")),
+        ("198.51.100.9 203.0.113.7", ("198.51.100.9", "203.0.113.7")),  # as guard.json has it
+        ("203.0.113.7 } accept; 1.2.3", ("203.0.113.7",)),
+    ],
+)
+def test_where_the_tunnel_sends_to_is_fenced(
+    shown: str, addresses: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert agent.parse_endpoints(shown) == addresses
+    agent.save_guard(tmp_path / "guard.json", agent.Guard(1.0, endpoints=shown))
+    table = agent.read_wanted(tmp_path / "guard.json", tmp_path / "lease.json")
+    (fence,) = re.findall(r'iifname "oi-\*" ip daddr \{ (.*) \} drop', table)
+    assert [each for each in addresses if each not in fence.split(", ")] == []
+    assert "accept" not in fence
 
 
 @pytest.mark.parametrize("text", ["", "\n", "Iface\n", ROUTES.format(rows="eth0\t00\n")])
