@@ -199,6 +199,9 @@ NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 # copy is still held is looked at so often.
 HELD_TABLE = "openinfra_held"
 WATCH_AGAIN_S, WATCH_S, HELD_WAIT_S = 1.0, 10.0, 5.0
+# Connections of one workload at a time, those of UDP until 30 s after the last packet: the kernel
+# follows no more than 65,536 of a machine with 1 GB of memory, and then its owner gets no new one.
+FLOWS_SET, FLOWS_MAX = "oi_flows", 2_000
 # Of workloads' bridges: a range for benchmarks (RFC 2544), so that no home's network is in it.
 WORKLOADS = ipaddress.IPv4Network("198.18.0.0/15")
 DOCKER_USER_RULES = (
@@ -2401,6 +2404,7 @@ def render_table(
     neither this machine nor the tunnel, a private network, one of `homes` (the control plane's
     public address is among them), another workload or a mail server; one on a bridge ox-* reaches
     nothing. Only answers are forwarded to workloads.
+    Of one workload FLOWS_MAX connections pass at a time; each is counted by its first packet.
     Where this machine was no router before the engine made it one, it forwards for bridges only:
     those of workloads, and of containers and machines that the provider has.
     """
@@ -2413,10 +2417,13 @@ def render_table(
     bridges = ['meta iifkind "bridge" accept', 'meta oifkind "bridge" accept']
     bridges.append("meta nfproto ipv4 drop")  # IPv6 is not what the engine turns on
     others = "".join(f"\t\t{rule}\n" for rule in bridges if not is_router)
+    first = "ct state new ct status & confirmed == 0"
+    count = f"add @{FLOWS_SET} {{ ip saddr ct count over {FLOWS_MAX} }}"
     return f"""\
 table {name}
 delete table {name}
 table {name} {{
+\tset {FLOWS_SET} {{ type ipv4_addr; flags dynamic; }}
 \tchain input {{
 \t\ttype filter hook input priority -10; policy accept;
 \t\tiifname "{WG_INTERFACE}" {answers} accept
@@ -2442,6 +2449,7 @@ table {name} {{
 \t\tiifname "oi-*" meta nfproto ipv6 drop
 \t\tiifname "oi-*" ip daddr {{ {fenced} }} drop
 \t\tiifname "oi-*" tcp dport {{ 25, 465, 587 }} drop
+\t\tiifname "oi-*" {first} {count} drop
 {others}\t}}
 \tchain postrouting {{
 \t\ttype nat hook postrouting priority srcnat; policy accept;
@@ -2451,12 +2459,18 @@ table {name} {{
 """
 
 
+def render_unlimited(table: str) -> str:
+    """The same table without its count of connections, which not every kernel can do."""
+    return "".join(line for line in table.splitlines(True) if FLOWS_SET not in line)
+
+
 def render_held(table: str) -> str:
     """The copy of the table that its maker owns, as one line: nobody else can change it then.
 
-    `flush ruleset` leaves it out, and the kernel removes it when its maker ends (Linux 5.12).
+    `flush ruleset` leaves it out, and the kernel removes it when its maker ends (Linux 5.12). It
+    counts no connections: the other table does, and is back in a moment.
     """
-    body = table.partition(" {\n")[2]
+    body = render_unlimited(table).partition(" {\n")[2]
     lines = [f"table {NFT_TABLE[0]} {HELD_TABLE} {{", "flags owner", *body.splitlines()]
     return " ".join(line.strip() + ("" if line.endswith("{") else ";") for line in lines) + "\n"
 
@@ -3177,9 +3191,9 @@ def save_guard(path: Path, guard: Guard) -> None:
 
 
 def read_table_sha256() -> str:
-    """A hash of our nft table as the kernel has it; empty when it is not there."""
+    """A hash of our nft table as the kernel has it, but for what it counts; empty: it has none."""
     try:
-        listed = run(["nft", "--stateless", "list", "table", *NFT_TABLE], echo=False)
+        listed = run(["nft", "--stateless", "--terse", "list", "table", *NFT_TABLE], echo=False)
     except Error:
         return ""  # what is wrong with nft itself shows when the table is laid
     return hashlib.sha256(listed.encode()).hexdigest()
@@ -4447,6 +4461,16 @@ def read_wanted(guard_file: Path, lease_file: Path) -> str:
     return render_table(homes, ports, is_router)
 
 
+def lay_table(table: str) -> str:
+    """Have nft lay it; where it cannot count connections, without that, and say why."""
+    try:
+        run(["nft", "--file", "-"], stdin=table.encode(), echo=False)
+        return ""
+    except Error as error:
+        run(["nft", "--file", "-"], stdin=render_unlimited(table).encode(), echo=False)
+        return error.what
+
+
 def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
     """Lay the table where it is not as it was laid; what keeps it from that is in the answer."""
     wanted_sha256 = hashlib.sha256(wanted.encode()).hexdigest()
@@ -4455,13 +4479,15 @@ def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
     if found and before and (before.wanted_sha256, before.listed_sha256) == (wanted_sha256, found):
         return guard
     try:
-        run(["nft", "--file", "-"], stdin=wanted.encode(), echo=False)
+        why = lay_table(wanted)
         found = read_table_sha256()
         if not found:
             raise Error("nft says that it laid the table, and it is not there", "nft list ruleset")
     except Error as error:
         # What is loaded is not what is wanted, also for the next run.
         return replace(guard, error=error.what, wanted_sha256="")
+    if why and not (before and before.listed_sha256):
+        log("WARN", "workloads' connections are not limited: nft cannot count them", error=why)
     if before and before.listed_sha256 and before.wanted_sha256 != wanted_sha256:
         what = "this home's networks, published ports, or the control plane's address"
         log("INFO", f"firewall follows what changed: {what}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -513,6 +514,58 @@ def test_no_mail_from_a_workload(workloads: Workloads, tmp_path: Path) -> None:
         assert [call(port) for port in ("25", "465", "587", "443")] == ["", "", "", HOME_LAN]
 
 
+# Sends to argv[1] from argv[2] sockets, so as many connections in the kernel's eyes.
+SPRAY = """
+import contextlib, resource, socket, sys
+number = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (number + 100, number + 100))
+socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(number)]
+for sock in socks:
+    with contextlib.suppress(OSError):
+        sock.sendto(b"x", (sys.argv[1], 8023))
+"""
+
+
+def test_a_workload_does_not_fill_the_table_of_connections(workloads: Workloads) -> None:
+    home, first = workloads.home, workloads.first
+
+    def spray(netns: Netns) -> int:
+        """How many connections the home's kernel then follows."""
+        say(netns, sys.executable, "-c", SPRAY, INTERNET, "2500")
+        return int(say(home.netns, "cat", "/proc/sys/net/netfilter/nf_conntrack_count"))
+
+    say(home.netns, "sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=10")
+    assert home.guard().returncode == 0
+    assert reach(first, INTERNET) == HOME_LAN
+    assert 1_900 < spray(first) < 2_100
+    assert reach(first, INTERNET) == ""
+    assert "198.18.0.2 ct count over 2000" in say(home.netns, "nft", *RULES)
+    # What is counted is no change of the table.
+    assert (home.guard().stderr, reach(first, INTERNET)) == ("", "")
+    # The home itself goes on, and sends more than that; as does a workload for which it calls.
+    assert reach(home.netns, MACHINE_LAN) == HOME_LAN
+    assert reach(home.netns, WORKLOAD) == BRIDGE
+    assert spray(home.netns) > 4_400
+    wait_for("fewer connections", lambda: reach(first, INTERNET) or None, 20)
+
+
+def test_a_kernel_that_counts_no_connections_gets_the_rest(
+    workloads: Workloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, first = workloads.home, workloads.first
+    script = f"case $1 in --file) cat > {tmp_path}/in; ! grep -q 'ct count' {tmp_path}/in || exit 1"
+    hide_nft(tmp_path, monkeypatch, f"{script}; exec /usr/sbin/nft -f {tmp_path}/in;; esac")
+    warn, done = "WARN workloads' connections are not limited", home.guard()
+    assert done.returncode == 0
+    assert done.stderr.startswith(warn)
+    assert done.stderr.endswith("INFO firewall is in place\n")
+    assert "oi_flows" not in say(home.netns, "nft", *RULES)
+    assert reach_all(first, (INTERNET, MACHINE_LAN, BRIDGE)) == [HOME_LAN, "", ""]
+    assert home.guard().stderr == ""
+    say(home.netns, "nft", "flush ruleset")
+    assert home.guard().stderr == "WARN firewall was changed or gone, and is in place again\n"
+
+
 def test_another_network_of_the_home_is_closed_when_it_comes(workloads: Workloads) -> None:
     """A public one, or a VPN's: only the default route leads to the internet."""
     home, first = workloads.home, workloads.first
@@ -825,6 +878,8 @@ def test_the_copy_follows_what_changes_and_ends_with_the_watch(
     with watching(home, tmp_path / "watch", f"--lease-file={lease}") as watch:
         copy = list_held(home)
         rules = say(home.netns, "nft", *RULES)
+        rules = re.sub(r"\tset oi_flows \{[^}]*\}\n|.*@oi_flows.*\n", "", rules)
+        assert "oi_flows" not in rules + copy  # it counts no connections
         as_copy = [line for line in copy.splitlines() if "flags owner" not in line and line]
         assert [line for line in rules.splitlines() if line][1:] == as_copy[1:]
         # Nobody else changes it, and the internet goes on over a flush.
