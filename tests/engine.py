@@ -43,6 +43,7 @@ APPLETS = (
     "id",
     "ls",
     "nc",
+    "nslookup",
     "sleep",
     "tail",
     "touch",

@@ -306,6 +306,88 @@ def test_an_assignment_runs_in_its_sandbox_until_it_leaves_the_list(world: World
     wait_for("empty", lambda: not plane.observed.assignments and plane.observed.revision == 2)
 
 
+RESOLVERS, ROUTER, OUTSIDE, ANSWER = ("9.9.9.9", "1.1.1.1"), "45.83.0.1", "45.83.0.2", "45.83.0.7"
+
+
+class Resolver(threading.Thread):
+    """A public name server of the internet behind the engine's namespace: each name is ANSWER."""
+
+    def __init__(self, netns: Netns, address: str) -> None:
+        super().__init__(daemon=True)
+        self.asked: list[tuple[str, bytes]] = []
+        with inside(netns):
+            self.sock = socket.socket(type=socket.SOCK_DGRAM)
+            self.sock.bind((address, 53))
+
+    def run(self) -> None:
+        """RFC 1035: the question again, and an address if it is one for that."""
+        while (got := self.sock.recvfrom(512))[0]:
+            raw, peer = got
+            end = raw.index(0, 12) + 5
+            self.asked.append((peer[0], raw[12 : end - 5]))
+            is_a = raw[end - 4 : end - 2] == b"\0\x01"
+            row = b"\xc0\x0c\0\x01\0\x01\0\0\x0e\x10\0\x04" + socket.inet_aton(ANSWER)
+            head = raw[:2] + b"\x81\x80\0\x01\0" + bytes([is_a]) + bytes(4)
+            self.sock.sendto(head + raw[12:end] + row * is_a, peer)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):  # it says that nobody is connected, and wakes the thread
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.join()
+        self.sock.close()
+
+
+@pytest.fixture
+def resolvers(engine: Engine) -> Iterator[dict[str, Resolver]]:
+    """The internet and both name servers, behind the host's own firewall."""
+    table = agent_script.render_table()
+    with make_netns() as internet, contextlib.ExitStack() as stack:
+        name = engine.netns.name
+        for line in (
+            f"-n {name} link add lan type veth peer name lan netns {internet.name}",
+            f"-n {name} addr add {OUTSIDE}/24 dev lan",
+            f"-n {name} link set lan up",
+            f"-n {internet.name} addr add {ROUTER}/24 dev lan",
+            *(f"-n {internet.name} addr add {each}/32 dev lo" for each in RESOLVERS),
+            f"-n {internet.name} link set lan up",
+            f"-n {name} route add default via {ROUTER}",
+        ):
+            subprocess.run(["ip", *line.split()], check=True)
+        nft = engine.netns.argv(["nft", "--file", "-"])
+        subprocess.run(nft, input=table.encode(), check=True)
+        delete = engine.netns.argv(["nft", "delete", "table", *agent_script.NFT_TABLE])
+        stack.callback(subprocess.run, delete, check=True)
+        made = {each: Resolver(internet, each) for each in RESOLVERS}
+        for each in made.values():
+            each.start()
+            stack.callback(each.stop)
+        yield made
+
+
+def test_a_workload_resolves_names(world: World, resolvers: dict[str, Resolver]) -> None:
+    """By the engine's own resolver, from its namespace, at the public ones and no other."""
+    script = "cat /etc/resolv.conf; while :; do nslookup -type=a a.example.org && break; done"
+    made = world.run(["sh", "-c", f"{script}; sleep 1000"])
+    name = f"oi-{made.assignment_id}"
+    wait_for("an address", lambda: f"Address: {ANSWER}" in world.engine.logs(name) or None, 20)
+    assert "nameserver 127.0.0.11" in world.engine.logs(name)
+    first, second = resolvers.values()
+    assert first.asked[0] == (OUTSIDE, b"\x01a\x07example\x03org")  # masqueraded
+    assert second.asked == []
+
+
+def test_a_workload_without_egress_resolves_nothing(
+    world: World, resolvers: dict[str, Resolver]
+) -> None:
+    """A name is a way out too."""
+    script = "nslookup -type=a secret.example.org; echo done; sleep 1000"
+    made = world.run(["sh", "-c", script], egress=pb.EGRESS_NONE)
+    name = f"oi-{made.assignment_id}"
+    wait_for("its end", lambda: "done" in world.engine.logs(name) or None, 60)
+    assert ANSWER not in world.engine.logs(name)
+    assert [each.asked for each in resolvers.values()] == [[], []]
+
+
 # What would break each rule, in the body of a container.
 LOOSE: dict[str, dict[str, Any]] = {
     "5.2": {"HostConfig": {"SecurityOpt": ["no-new-privileges", "apparmor=unconfined"]}},
