@@ -52,6 +52,13 @@ import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
     sock.sendto(sys.argv[2].encode(), (sys.argv[1], 8023))
 """
+# Sends a nudge from argv[1] to argv[2], with a word for the listener.
+NUDGER = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.bind((sys.argv[1], 0))
+    sock.sendto(sys.argv[3].encode(), (sys.argv[2], 9093))
+"""
 # Connects to argv[2], from argv[1] when that is not empty; prints what the server saw.
 CLIENT = """
 import socket, sys
@@ -188,6 +195,34 @@ def test_a_packet_without_an_answer_does_not_pass_either(home: Home, tmp_path: P
                 assert home.guard().returncode == 0
         assert reach(home.hub, HOME_WG, "198.51.100.7") == ""
         assert [process.log.split() for process in logs.values()] == [["listening", "before"]] * 3
+
+
+def test_a_nudge_comes_from_the_hub_and_from_nobody_else(home: Home, tmp_path: Path) -> None:
+    """UDP 9093, from the hub's address through the tunnel; other peers have another one."""
+    peer = "10.77.0.43"
+    ip(home.hub, f"addr add {peer}/32 dev lo")
+    ip(home.netns, f"route add {peer} dev openinfra")
+    code = LISTENER.replace("8023", "9093")
+    listener = Process(home.netns.argv([sys.executable, "-c", code]), tmp_path / "nudges", {})
+    listener.wait_log("listening")
+
+    def nudge(netns: Netns, source: str, to: str, word: str) -> None:
+        say(netns, sys.executable, "-c", NUDGER, source, to, word)
+
+    def nudge_all(word: str) -> None:
+        nudge(home.hub, peer, HOME_WG, f"peer-{word}")
+        nudge(home.lan, MACHINE_LAN, HOME_WG, f"lan-{word}")
+        nudge(home.hub, HUB_WG, HOME_WG, f"hub-{word}")
+        listener.wait_log(f"hub-{word}")  # which came last
+
+    try:
+        nudge_all("before")
+        assert home.guard().returncode == 0
+        nudge_all("after")
+        words = ["peer-before", "lan-before", "hub-before", "hub-after"]
+        assert listener.log.split()[1:] == words
+    finally:
+        listener.stop()
 
 
 def test_what_could_not_be_laid_is_laid_by_the_next_run(home: Home, tmp_path: Path) -> None:
