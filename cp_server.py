@@ -6155,14 +6155,17 @@ async def _add_earnings(
     accepted: Sequence[tuple[Row, Beat]],
     answers: dict[BeatKey, Accepted | Refusal],
 ) -> None:
-    """Add what its provider earned this month to the answer of each host that sent counters."""
-    asked = {row["host_no"]: beat for row, beat in accepted if beat.counters}
+    """Add what its provider earned this month to the answer of each host that sent counters.
+
+    And once in a session, with its facts, if it is anything: an agent that starts has forgotten it.
+    """
+    asked = {row["host_no"]: beat for row, beat in accepted if beat.counters or beat.facts}
     rows = await tx.dicts(SQL_EARNINGS, host_nos=list(asked)) if asked else []
     for row in rows:
         beat = asked[row["host_no"]]
         key = (beat.session_sha256, beat.peer)
         answer = answers[key]
-        if isinstance(answer, Accepted):
+        if isinstance(answer, Accepted) and (beat.counters or row["micros"]):
             earned = (row["month"], row["micros"])
             answers[key] = dataclasses.replace(answer, earnings=earned)
 

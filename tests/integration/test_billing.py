@@ -90,6 +90,17 @@ def test_an_hour_and_a_half(books: Books) -> None:
     assert [each.billed_us for each in expected.windows] == [HOUR - 60 * S, HOUR // 2 + 60 * S]
 
 
+def test_an_hour_is_closed_five_minutes_after_it_and_not_before(books: Books) -> None:
+    add_fleet(books, WEB)
+    run(books, beats("h1", T, T + HOUR + 30 * S, {"a"}), is_closed=False)
+    close_us = T + HOUR + cp_server.USAGE_GRACE_S * S
+    for time_us, windows in ((close_us - 1, 0), (close_us, 1), (close_us + HOUR - 1, 0)):
+        books.set_time(time_us)
+        assert in_database(books, close_all) == windows
+    (window,) = books.query("SELECT billed_us FROM usage_windows")
+    assert window == {"billed_us": HOUR}
+
+
 def test_a_partition_over_closed_hours_comes_late(books: Books) -> None:
     """The rest of the gap lies in an hour that is closed: another window of it, not an edit."""
     add_fleet(books, WEB)

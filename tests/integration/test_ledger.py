@@ -15,7 +15,7 @@ import pytest
 import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, close_all, namespace_of, run
-from tests.harness import Postgres
+from tests.harness import Postgres, facts
 from tests.integration.test_billing import HOUR, WEB, S, T, add_fleet, beats, in_database
 
 
@@ -328,6 +328,52 @@ def test_a_balance_that_is_used_up(fresh: Books) -> None:
     assert stop() == ["the balance is used up"]
 
 
+OPEN_MICROS = 23_561 + 8_154  # cpu and memory of an hour and a half
+
+
+@pytest.mark.parametrize(
+    ("limit_micros", "is_out"),
+    [(None, False), (0, True), (OPEN_MICROS - 10_000, True), (OPEN_MICROS - 9_999, False)],
+)
+def test_how_far_below_zero_a_customer_may_go(
+    fresh: Books, limit_micros: int | None, is_out: bool
+) -> None:
+    """What is paid, less what is booked, less what is in no window yet, with the limit added."""
+    books = fresh
+    add_fleet(books, WEB)
+    kuma, actor = books.customers["kuma"], cp_server.Actor("test")
+    in_database(books, lambda db: cp_server.add_payment(db, actor, kuma, 10_000, "one", ""))
+    run(books, beats("h1", T, T + HOUR * 3 // 2, {"a"}), is_closed=False)
+    in_database(books, lambda db: cp_server.set_credit_limit(db, actor, kuma, 0))
+    assert len(in_database(books, cp_server.check_credit)) == 1
+    in_database(books, lambda db: cp_server.set_credit_limit(db, actor, kuma, limit_micros))
+    in_database(books, cp_server.check_credit)
+    customer = in_database(books, lambda db: cp_server.get_customer(db, kuma))
+    assert (customer.out_of_credit_at is not None) == is_out
+
+
+def test_a_month_counts_once_for_the_balance(fresh: Books) -> None:
+    """By its lines until its invoice is issued, by that from then on."""
+    books = fresh
+    add_fleet(books, WEB)
+    kuma, actor = books.customers["kuma"], cp_server.Actor("test")
+    in_database(books, lambda db: cp_server.add_payment(db, actor, kuma, 500_000, "one", ""))
+    run(books, beats("h1", T, T + 6 * HOUR, {"a"}))  # four hours of March, two of April
+    due = sum(line.cpu_micros + line.memory_micros for line in books.check().lines)
+
+    async def read(db: cp_server.Database) -> int:
+        async with db.transaction() as tx:
+            (row,) = await tx.dicts(cp_server.SQL_BALANCES, customer_nos=[1])
+        balance: int = row["balance_micros"]
+        return balance
+
+    assert in_database(books, read) == 500_000 - due
+    books.set_time(T + 4 * HOUR + 25 * HOUR)
+    (invoice,) = in_database(books, issue)
+    assert 0 < invoice["total_micros"] < due
+    assert in_database(books, read) == 500_000 - due
+
+
 @pytest.mark.parametrize(
     ("counter", "disagrees"),
     [
@@ -480,16 +526,19 @@ def test_of_a_copy_so_many_containers_count(
 
 
 def test_a_host_is_told_what_it_earned(fresh: Books) -> None:
-    """In the answer to a heartbeat with counters, of this month."""
+    """In the answer to a heartbeat with counters, of this month; with facts, if it is anything."""
     books = fresh
     add_fleet(books, WEB)
     run(books, beats("h1", T, T + HOUR, {"a"}))
     (line,) = books.check().lines
     counter = oracle.Counter("a", "b", "c", 1, 1, 1, 1)
 
-    async def earned(db: cp_server.Database, *counters: oracle.Counter) -> object:
+    async def earned(
+        db: cp_server.Database, *counters: oracle.Counter, told: cp_server.Facts | None = None
+    ) -> object:
         event = oracle.Heartbeat(T + 2 * HOUR, "h1", 30_000, frozenset("a"), counters)
-        found, _ = await cp_server.record_heartbeats(db, [books.beat(event)], peer_check=False)
+        beat = dataclasses.replace(books.beat(event), facts=told)
+        found, _ = await cp_server.record_heartbeats(db, [beat], peer_check=False)
         (answer,) = found.values()
         assert isinstance(answer, cp_server.Accepted)
         return answer.earnings
@@ -497,8 +546,11 @@ def test_a_host_is_told_what_it_earned(fresh: Books) -> None:
     assert in_database(books, earned) is None
     share = in_database(books, lambda db: earned(db, counter))
     assert share == ("2026-03", line.share_micros)
+    told = cp_server.parse_facts(facts())  # the first of a session
+    assert in_database(books, lambda db: earned(db, told=told)) == share
     books.set_time(T + 5 * HOUR)
     assert in_database(books, lambda db: earned(db, counter)) == ("2026-04", 0)
+    assert in_database(books, lambda db: earned(db, told=told)) is None
 
 
 def test_a_host_reads_its_part_of_the_statement(
