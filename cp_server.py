@@ -827,6 +827,7 @@ class BillLine:
     hostname: str
     cpu_milli: int
     memory_bytes: int
+    card_no: int  # which its windows have too; 0: there was none
     cpu_hour_micros: int
     gb_hour_micros: int
     egress_gb_micros: int
@@ -850,6 +851,7 @@ class Bill:
     is_preliminary: bool
     lines: Sequence[BillLine]
     total_micros: int  # what the customer pays, or what the provider is owed
+    issued_at: dt.datetime | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1723,9 +1725,12 @@ WORKLOAD_FILTERS = (
     Field("name", "string", "with this name", 1, 63, None, check_name, form=NAME),
     Field("deleted", "boolean", "those too that were deleted", default=False),
 )
+COPY_FIELD = Field(
+    "assignment_id", "string", "only of this copy", 36, 36, None, check_uuid, form=UUID
+)
 LOG_FILTERS = (
     Field("tail", "integer", "lines of each copy to give", 1, LOG_LINES_MAX, LOG_LINES),
-    Field("assignment_id", "string", "only of this copy", 36, 36, None, check_uuid, form=UUID),
+    COPY_FIELD,
 )
 PAGE_FIELDS = (
     Field("limit", "integer", "rows to give", 1, PAGE_MAX, PAGE_DEFAULT),
@@ -2878,6 +2883,7 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
     return {
         "kind": bill.kind,
         "number": bill.number,
+        "issued_at": render_time(bill.issued_at),
         "preliminary": bill.is_preliminary,
         "month": f"{bill.month:%Y-%m}",
         "whose": bill.whose,
@@ -2935,6 +2941,8 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
         f"<p>{html.escape(bill.whose)}</p><p>All amounts in {html.escape(currency)}. "
         f"Times are UTC.</p><p><b>Total {total}</b></p>"
     )
+    if bill.issued_at:
+        yield f"<p>Issued on {bill.issued_at:%Y-%m-%d}.</p>"
     if bill.is_preliminary:
         yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
     rows = list_bill_rows(bill)
@@ -5038,7 +5046,7 @@ SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
 SQL_BILL_LINES = """
 -- the lines of a customer's or a provider's month: the page first
 SELECT a.assignment_id, l.workload, l.replica, l.hostname,
-  a.cpu_milli, a.memory_bytes, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
+  a.cpu_milli, a.memory_bytes, l.card_no, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
@@ -5108,7 +5116,7 @@ WHERE l.month = %(month)s
 
 SQL_INVOICE_FIND = """
 -- a customer's invoice of a month, and whether the month is over
-SELECT i.invoice_no, i.customer_name,
+SELECT i.invoice_no, i.customer_name, i.issued_at,
   (%(month)s::date + interval '1 month') AT TIME ZONE 'UTC'
     + make_interval(secs => %(after_s)s) > now() AS is_preliminary
 FROM (SELECT) AS one LEFT JOIN invoices i
@@ -5133,6 +5141,7 @@ SELECT u.window_no, a.assignment_id, w.workload_id, w.name AS workload, u.hour_a
   u.closed_at
 FROM usage_windows u JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
 WHERE u.customer_no = %(customer_no)s AND u.month = %(month)s
+  AND (%(assignment_id)s::uuid IS NULL OR a.assignment_id = %(assignment_id)s)
   AND (%(cursor)s = 0 OR u.window_no < %(cursor)s)
 ORDER BY u.window_no DESC LIMIT %(limit)s
 """
@@ -7061,7 +7070,8 @@ async def read_invoice(
     is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
     whose = (found["customer_name"] or customer.name, str(customer_id))
-    return Bill("invoice", *whose, month, number, is_preliminary, lines, money)
+    at = found["issued_at"]
+    return Bill("invoice", *whose, month, number, is_preliminary, lines, money, at)
 
 
 async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
@@ -8681,7 +8691,7 @@ ROUTES = (
         "Hours of copies of a month and what they cost, newest first",
         http_list_usage,
         "Windows",
-        query=(*PAGE_FIELDS, MONTH_FIELD),
+        query=(*PAGE_FIELDS, MONTH_FIELD, COPY_FIELD),
     ),
     Route(
         "GET",
@@ -8879,6 +8889,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "hostname": "string",
         "cpu_milli": "integer",
         "memory_bytes": "integer",
+        "card_no": "integer",
         "cpu_hour_micros": "integer",
         "gb_hour_micros": "integer",
         "egress_gb_micros": "integer",
@@ -8892,6 +8903,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "Invoice": {
         "kind": "string",
         "number": "integer?",
+        "issued_at": "date-time?",
         "preliminary": "boolean",
         "month": "string",
         "whose": "string",
@@ -11346,7 +11358,8 @@ def write_bills(bills: Sequence[Bill], directory: Path, currency: str) -> list[P
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for bill in bills:
-        stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}"
+        state = "preliminary" if bill.is_preliminary else bill.number or "final"
+        stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}-{state}"
         for suffix, parts in render_files(bill, currency).items():
             path = directory / f"{stem}.{suffix}"
             write_file(path, "".join(parts).encode(), 0o600)

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -482,6 +483,11 @@ def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., Cont
         check_shape("Window", window)
     assert sum(each["cpu_micros"] + each["memory_micros"] for each in windows) == charge
     assert {each["workload"] for each in windows} == {"web"}
+    # A line leads to its windows.
+    found = get(f"usage?month=2026-03&assignment_id={shown['assignment_id']}")["windows"]
+    assert [each for each in found if each["card_no"] == shown["card_no"]] == windows
+    assert get(f"usage?month=2026-03&assignment_id={uuid.uuid4()}")["windows"] == []
+    get("usage?assignment_id=7", 400)
     assert get("usage?month=2026-02")["windows"] == []
     assert get("invoices/2026-02")["lines"] == []
     for path in ("usage?month=2026-13", "invoices/2026-1", "usage?month=x", "invoices/%00"):

@@ -213,6 +213,9 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     customer = books.customers["gull"]
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
     assert (bill.number, bill.is_preliminary) == (2, False)
+    assert bill.issued_at == dt.datetime(2026, 4, 2, 0, 0, 0, 1, tzinfo=dt.timezone.utc)
+    page = "".join(cp_server.render_bill_html(bill, "EUR"))
+    assert "<p>Issued on 2026-04-02.</p>" in page
     assert bill.total_micros == issued[1]["total_micros"]
     # Who is called otherwise later was not then.
     before = cp_server.render_bill_json(bill, "EUR")

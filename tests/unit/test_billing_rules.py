@@ -232,6 +232,7 @@ def make_line(usage: Usage, **changes: Any) -> BillLine:
         "hostname": "attic",
         "cpu_milli": 500,
         "memory_bytes": 10**9,
+        "card_no": 3,
         "cpu_hour_micros": 20_000,
         "gb_hour_micros": 3_000,
         "egress_gb_micros": 0,
