@@ -73,6 +73,7 @@ import functools
 import getpass
 import glob
 import hashlib
+import heapq
 import hmac
 import html
 import http
@@ -363,6 +364,8 @@ LEASE_GRACE_S = 30  # after that end a replica is placed again
 READY_S = 10.0  # a new copy runs this long before the next old one is replaced
 PLACE_S = 5.0  # between two looks for replicas without a place, when nothing wakes
 PLACE_REST_S = 0.2  # and at least this when something does
+PLACE_LOOKS_MAX = 300_000  # at hosts in one round: a second at most, as long as heartbeats wait
+PLACE_COPIES_MAX = 1_000  # that one round places; the next goes on
 REJECTED_S = 3600  # a host that rejected a workload comes last for it this long
 NUDGE_AFTER_S = (0.0, 0.3, 0.9)  # packets get lost
 LOG_LINES = 100
@@ -685,6 +688,7 @@ class Demand:
     rejected_by: frozenset[int]  # hosts that rejected it of late
     secrets_lost: bool = False
     out_of_credit: bool = False
+    customer_no: int = 0
 
 
 @dataclasses.dataclass
@@ -700,6 +704,31 @@ class Place:
     port_slots: set[int]
     labels: Mapping[str, str]
     takes_secrets: bool = False  # its disk is encrypted, and its agent knows them
+
+
+Spot = tuple[int, int, Place]  # less memory_bytes, host_no: the one with most free comes first
+
+
+@dataclasses.dataclass
+class Shelf:
+    """The places for copies of one kind, in heaps. What is free only falls, so that a heap is
+    right once its top is: what it says of a place is that, or more than is left."""
+
+    spec: Mapping[str, Any]
+    fitting: Sequence[Place]  # with room or not
+    heaps: Mapping[str, list[Spot]]  # by provider, those with room
+    tops: list[tuple[int, int, str]]  # of these heaps, with their provider
+    why_none: str = ""
+
+
+@dataclasses.dataclass
+class Market:
+    """What is free in one round of the placer, and how many looks are left to it."""
+
+    places: Sequence[Place]
+    looks: int
+    fitting: dict[object, list[Place]] = dataclasses.field(default_factory=dict)
+    shelves: dict[object, Shelf] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2187,16 +2216,48 @@ def decide_wait_s(rejections: int) -> float:
     return float(min(5 * 2 ** min(rejections - 1, 6), 300)) if rejections else 0.0
 
 
+def order_demands(demands: Sequence[Demand], turns: Mapping[int, int]) -> list[Demand]:
+    """Each customer's first, then each one's second: of one customer what waits longest is first.
+
+    So neither what has no place anywhere nor a customer with much of it holds up the others.
+    """
+    now = max(turns.values(), default=0)
+    ahead: collections.Counter[int] = collections.Counter()
+    ranks = {}
+    waiting = sorted(demands, key=lambda each: (turns.get(each.workload_no, now), each.workload_no))
+    for demand in waiting:
+        ranks[demand.workload_no] = ahead[demand.customer_no]
+        ahead[demand.customer_no] += 1
+    return sorted(waiting, key=lambda each: ranks[each.workload_no])
+
+
+def plan_turns(
+    demands: Sequence[Demand], left: Collection[int], turns: Mapping[int, int]
+) -> dict[int, int]:
+    """The round since which each waits, by workload_no: one that was looked at begins anew."""
+    now = max(turns.values(), default=0)
+    return {
+        number: turns.get(number, now) if number in left else now + 1
+        for number in (each.workload_no for each in demands)
+    }
+
+
 def decide_places(
-    demands: Sequence[Demand], places: Sequence[Place]
-) -> tuple[list[Placement], dict[int, str]]:
+    demands: Sequence[Demand],
+    places: Sequence[Place],
+    looks: int = PLACE_LOOKS_MAX,
+    copies: int = PLACE_COPIES_MAX,
+) -> tuple[list[Placement], dict[int, str], set[int]]:
     """A host for each replica that has none, and of the others the reason, by workload_no.
 
     Of the hosts that can take it, in this order: one that did not reject it of late, with fewest
     copies of the same workload, then of hosts of the same provider, then with most memory free.
+    Ends after so many looks at hosts, or copies; the third is what was not looked at (whole).
     """
     made: list[Placement] = []
     reasons: dict[int, str] = {}
+    left: set[int] = set()
+    market = Market(places, looks)
     provider_of = {place.host_no: place.namespace for place in places}
     for demand in demands:
         _, missing = plan_rollout(demand)
@@ -2208,7 +2269,6 @@ def decide_places(
             continue
         held = collections.Counter(copy.host_no for copy in demand.copies)
         providers = collections.Counter(provider_of.get(copy.host_no) for copy in demand.copies)
-        fitting = [place for place in places if fits(demand.spec, place)]
         for replica in missing:
             refused = demand.rejections.get(replica)
             wait_s = decide_wait_s(refused.times) if refused else 0.0
@@ -2218,24 +2278,110 @@ def decide_places(
                     f" late, again {wait_s:.0f} s after the last"
                 )
                 continue
-            fitting = [place for place in fitting if has_room(demand.spec, place)]
-            if not fitting:
-                reasons[demand.workload_no] = explain_no_place(demand.spec, places)
+            if market.looks <= 0 or len(made) >= copies:
+                left.add(demand.workload_no)
                 break
-            best = min(
-                fitting,
-                key=lambda place: (
-                    place.host_no in demand.rejected_by,
-                    held[place.host_no],
-                    providers[place.namespace],
-                    -place.memory_bytes,
-                    place.host_no,
-                ),
-            )
+            shelf = find_shelf(market, demand.spec)
+            best = find_place(market, shelf, demand, held, providers)
+            if best is None:
+                reasons[demand.workload_no] = explain_no_place(market, shelf)
+                break
             made.append(take_place(demand, replica, best))
             held[best.host_no] += 1
             providers[best.namespace] += 1
-    return made, reasons
+    return made, reasons, left
+
+
+def find_shelf(market: Market, spec: Mapping[str, Any]) -> Shelf:
+    """The places for a copy of this kind: looked for once in a round."""
+    labels = tuple(sorted(spec.get("labels", {}).items()))
+    wish = (spec["arch"], spec["provider"], labels, "secrets" in spec)
+    kind = (wish, spec["cpu_milli"], spec["memory_bytes"], bool(spec["ports"]))
+    if kind in market.shelves:
+        return market.shelves[kind]
+    if wish not in market.fitting:
+        market.looks -= len(market.places)
+        market.fitting[wish] = [place for place in market.places if fits(spec, place)]
+    fitting = market.fitting[wish]
+    market.looks -= len(fitting)
+    heaps: dict[str, list[Spot]] = {}
+    for place in fitting:
+        if has_room(spec, place):
+            spot = (-place.memory_bytes, place.host_no, place)
+            heaps.setdefault(place.namespace, []).append(spot)
+    for heap in heaps.values():
+        heapq.heapify(heap)
+    tops = [(*heap[0][:2], provider) for provider, heap in heaps.items()]
+    heapq.heapify(tops)
+    return market.shelves.setdefault(kind, Shelf(spec, fitting, heaps, tops))
+
+
+def find_place(
+    market: Market,
+    shelf: Shelf,
+    demand: Demand,
+    held: Mapping[int, int],
+    providers: Mapping[str | None, int],
+) -> Place | None:
+    """The best place for one copy; None: there is none.
+
+    Goes through providers, the one with the freest host first, up to one whose freest host is as
+    good as any: without a copy of this workload, nor another host with one, and never rejected it.
+    """
+
+    def rank(place: Place) -> tuple[bool, int, int, int, int]:
+        is_rejecting = place.host_no in demand.rejected_by
+        copies = held.get(place.host_no, 0)
+        beside = providers.get(place.namespace, 0)
+        return is_rejecting, copies, beside, -place.memory_bytes, place.host_no
+
+    seen, found = [], []
+    while shelf.tops:
+        market.looks -= 1
+        memory, host_no, provider = heapq.heappop(shelf.tops)
+        spot = find_top(market, shelf, provider)
+        if spot and spot[:2] != (memory, host_no):  # less is free than when it was put here
+            heapq.heappush(shelf.tops, (*spot[:2], provider))
+        elif spot:
+            seen.append((memory, host_no, provider))
+            found.append(find_best(market, shelf, provider, rank))
+            if rank(spot[2])[:3] == (False, 0, 0):
+                break
+    for top in seen:
+        heapq.heappush(shelf.tops, top)
+    return min(found, key=rank, default=None)
+
+
+def find_best(
+    market: Market,
+    shelf: Shelf,
+    provider: str,
+    rank: Callable[[Place], tuple[bool, int, int, int, int]],
+) -> Place:
+    """The best of a provider's places, of which there is one."""
+    seen = []
+    while spot := find_top(market, shelf, provider):
+        seen.append(heapq.heappop(shelf.heaps[provider]))
+        if rank(spot[2])[:2] == (False, 0):
+            break
+    for each in seen:
+        heapq.heappush(shelf.heaps[provider], each)
+    return min((place for _, _, place in seen), key=rank)
+
+
+def find_top(market: Market, shelf: Shelf, provider: str) -> Spot | None:
+    """A provider's place with most memory free, of those that still have room."""
+    heap = shelf.heaps[provider]
+    while heap:
+        market.looks -= 1
+        memory, host_no, place = heap[0]
+        if not has_room(shelf.spec, place):
+            heapq.heappop(heap)
+        elif memory != -place.memory_bytes:
+            heapq.heapreplace(heap, (-place.memory_bytes, host_no, place))
+        else:
+            return heap[0]
+    return None
 
 
 def take_place(demand: Demand, replica: int, place: Place) -> Placement:
@@ -2270,23 +2416,26 @@ def has_room(spec: Mapping[str, Any], place: Place) -> bool:
     )
 
 
-def explain_no_place(spec: Mapping[str, Any], places: Sequence[Place]) -> str:
-    """Why no host takes a copy, a sentence for the customer."""
-    if not places:
+def explain_no_place(market: Market, shelf: Shelf) -> str:
+    """Why no host takes a copy, a sentence for the customer; worked out once in a round."""
+    spec, fitting = shelf.spec, shelf.fitting
+    if not market.places:
         return "no host is ready for work now"
-    fitting = [place for place in places if fits(spec, place)]
     if not fitting:
         wishes = [text for text in (spec["arch"], spec["provider"]) if text]
         wishes += [f"{key}={value}" for key, value in sorted(spec.get("labels", {}).items())]
         wishes += ["for its secrets an encrypted disk and a new agent"] * ("secrets" in spec)
-        return f"none of {len(places)} hosts is as asked: {', '.join(wishes)}"
-    cpu = max(place.cpu_milli for place in fitting)
-    memory = max(place.memory_bytes for place in fitting)
-    return (
-        f"none of {len(fitting)} hosts has {spec['cpu_milli']} cpu_milli and"
-        f" {spec['memory_bytes']} memory_bytes free; the most of each is {max(cpu, 0)} and"
-        f" {max(memory, 0)}"
-    )
+        return f"none of {len(market.places)} hosts is as asked: {', '.join(wishes)}"
+    if not shelf.why_none:
+        market.looks -= len(fitting)
+        cpu = max(place.cpu_milli for place in fitting)
+        memory = max(place.memory_bytes for place in fitting)
+        shelf.why_none = (
+            f"none of {len(fitting)} hosts has {spec['cpu_milli']} cpu_milli and"
+            f" {spec['memory_bytes']} memory_bytes free; the most of each is {max(cpu, 0)} and"
+            f" {max(memory, 0)}"
+        )
+    return shelf.why_none
 
 
 def render_assignment(row: Row, registry: str) -> pb.Assignment:
@@ -4527,11 +4676,13 @@ ORDER BY w.workload_no DESC LIMIT %(limit)s
 """
 
 SQL_WORKLOAD_UNPLACED = """
--- say why a replica has no host, where that changed; nothing of workloads that are not named
+-- say why a replica has no host, where that changed; nothing of workloads that are not named,
+-- and as before of those that were left for the next round
 WITH due AS (
   SELECT * FROM unnest(%(workload_nos)s::bigint[], %(reasons)s::text[]) AS t (workload_no, reason)
   UNION ALL SELECT workload_no, '' FROM workloads
   WHERE unplaced_reason <> '' AND workload_no <> ALL(%(workload_nos)s)
+    AND workload_no <> ALL(%(left)s)
 )
 UPDATE workloads w SET unplaced_reason = due.reason
 FROM due WHERE w.workload_no = due.workload_no AND w.unplaced_reason <> due.reason
@@ -4645,7 +4796,7 @@ WITH due AS (
   WHERE w.deleted_at IS NULL AND w.replicas > 0
   GROUP BY w.workload_id HAVING count(a.assignment_no) < w.replicas
 )
-SELECT w.workload_no, w.revision, w.replicas, w.spec,
+SELECT w.workload_no, w.revision, w.replicas, w.spec, c.customer_no,
   c.out_of_credit_at IS NOT NULL AS out_of_credit,
   w.spec ? 'secrets' AND are_secrets_lost(w.workload_no, w.revision) AS secrets_lost,
   coalesce(jsonb_agg(jsonb_build_object('assignment_no', a.assignment_no, 'replica', a.replica,
@@ -4656,7 +4807,7 @@ FROM due JOIN workloads w USING (workload_id)
 JOIN customer_namespaces n ON n.namespace = w.namespace
 JOIN customers c ON c.customer_no = n.customer_no
 LEFT JOIN assignments a ON a.workload_no = w.workload_no AND a.ended_at IS NULL
-GROUP BY w.workload_id, c.out_of_credit_at ORDER BY w.workload_no
+GROUP BY w.workload_id, c.customer_id ORDER BY w.workload_no
 """
 
 SQL_REJECTIONS = """
@@ -6636,9 +6787,11 @@ class Round:
     placed: int = 0
     unplaced: int = 0
     lost: int = 0
+    turns: Mapping[int, int] = dataclasses.field(default_factory=dict)  # for the next look
+    is_cut: bool = False  # it ended before all were looked at
 
 
-async def place(db: Database) -> Round:
+async def place(db: Database, turns: Mapping[int, int] | None = None) -> Round:
     """End what has no right any more, stop what is not wanted, give places to what has none."""
     async with db.transaction() as tx:
         times = {"lease_s": LEASE_S, "grace_s": LEASE_GRACE_S}
@@ -6656,6 +6809,7 @@ async def place(db: Database) -> Round:
         touched = {row["host_no"] for row in rows}
         made: list[Placement] = []
         reasons: dict[int, str] = {}
+        left: set[int] = set()
         if demands and turn["is_too_early"]:
             why = f"a backup was restored; places are given from {turn['from_at']:%H:%M:%S} UTC on"
             reasons = {each.workload_no: why for each in demands if plan_rollout(each)[1]}
@@ -6664,7 +6818,8 @@ async def place(db: Database) -> Round:
                 Place(**{**row, "port_slots": set(row["port_slots"])})
                 for row in await tx.dicts(SQL_PLACES)
             ]
-            made, reasons = await asyncio.to_thread(decide_places, demands, places)
+            demands = order_demands(demands, turns or {})
+            made, reasons, left = await asyncio.to_thread(decide_places, demands, places)
         if made:
             columns = [dataclasses.asdict(each) for each in made]
             params = {key: [row[key] for row in columns] for key in columns[0]}
@@ -6672,12 +6827,17 @@ async def place(db: Database) -> Round:
             await tx.execute(SQL_ASSIGNMENT_INSERT, **params)
             touched |= {each.host_no for each in made}
         await tx.execute(
-            SQL_WORKLOAD_UNPLACED, workload_nos=list(reasons), reasons=list(reasons.values())
+            SQL_WORKLOAD_UNPLACED,
+            workload_nos=list(reasons),
+            reasons=list(reasons.values()),
+            left=list(left - set(reasons)),
         )
         await tx.execute(SQL_SECRETS_PRUNE)
         if made:
             failpoint("place.before_commit")
-    return Round(frozenset(touched), len(made), len(reasons), lost)
+    unplaced = len(left | set(reasons))
+    turns = plan_turns(demands, left, turns or {})
+    return Round(frozenset(touched), len(made), unplaced, lost, turns, bool(left))
 
 
 async def _read_demands(tx: Transaction) -> list[Demand]:
@@ -7491,6 +7651,7 @@ class Placer:
         self._judging = judging
         self._metrics = metrics
         self._wake = asyncio.Event()
+        self._turns: Mapping[int, int] = {}  # by workload_no, see plan_turns
         for name in ("nudges", "placements", "assignments_lost"):
             metrics.add(f"openinfra_{name}_total", 0)
         self._nudges: dict[int, tuple[str, int]] = {}  # by host_no: where it listens
@@ -7514,7 +7675,11 @@ class Placer:
             began = time.monotonic()
             try:
                 async with self._judging:
-                    done = await asyncio.wait_for(place(self._db), BATCH_DEADLINE_S)
+                    work = place(self._db, self._turns)
+                    done = await asyncio.wait_for(work, BATCH_DEADLINE_S)
+                self._turns = done.turns
+                if done.is_cut:
+                    self.wake()
                 self._note(done, time.monotonic() - began)
                 for host_no in done.hosts:
                     self.nudge(host_no)

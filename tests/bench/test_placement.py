@@ -9,6 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
 from psycopg.types.json import Jsonb
 
 import cp_server
@@ -19,6 +20,7 @@ from tests.bench.load import percentile
 from tests.harness import ControlPlane
 
 HOSTS, COPIES = 1_000, 10_000
+LARGEST, MISSING = 65_000, 4_000  # the size of the design; replicas of 200 workloads
 LOST = 200  # copies of the host that falls silent
 SPEC = {
     "image": f"kuma/web@sha256:{'ab' * 32}",
@@ -80,11 +82,87 @@ def test_the_choice(record: Record) -> None:
         wish = {**SPEC, "arch": chance.choice([None, "x86_64"])}
         demand = Demand(number, 1, 1, wish, (), {}, frozenset())
         began = time.perf_counter()
-        made, _ = cp_server.decide_places([demand], places)
+        made, *_ = cp_server.decide_places([demand], places)
         took.append(time.perf_counter() - began)
         assert len(made) == 1
     p99 = percentile(sorted(took), 0.99) * 1e3
     record(f"a place for a copy, chosen of {HOSTS:,} hosts: 99 of 100 within", p99, "ms", 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "fits"),
+    [
+        ("fit", {}, True),
+        ("fit, each of a size", {"cpu_milli": 100}, True),
+        ("fit nowhere", {"cpu_milli": 10**6}, False),
+        ("fit nowhere, each of a size", {"cpu_milli": 10**6}, False),
+    ],
+)
+def test_the_longest_choice(record: Record, name: str, needs: dict[str, int], fits: bool) -> None:
+    """Far more to place than one round can: it ends all the same, for heartbeats wait for it."""
+    chance = random.Random(1)
+    places = [
+        Place(
+            number,
+            "x86_64",
+            f"solana:{number % 300}",
+            4000 - chance.randrange(2000),
+            (8 << 30) - chance.randrange(6 << 30),
+            10,
+            set(range(10)),
+            {},
+        )
+        for number in range(LARGEST)
+    ]
+    step = int(name.endswith("size"))
+    demands = [
+        Demand(
+            number,
+            1,
+            MISSING // 200,
+            {**SPEC, **{key: value + step * number for key, value in needs.items()}},
+            (),
+            {},
+            frozenset(),
+        )
+        for number in range(200)
+    ]
+    began = time.perf_counter()
+    made, reasons, left = cp_server.decide_places(demands, places)
+    seconds = time.perf_counter() - began
+    assert (bool(made), bool(reasons)) == (fits, not fits)
+    assert len(made) == MISSING or left or not fits
+    what = f"{MISSING:,} copies of 200 workloads that {name}"
+    record(f"one round's choice of {LARGEST:,} hosts for {what}", seconds, "s", 2)
+
+
+def test_a_round_of_the_largest_fleet(tmp_path: Path, record: Record) -> None:
+    """With its reads and writes: all get their places in a few rounds, each within its bound."""
+    with postgres_that_syncs() as postgres:
+        cp = ControlPlane(postgres, tmp_path / "cp")
+        fill(cp, LARGEST, 30)
+        sql = COPIES_SQL.format(spec=json.dumps(SPEC), hosts=LARGEST, copies=400)
+        postgres.execute(cp.database, sql)
+        sql = "UPDATE workloads SET replicas = 2 + %s"
+        postgres.execute(cp.database, sql, MISSING // 200 - 2)
+        postgres.execute(cp.database, "VACUUM ANALYZE")
+        took = asyncio.run(cp_server.with_database(cp.dsn_file, measure_rounds))
+        rows = cp.query("SELECT count(*) AS n FROM assignments WHERE ended_at IS NULL")
+        assert rows[0]["n"] == MISSING
+    what = f"{MISSING - 400:,} copies on {LARGEST:,} hosts"
+    record(f"the longest of the rounds that place {what}", max(took), "s", 8)
+    record(f"all rounds that place {what}, with their rests", sum(took), "s", 30)
+
+
+async def measure_rounds(db: cp_server.Database) -> list[float]:
+    """Seconds of each round until none is cut."""
+    took, done = [], cp_server.Round(is_cut=True)
+    while done.is_cut:
+        began = time.perf_counter()
+        done = await cp_server.place(db, done.turns)
+        took.append(time.perf_counter() - began + cp_server.PLACE_REST_S)
+        assert done.placed
+    return took
 
 
 def test_rounds(tmp_path: Path, record: Record) -> None:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cp_server
 from proto import openinfra_pb2 as pb
-from tests.harness import Client, ControlPlane, facts, race, wait_for
+from tests.bench.fleet import fill
+from tests.harness import Client, ControlPlane, Postgres, facts, race, wait_for
 from tests.integration.test_customers import add, mint
 from tests.integration.test_http_api import check_shape
 
 WORKLOADS = "/api/v1/workloads"
 REGISTRY = "cp.example.com"
 DIGEST = "sha256:" + "ab" * 32
+SPEC = {"cpu_milli": 500, "memory_bytes": 64 << 20, "ports": [], "arch": None, "provider": None}
+MANY_SQL = """
+UPDATE hosts SET engine_version = '20.10', offered_cpu_milli = 64000,
+  offered_memory_bytes = 64::bigint << 30, status = 'online';
+UPDATE liveness SET last_heartbeat_at = now();
+INSERT INTO customers (customer_id, name, created_by) VALUES (gen_random_uuid(), 'Kuma', 'x');
+INSERT INTO customer_namespaces (namespace, customer_no) SELECT 'kuma', customer_no FROM customers;
+INSERT INTO workloads (workload_id, namespace, name, replicas, spec, unplaced_reason, created_by)
+SELECT gen_random_uuid(), 'kuma', 'w' || n, 20, '{spec}', 'as before', 'x'
+FROM generate_series(1, {count}) AS n;
+"""
 STATES: dict[str, Any] = {name: number for number, name in cp_server.OBSERVED_STATES.items()}
 
 
@@ -705,3 +719,23 @@ def test_a_host_is_nudged_when_it_has_news(cp: ControlPlane, tenant: Tenant) -> 
         assert sock.recv(100) == b"openinfra"  # and again, in case it got lost
         assert machine.beat()
     machine.channel.close()
+
+
+def test_a_round_that_is_cut_goes_on_in_the_next(postgres: Postgres, tmp_path: Path) -> None:
+    """More than one round places; what was not looked at keeps its reason until it is."""
+    cp = ControlPlane(postgres, tmp_path / "cp")
+    fill(cp, 10, 30)
+    count = cp_server.PLACE_COPIES_MAX // 20 + 5
+    spec = json.dumps(SPEC)
+    postgres.execute(cp.database, MANY_SQL.format(spec=spec, count=count))
+
+    async def work(db: cp_server.Database) -> None:
+        turns: Mapping[int, int] = {}
+        for placed, kept, is_cut in ((cp_server.PLACE_COPIES_MAX, 5, True), (100, 0, False)):
+            done = await cp_server.place(db, turns)
+            assert (done.placed, done.unplaced, done.is_cut) == (placed, kept, is_cut)
+            sql = "SELECT count(*) AS n FROM workloads WHERE unplaced_reason = 'as before'"
+            assert cp.query(sql)[0]["n"] == kept
+            turns = done.turns
+
+    asyncio.run(cp_server.with_database(cp.dsn_file, work))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime as dt
 import json
+import random
 import re
 import uuid
 from collections.abc import Callable
@@ -358,7 +360,7 @@ def make_demand(replicas: int = 1, *copies: Copy, workload_no: int = 1, **change
 
 def place(demands: list[Demand], places: list[Place]) -> tuple[dict[tuple[int, int], int], Any]:
     """(workload_no, replica) -> host_no, and the reasons."""
-    made, reasons = cp_server.decide_places(demands, places)
+    made, reasons, _ = cp_server.decide_places(demands, places)
     return {(each.workload_no, each.replica): each.host_no for each in made}, reasons
 
 
@@ -434,7 +436,7 @@ def test_replicas_spread_and_take_what_is_free() -> None:
 
 def test_ports_of_one_host_are_not_given_twice() -> None:
     spot = make_place(1, cpu_milli=10**6, port_slots={0, 2})
-    made, _ = cp_server.decide_places([make_demand(3, spec={"ports": [80]})], [spot])
+    made, *_ = cp_server.decide_places([make_demand(3, spec={"ports": [80]})], [spot])
     assert [each.port_slot for each in made] == [1, 3, 4]
 
 
@@ -468,6 +470,152 @@ def test_why_there_is_no_place(demand: Demand, places: list[Place], said: str) -
 )
 def test_how_long_a_rejected_replica_waits(times: int, wait_s: float) -> None:
     assert cp_server.decide_wait_s(times) == wait_s
+
+
+def choose(demands: list[Demand], places: list[Place]) -> list[tuple[int, int, int]]:
+    """What decide_places has to find, by looking at each host for each copy."""
+    made = []
+    provider_of = {place.host_no: place.namespace for place in places}
+    for demand in demands:
+        hosts = [copy.host_no for copy in demand.copies]
+        for replica in cp_server.plan_rollout(demand)[1]:
+            fitting = [
+                place
+                for place in places
+                if cp_server.fits(demand.spec, place) and cp_server.has_room(demand.spec, place)
+            ]
+            if not fitting:
+                break
+            beside = [provider_of.get(host) for host in hosts]
+            ranked = [
+                (
+                    place.host_no in demand.rejected_by,
+                    hosts.count(place.host_no),
+                    beside.count(place.namespace),
+                    -place.memory_bytes,
+                    place.host_no,
+                )
+                for place in fitting
+            ]
+            best = fitting[ranked.index(min(ranked))]
+            cp_server.take_place(demand, replica, best)
+            hosts.append(best.host_no)
+            made.append((demand.workload_no, replica, best.host_no))
+    return made
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_best_place_is_found_without_a_look_at_each(chance: random.Random) -> None:
+    hosts, providers = chance.randint(1, 12), chance.randint(1, 6)
+
+    def make_places() -> list[Place]:
+        dice = random.Random(seed)
+        return [
+            make_place(
+                number,
+                arch=dice.choice(["x86_64", "aarch64"]),
+                namespace=f"solana:{dice.randrange(providers)}",
+                cpu_milli=500 * dice.randint(0, 8),
+                memory_bytes=dice.randint(0, 20) << 26,
+                assignments=dice.choice([0, 0, 198]),
+            )
+            for number in range(hosts)
+        ]
+
+    seed = chance.random()
+    demands = [
+        make_demand(
+            chance.randint(1, 6),
+            *([make_copy(0, host_no=chance.randrange(hosts + 1))] * chance.randint(0, 1)),
+            workload_no=number,
+            rejected_by=frozenset(chance.sample(range(hosts), chance.randint(0, min(3, hosts)))),
+            spec={
+                "arch": chance.choice([None, None, "x86_64"]),
+                "cpu_milli": chance.choice([500, 1000]),
+                "memory_bytes": chance.choice([64 << 20, 256 << 20]),
+                "ports": chance.choice([[], [80]]),
+            },
+        )
+        for number in range(chance.randint(1, 8))
+    ]
+    made, _, left = cp_server.decide_places(demands, make_places())
+    found = [(each.workload_no, each.replica, each.host_no) for each in made]
+    assert (found, left) == (choose(demands, make_places()), set())
+
+
+class SeenPlace(Place):
+    """A host that counts how often anybody looks whether it fits or has room."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("arch", "cpu_milli"):
+            SeenPlace.looks += 1
+        return super().__getattribute__(name)
+
+
+HOSTS = 5_000
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "placed", "looks"),
+    [
+        # One kind of copy: a look at each host, and few more for each copy.
+        ("fit", {}, 1_000, 2 * HOSTS + 100_000),
+        ("fit nowhere", {"cpu_milli": 10**6}, 0, 3 * HOSTS),
+        ("are as no host", {"arch": "aarch64"}, 0, 2 * HOSTS),
+        # A kind for each workload: the round ends, whatever is left.
+        ("fit, each of a size", {"cpu_milli": None}, None, 100_000 + 5 * HOSTS),
+        ("fit nowhere, each of a size", {"memory_bytes": None}, 0, 100_000 + 5 * HOSTS),
+    ],
+)
+def test_a_round_has_an_end(
+    name: str, needs: dict[str, Any], placed: int | None, looks: int
+) -> None:
+    places: list[Place] = [
+        SeenPlace(n, "x86_64", f"solana:{n % 50}", 4000, (4 << 30) + n, 0, set(), {})
+        for n in range(HOSTS)
+    ]
+    demands = [
+        make_demand(
+            20,
+            workload_no=number,
+            spec={
+                k: v or {"cpu_milli": 100, "memory_bytes": 1 << 40}[k] + number
+                for k, v in needs.items()
+            },
+        )
+        for number in range(200)
+    ]
+    SeenPlace.looks = 0
+    made, reasons, left = cp_server.decide_places(demands, places, 100_000)
+    assert SeenPlace.looks <= looks, name
+    assert placed in (None, len(made))
+    assert len(made) <= cp_server.PLACE_COPIES_MAX
+    done = {each.workload_no for each in made if each.replica == 19}
+    assert left == {demand.workload_no for demand in demands} - set(reasons) - done
+
+
+def test_what_fits_nowhere_holds_up_nobody() -> None:
+    """Two customers whose many workloads fit nowhere, and a third with one that fits."""
+    needs = {"memory_bytes": 1 << 40}
+    greedy = [
+        make_demand(workload_no=n, customer_no=n % 2, spec={**needs, "cpu_milli": 100 + n})
+        for n in range(100)
+    ]
+    turns: dict[int, int] = {}
+    seen: collections.Counter[int] = collections.Counter()
+    for number in range(40):
+        late = [make_demand(workload_no=1_000 + number, customer_no=7)]
+        places = [make_place(n) for n in range(100)]
+        demands = cp_server.order_demands([*greedy, *late], turns)
+        made, reasons, left = cp_server.decide_places(demands, places, 1_000)
+        assert [each.workload_no for each in made] == [1_000 + number]
+        assert 90 < len(left) < 100
+        turns = cp_server.plan_turns(demands, left, turns)
+        seen.update(list(reasons))
+    assert set(seen) == set(range(100))  # all had their turn, and in turn
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_a_replica_that_waits_does_not_hold_up_the_others() -> None:
