@@ -449,6 +449,10 @@ HTTP_WAITING_MAX = 512  # connections whose head is not there yet; the oldest ma
 HTTP_LINGER_S = 0.2  # after an answer, for the client to close: a worker does nothing else then
 HTTP_CALLS_S = 20.0  # of one client address for long: with HTTP_LINGER_S each, half the workers
 HTTP_BURST = 48.0  # requests of one address at once; the queue has room for others beside them
+# Of one customer or host at the registry, once its password was right: a layer takes five to push.
+REGISTRY_CALLS_S, REGISTRY_BURST = 200.0, 400.0
+REGISTRY_ROOM = 24  # of its requests under way at once, for others want the queue too
+REGISTRY_KNOWN_MAX = 65_536  # passwords that were right; the one not seen for longest makes room
 HTTP_PLACES = 65_536  # where addresses are counted; two may have one place, none is ever forgotten
 JWT_ISSUER = "openinfra-cp"
 JWT_AUDIENCE = "openinfra-admin-api"
@@ -1466,6 +1470,18 @@ def parse_client(peer: str, head: bytes) -> str:
         return ""
     bits = 64 if address.version == 6 else 32
     return str(ipaddress.ip_network((address, bits), strict=False)).removesuffix("/32")
+
+
+def parse_registry_password(head: bytes) -> str:
+    """The password of a question about the registry; empty for any other request.
+
+    Of a head with two such lines the handler may take the other one, so it has none.
+    """
+    if not re.match(rb"GET %b[? ]" % re.escape(REGISTRY_AUTH.encode()), head):
+        return ""
+    lines = re.split(rb"\n\r?\n", head, maxsplit=1)[0]
+    said = re.findall(rb"(?im)^Authorization:[ \t]*([^\r\n]*)", lines)
+    return parse_basic(said[0].decode("latin-1")) if len(said) == 1 else ""
 
 
 def b64url(data: bytes) -> str:
@@ -9329,16 +9345,26 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             raise Refusal("UNAUTHORIZED", "the registry wants a customer's key", todo)
         names = ("X-Forwarded-Method", "X-Forwarded-Uri", "Content-Type")
         call = parse_registry_call(*(self.headers.get(name, "") for name in names))
+        try:
+            self._check_registry_call(password, call)
+        except Refusal as refusal:
+            if refusal.code == "UNAUTHORIZED":
+                self.server.known.remove(password)
+            raise
+        return 200, {}
+
+    def _check_registry_call(self, password: str, call: RegistryCall) -> None:
         if re.fullmatch("[0-9a-f]{64}", password):
             db = self.server.cp.customer_db
             self.server.call(check_pull(db, bytes.fromhex(password), call))
+            self.server.known.add(password, f"host {sha256(password.encode()).hex()[:16]}")
         else:
             _, customer = self._check_key(password)
+            self.server.known.add(password, f"customer {customer.customer_id}")
             decide_registry(call, customer.namespaces)
             directory = self.server.cp.settings.registry_dir
             if call.is_start and directory:
                 check_room(*read_room(directory))
-        return 200, {}
 
     def _check_token(self, scope: str) -> Actor:
         keys = self.server.cp.jwt_keys()
@@ -9422,13 +9448,15 @@ def render_problem(refusal: Refusal) -> dict[str, Any]:
 def render_registry_problem(refusal: Refusal) -> dict[str, Any]:
     """A refusal as `docker` shows it (OCI distribution specification, error codes)."""
     codes = {"UNAUTHORIZED": "UNAUTHORIZED", "FORBIDDEN": "DENIED", "NOT_FOUND": "NAME_UNKNOWN"}
+    codes |= {"TOO_MANY_REQUESTS": "TOOMANYREQUESTS", "TRY_LATER": "UNAVAILABLE"}
     code = codes.get(refusal.code, "UNSUPPORTED")
     return {"errors": [{"code": code, "message": str(refusal)}]}
 
 
-def render_refused(status: int, refusal: Refusal) -> bytes:
+def render_refused(status: int, refusal: Refusal, is_registry: bool) -> bytes:
     """A whole answer to who shall ask again later."""
-    body = json.dumps(render_problem(refusal)) + "\n"
+    render = render_registry_problem if is_registry else render_problem
+    body = json.dumps(render(refusal)) + "\n"
     return (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
         "Retry-After: 1\r\nCache-Control: no-store\r\n"
@@ -9445,6 +9473,36 @@ class Caller:
     until: float
     head: bytearray = dataclasses.field(default_factory=bytearray)
     is_refused: bool = False
+
+
+class KnownPasswords:
+    """Whose passwords were right at the registry, by their hashes.
+
+    It decides only how often one may ask: each request is looked up in the database all the same.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owners: dict[bytes, str] = {}  # what was seen last comes last
+
+    def add(self, password: str, owner: str) -> None:
+        """This one is right."""
+        key = sha256(password.encode())
+        with self._lock:
+            self._owners.pop(key, None)
+            self._owners[key] = owner
+            if len(self._owners) > REGISTRY_KNOWN_MAX:
+                del self._owners[next(iter(self._owners))]
+
+    def remove(self, password: str) -> None:
+        """This one is wrong, or not right any more."""
+        with self._lock:
+            self._owners.pop(sha256(password.encode()), None)
+
+    def find(self, password: str) -> str:
+        """Whose it is; empty when that is not known."""
+        with self._lock:
+            return self._owners.get(sha256(password.encode()), "") if password else ""
 
 
 class HttpServer(http.server.HTTPServer):
@@ -9465,6 +9523,8 @@ class HttpServer(http.server.HTTPServer):
         self._open: set[socket.socket] = set()
         self._callers: dict[socket.socket, Caller] = {}  # in the order of `until`
         self._due = [0.0] * HTTP_PLACES  # by the hash of a client
+        self.known = KnownPasswords()
+        self._owner_of: dict[socket.socket, str] = {}  # of requests of the registry under way
         self._tell_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._stop, self._stopped = threading.Event(), threading.Event()
@@ -9556,32 +9616,40 @@ class HttpServer(http.server.HTTPServer):
             return
         now, head = time.monotonic(), bytes(caller.head)
         self._forget(request)
+        owner = self.known.find(parse_registry_password(head))
         try:
-            self._admit(parse_client(caller.address[0], head), now)
+            self._admit(owner or parse_client(caller.address[0], head), bool(owner), now)
         except Refusal as refusal:
             status = REFUSALS[refusal.code][1]
             self.cp.metrics.add("openinfra_http_requests_total", status=str(status))
             with contextlib.suppress(OSError):
-                request.send(render_refused(status, refusal))
+                is_registry = head.startswith(b"GET " + REGISTRY_AUTH.encode())
+                request.send(render_refused(status, refusal, is_registry))
                 request.shutdown(socket.SHUT_WR)
             self._wait_for(request, Caller(None, now + HTTP_DEADLINE_S, is_refused=True))
             return
         self.heads[request] = head, now + (HTTP_DEADLINE_S if is_whole else 1)
         request.settimeout(HTTP_DEADLINE_S)
         self._open.add(request)
+        if owner:
+            self._owner_of[request] = owner
         self._workers.submit(self._work, request, caller.address)
 
-    def _admit(self, client: str, now: float) -> None:
+    def _admit(self, client: str, is_known: bool, now: float) -> None:
         """Take a place in the queue; raises Refusal for who asks too often, or when it is full."""
+        if is_known and list(self._owner_of.values()).count(client) >= REGISTRY_ROOM:
+            raise Refusal("TRY_LATER", "too many requests at once", "try again in a moment")
+        limits = (REGISTRY_CALLS_S, REGISTRY_BURST) if is_known else (HTTP_CALLS_S, HTTP_BURST)
         if client:
             place = hash(client) % HTTP_PLACES  # by a secret of this process
             due = self._due[place]
-            wait_s, self._due[place] = decide_hold(due, now, HTTP_CALLS_S, HTTP_BURST, 0.0)
+            wait_s, self._due[place] = decide_hold(due, now, *limits, 0.0)
             if wait_s > 0:
                 if now >= self._tell_at:
                     self._tell_at = now + LOG_AGAIN_S
                     log("WARN", "address refused: it asks too often", client=client)
-                what = "too many requests from this address"
+                caller = "key" if is_known else "address"
+                what = f"too many requests from this {caller}"
                 raise Refusal("TOO_MANY_REQUESTS", what, "ask less often")
         if not self._room.acquire(blocking=False):
             raise Refusal("TRY_LATER", "too many requests at once", "try again in a moment")
@@ -9599,6 +9667,7 @@ class HttpServer(http.server.HTTPServer):
             pass  # the client went away
         finally:
             self.heads.pop(request, None)
+            self._owner_of.pop(request, None)
             self._open.discard(request)
             self.close_request(request)
             self._room.release()

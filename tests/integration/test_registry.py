@@ -7,19 +7,26 @@ deployment has.
 from __future__ import annotations
 
 import base64
+import collections
+import concurrent.futures
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
+import socket
 import ssl
 import subprocess
+import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cp_server
 from tests.engine import Engine, make_layer, sha256
 from tests.harness import (
     WALLET,
@@ -33,6 +40,7 @@ from tests.harness import (
     start_caddy,
 )
 from tests.integration.test_customers import add, mint
+from tests.integration.test_http_edge import read_metrics
 from tests.integration.test_workloads import Tenant
 from tests.readme import block
 
@@ -293,3 +301,146 @@ def test_docker_says_why(registry: Registry) -> None:
     done = registry.docker("push", name)
     assert done.returncode != 0
     assert f"the namespace {theirs.namespace} is not yours".encode() in done.stderr
+
+
+AWAY = "203.0.113.9"
+# What asks Caddy comes from there: this machine itself is not counted.
+AWAY_NFT = f"""
+table ip away {{
+  chain source {{
+    type nat hook postrouting priority 100;
+    ip daddr {HOST} tcp dport 443 snat to {AWAY}
+  }}
+}}
+"""
+
+
+@pytest.fixture
+def from_away(registry: Registry) -> Iterator[None]:
+    """All who ask the registry have an address, and it is the same one."""
+    nft = ["nft", "-f", "-"]
+    with inside(registry.engine.netns):
+        subprocess.run(["ip", "addr", "add", f"{AWAY}/32", "dev", "lo"], check=True)
+        subprocess.run(nft, input=AWAY_NFT.encode(), check=True)
+    yield
+    with inside(registry.engine.netns):
+        subprocess.run(nft, input=b"delete table ip away", check=True)
+        subprocess.run(["ip", "addr", "del", f"{AWAY}/32", "dev", "lo"], check=True)
+
+
+def make_image(tag: str, count: int) -> bytes:
+    """An image of so many small layers, as `docker load` takes it."""
+    layers = {}
+    for number in range(count):
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo(f"{number}"))
+        layers[f"{number}.tar"] = made.getvalue()
+    ids = [sha256(raw) for raw in layers.values()]
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": ids},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": list(layers)}]
+    files = {"config.json": json.dumps(config).encode(), **layers}
+    files["manifest.json"] = json.dumps(manifest).encode()
+    image = io.BytesIO()
+    with tarfile.open(fileobj=image, mode="w") as tar:
+        for name, raw in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(raw)
+            tar.addfile(entry, io.BytesIO(raw))
+    return image.getvalue()
+
+
+def count_refused(registry: Registry) -> float:
+    return read_metrics(registry.cp).get('openinfra_http_requests_total{status="429"}', 0.0)
+
+
+@pytest.mark.usefixtures("from_away")
+def test_an_image_of_many_layers_meets_no_limit(registry: Registry) -> None:
+    """Five requests a layer, and far more of them than one address may make elsewhere."""
+    tenant = Tenant(registry.cp)
+    tag = f"{HOST}/{tenant.namespace}/many:1"
+    assert registry.docker("load", stdin=make_image(tag, 60)).returncode == 0
+    key = tenant.key.encode()
+    before = count_refused(registry)
+    done = registry.docker("login", HOST, "--username=me", "--password-stdin", stdin=key)
+    assert done.returncode == 0, done.stderr
+    done = registry.docker("push", tag)
+    assert done.returncode == 0, done.stderr
+    assert registry.docker("image", "rm", tag).returncode == 0
+    done = registry.docker("pull", tag)
+    assert done.returncode == 0, done.stderr
+    assert count_refused(registry) == before
+
+
+@pytest.mark.usefixtures("from_away")
+def test_who_guesses_keys_is_as_slow_as_ever(registry: Registry) -> None:
+    """Whoever has a right key too: only that one is asked for more often."""
+    tenant = Tenant(registry.cp)
+    assert registry.ask("GET", "/v2/", tenant.key)[0] == 200
+    wrong = tenant.key[:-1] + ("A" if tenant.key[-1] != "A" else "B")
+    began = time.monotonic()
+    statuses = ask_at_once(registry, wrong, 300)
+    looked = cp_server.HTTP_BURST + cp_server.HTTP_CALLS_S * (time.monotonic() - began) + 1
+    assert statuses[401] <= looked
+    assert statuses[429] >= 300 - looked
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # one after the other is slower
+        flood = pool.submit(ask_at_once, registry, wrong, 1_000)
+        answers = (registry.ask("GET", "/v2/", wrong) for _ in range(100))
+        status, headers, told = next(answer for answer in answers if answer[0] != 401)
+        assert flood.result()[429] > 100
+    assert (status, headers["Retry-After"]) == (429, "1")
+    what = "too many requests from this address; ask less often"
+    assert told == {"errors": [{"code": "TOOMANYREQUESTS", "message": what}]}
+    assert registry.ask("GET", "/v2/", tenant.key)[0] == 200
+    # A key that is right no more is one of these.
+    key_id = tenant.key.split("_")[1]
+    assert registry.cp.command("revoke-key", key_id).returncode == 0
+    assert registry.ask("GET", "/v2/", tenant.key)[0] == 401
+    assert ask_at_once(registry, tenant.key, 300)[429] > 100
+
+
+@pytest.mark.usefixtures("from_away")
+def test_a_right_key_has_its_limit_too(registry: Registry) -> None:
+    """What is asked at once has one as well, so that others find room in the queue."""
+    tenant, other = Tenant(registry.cp), Tenant(registry.cp)
+    for each in (tenant, other):
+        assert registry.ask("GET", "/v2/", each.key)[0] == 200
+    socks = [send_question(registry, tenant.key) for _ in range(60)]
+    assert registry.ask("GET", "/v2/", other.key)[0] == 200
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:  # who does not close is waited for
+        statuses = collections.Counter(pool.map(read_status, socks))
+    assert statuses.keys() == {200, 503}
+    assert cp_server.REGISTRY_ROOM <= statuses[200] < 60
+    statuses = ask_at_once(registry, tenant.key, 1_500)
+    assert statuses[200] >= cp_server.REGISTRY_BURST - 60
+    assert statuses.keys() <= {200, 429, 503}
+    assert registry.ask("GET", "/v2/", other.key)[0] == 200
+
+
+def send_question(registry: Registry, key: str) -> socket.socket:
+    """Ask as Caddy does."""
+    word = base64.b64encode(f"any:{key}".encode()).decode()
+    lines = [f"GET {cp_server.REGISTRY_AUTH} HTTP/1.1", "Host: cp", f"Authorization: Basic {word}"]
+    lines += [f"X-Forwarded-For: {AWAY}", "X-Forwarded-Method: GET", "X-Forwarded-Uri: /v2/"]
+    with inside(registry.engine.netns):
+        sock = socket.create_connection((HOST, registry.cp.http_port), 10)
+    sock.sendall("\r\n".join([*lines, "", ""]).encode())
+    return sock
+
+
+def read_status(sock: socket.socket) -> int:
+    with sock:
+        answer = b"".join(iter(lambda: sock.recv(65_536), b""))
+    return int(answer[9:12])
+
+
+def ask_at_once(registry: Registry, key: str, count: int) -> collections.Counter[int]:
+    """Questions, sixteen at a time: how often each status came."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        asked = pool.map(lambda _: read_status(send_question(registry, key)), range(count))
+        return collections.Counter(asked)

@@ -1111,11 +1111,57 @@ def test_an_invite_for_a_key_is_not_for_a_host_without_one() -> None:
         cp_server.check_invite(invite, make_registration(wg_pubkey=None))
 
 
+QUESTION = f"GET {cp_server.REGISTRY_AUTH}?a=b HTTP/1.1\r\n".encode()
+RIGHT, GUESS = (base64.b64encode(word) for word in (b"me:right", b"me:guess"))
+
+
+@pytest.mark.parametrize(
+    ("head", "password"),
+    [
+        (QUESTION + b"Authorization: Basic " + RIGHT, "right"),
+        (QUESTION.replace(b"?a=b", b"") + b"X: y\r\nauthorization:basic " + RIGHT, "right"),
+        (QUESTION.replace(b"GET", b"POST") + b"Authorization: Basic " + RIGHT, ""),
+        (QUESTION.replace(b"?", b"x?") + b"Authorization: Basic " + RIGHT, ""),
+        (b"GET /healthz HTTP/1.1\r\nAuthorization: Basic " + RIGHT, ""),
+        (QUESTION + b"X: y", ""),
+        (QUESTION + b"\r\nAuthorization: Basic " + RIGHT, ""),
+        (QUESTION + b"Authorization: Bearer " + RIGHT, ""),
+        # The handler could look at the other one; one with a space in its name it does not know.
+        (QUESTION + b"Authorization: Basic %b\r\nAuthorization: Basic %b" % (RIGHT, GUESS), ""),
+        (
+            QUESTION + b"Authorization: Basic %b\r\nAuthorization : Basic %b" % (GUESS, RIGHT),
+            "guess",
+        ),
+    ],
+)
+def test_whose_question_about_the_registry_it_is(head: bytes, password: str) -> None:
+    assert cp_server.parse_registry_password(head + b"\r\n\r\n") == password
+
+
+def test_the_passwords_that_were_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp_server, "REGISTRY_KNOWN_MAX", 2)
+    known = cp_server.KnownPasswords()
+    known.add("a", "customer 1")
+    known.add("b", "customer 2")
+    known.add("a", "customer 1")
+    known.add("c", "customer 3")
+    assert [known.find(word) for word in ("a", "b", "c", "")] == [
+        "customer 1",
+        "",
+        "customer 3",
+        "",
+    ]
+    known.remove("a")
+    known.remove("x")
+    assert known.find("a") == ""
+
+
 PEER = (cp_server.PEER_CALLS_S, cp_server.PEER_BURST, cp_server.PEER_HOLD_S)
 HTTP = (cp_server.HTTP_CALLS_S, cp_server.HTTP_BURST, 0.0)
+REGISTRY = (cp_server.REGISTRY_CALLS_S, cp_server.REGISTRY_BURST, 0.0)
 
 
-@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP])
+@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP, REGISTRY])
 def test_an_address_that_calls_too_often_is_held_back(
     calls_s: float, burst: float, hold_s: float
 ) -> None:
@@ -1135,7 +1181,7 @@ def test_an_address_that_calls_too_often_is_held_back(
     assert cp_server.decide_hold(due, 1000.0 + back_s, calls_s, burst, hold_s)[0] == 0.0
 
 
-@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP])
+@pytest.mark.parametrize(("calls_s", "burst", "hold_s"), [PEER, HTTP, REGISTRY])
 @pytest.mark.parametrize("per_s", [1, 19, 21, 1000])
 def test_an_address_has_its_calls_a_second_and_no_more(
     calls_s: float, burst: float, hold_s: float, per_s: int
