@@ -283,6 +283,12 @@ def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
         wait_for("all run", is_whole, timeout_s)
     except AssertionError as error:
         rows = cp.query(
-            "SELECT state, reason, count(*) FROM assignments WHERE ended_at IS NULL GROUP BY 1, 2"
+            "SELECT assignment_id::text, state, reason, stop_at::text FROM assignments"
+            " WHERE ended_at IS NULL"
         )
-        raise AssertionError(f"{error}: {rows}") from None
+        alive = list_alive()
+        told = {row["assignment_id"] for row in rows if row["state"] == "running"}
+        there = {name for home in homes for name in home.look(alive)}
+        odd = [row for row in rows if row["state"] != "running" or row["stop_at"]]
+        said = f"no process: {told - there}; no right: {there - told}; {odd}; {cp.query(sql)}"
+        raise AssertionError(f"{error}: {said}") from None
