@@ -894,6 +894,8 @@ class Workloads:
     told: dict[tuple[str, str], tuple[int, int, int, int]] = field(default_factory=dict)
     told_s: dict[tuple[str, str], float] = field(default_factory=dict)
     parting: list[tuple[str, str, Reading]] = field(default_factory=list)
+    # When a container was started, until it was read after that.
+    begun_s: dict[str, float] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     metered_s: float = 0.0
     is_usage_warned: bool = False
@@ -3960,8 +3962,16 @@ async def meter(agent: Agent) -> None:
     counts = dict(workloads.counts)  # as a heartbeat may have left it meanwhile
     for name, assignment_id, reading in sorted(parting, key=lambda each: each[2].at_s):
         fresh = Count(assignment_id, agent.boot_id, name)
-        counts[fresh.key] = add_reading(counts.get(fresh.key, fresh), reading)
+        count = counts.get(fresh.key, fresh)
+        if reading.at_s >= workloads.begun_s.get(name, math.inf):  # the engine begins at 0 again
+            count = replace(count, last=fresh.last)
+            del workloads.begun_s[name]
+        counts[fresh.key] = add_reading(count, reading)
     live = {(agent.boot_id, each.id) for each in workloads.containers}
+    begun_s = workloads.begun_s
+    workloads.begun_s = {
+        one.id: begun_s[one.id] for one in workloads.containers if one.id in begun_s
+    }
     nothing = (0, 0, 0, 0)
     for key, count in [*counts.items()]:
         if key not in live and workloads.told.get(key, nothing) == count.sums:
@@ -4124,6 +4134,7 @@ def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> 
         return
     if step.verb is Verb.START:
         was_ended = workloads.ends.pop(step.container_id, None) is not None
+        workloads.begun_s[step.container_id] = now_s
         past = replace(past, started_s=now_s, ended_s=None, is_stopped=False)
         past = replace(past, restarts=past.restarts + was_ended)
     if error is not None:

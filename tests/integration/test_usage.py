@@ -35,6 +35,7 @@ def fleet(
     make_agent: Callable[..., Agent],
     engine: Engine,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Fleet]:
     engine.clear()
     scripts = tmp_path / "scripts"
@@ -42,7 +43,8 @@ def fleet(
     (scripts / "proto").symlink_to(ROOT / "proto")
     text = (ROOT / "agent.py").read_text()
     assert text.count("\nMETER_S = 60.0\n") == 1
-    (scripts / "agent.py").write_text(text.replace("\nMETER_S = 60.0\n", "\nMETER_S = 1.0\n"))
+    period = f"\nMETER_S = {getattr(request, 'param', 1.0)}\n"
+    (scripts / "agent.py").write_text(text.replace("\nMETER_S = 60.0\n", period))
     cp = make_cp(f"--registry={REGISTRY}", "--heartbeat-s=1")
     token = cp.mint(payout_pubkey=WALLET)
     agent = make_agent(f"127.0.0.1:{cp.grpc_port}", token, scripts=scripts)
@@ -183,3 +185,21 @@ def test_a_container_of_before_a_reboot_is_counted_anew(fleet: Fleet) -> None:
         return {each["boot_id"] for each in usage_file(fleet)} == {now["boot_id"]} or None
 
     wait_for("the old count is over", probe, 30)
+
+
+@pytest.mark.parametrize("fleet", [8.0], indirect=True)
+def test_a_container_that_was_started_again_may_have_used_more(fleet: Fleet) -> None:
+    """Between two readings: its counters began at 0, and are beyond those of its first run."""
+    made = fleet.post(command=["/bin/sh", "-c", PAGE], ports=[8080])
+    fleet.tenant.wait(made, "running")
+    wait_for("it answers", lambda: _answers(fleet, made) or None, 30)
+    fetch(fleet, made, 2)
+    (row,) = wait_sent(fleet, 200_000)
+    sent = row["tx_bytes"]
+    (one,) = fleet.engine.containers().values()
+    assert fleet.engine.call("POST", f"/containers/{one['Id']}/kill")[0] == 204
+    wait_for("its end", lambda: not _answers(fleet, made) or None, 5)
+    wait_for("it answers again", lambda: _answers(fleet, made) or None, 20)
+    fetch(fleet, made, 5)
+    (row,) = wait_sent(fleet, sent + 500_000)
+    assert row["tx_bytes"] < sent + 800_000
