@@ -5,8 +5,10 @@ The control plane and the agent are on loopback; engine and registry in a namesp
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
+import re
 import signal
 import subprocess
 import time
@@ -17,8 +19,9 @@ from typing import Any
 import pytest
 
 from tests.engine import REGISTRY, Engine
-from tests.harness import WALLET, Agent, ControlPlane, inside, wait_for
+from tests.harness import ROOT, WALLET, Agent, ControlPlane, inside, wait_for
 from tests.integration.test_http_api import check_shape
+from tests.integration.test_http_edge import read_metrics
 from tests.integration.test_workloads import Tenant
 from tests.readme import block
 
@@ -316,3 +319,84 @@ def test_the_engine_refuses_nothing_that_cp_and_agent_agree_on(fleet: Fleet) -> 
     assert (host["Privileged"], host["CapAdd"], host["Binds"]) == (False, None, None)
     assert json.dumps(host["PortBindings"]).count('"127.0.0.1"') == 3
     assert Path("/proc", str(found["State"]["Pid"])).exists()
+
+
+BEAT_S = 6
+
+
+def lose_nudges(directory: Path) -> Path:
+    """The scripts, with a control plane whose nudges reach nobody."""
+    directory.mkdir()
+    for name in ("agent.py", "proto", "systemd"):
+        (directory / name).symlink_to(ROOT / name)
+    text, count = re.subn(
+        r"(?m)^NUDGE_AFTER_S = \(.*?\)", "NUDGE_AFTER_S = ()", (ROOT / "cp_server.py").read_text()
+    )
+    assert count == 1
+    (directory / "cp_server.py").write_text(text)
+    return directory
+
+
+@pytest.fixture
+def deaf_fleet(
+    tmp_path: Path,
+    make_cp: Callable[..., ControlPlane],
+    make_agent: Callable[..., Agent],
+    engine: Engine,
+) -> Iterator[Fleet]:
+    engine.clear()
+    scripts = lose_nudges(tmp_path / "scripts")
+    cp = make_cp(f"--registry={REGISTRY}", f"--heartbeat-s={BEAT_S}", scripts=scripts)
+    agent = make_agent(f"127.0.0.1:{cp.grpc_port}", cp.mint(payout_pubkey=WALLET))
+    (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
+    made = Fleet(cp, agent, engine)
+    made.start_agent()
+    cp.wait_assignable()
+    yield made
+    cp.check_invariants()
+
+
+def test_without_a_nudge_the_next_heartbeat_brings_the_list(deaf_fleet: Fleet) -> None:
+    """A new and a deleted copy reach the host within one interval, with its jitter of 10 %."""
+    lease = deaf_fleet.agent.directory / "lease.json"
+
+    def time_until(assignment_id: str, is_there: bool) -> float:
+        began_s = time.monotonic()
+        wait_for(
+            f"{assignment_id} in the list: {is_there}",
+            lambda: (lease.exists() and assignment_id in lease.read_text()) == is_there or None,
+            3 * BEAT_S,
+        )
+        return time.monotonic() - began_s
+
+    def list_copies(workload: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(deaf_fleet.tenant.get(workload)["assignments"])
+
+    def wait_for_beat() -> None:
+        """Until a heartbeat was just accepted: the next is a whole interval away."""
+        before = deaf_fleet.cp.hosts()[0]["last_heartbeat_at"]
+        wait_for(
+            "a heartbeat",
+            lambda: deaf_fleet.cp.hosts()[0]["last_heartbeat_at"] != before or None,
+            3 * BEAT_S,
+        )
+
+    new_s, gone_s = [], []
+    for number in range(2):
+        wait_for_beat()
+        ordered_s = time.monotonic()
+        workload = deaf_fleet.post(name=f"web{number}")
+        copy = wait_for("a place", functools.partial(list_copies, workload))[0]
+        time_until(copy["assignment_id"], True)
+        new_s.append(time.monotonic() - ordered_s)
+        deaf_fleet.tenant.wait(workload, "running")
+        wait_for_beat()
+        deaf_fleet.tenant.call("DELETE", f"/{workload['workload_id']}")
+        gone_s.append(time_until(copy["assignment_id"], False))
+        deaf_fleet.tenant.wait(workload, "deleted")
+    print(f"without nudges: new after {new_s} s, gone after {gone_s} s")
+    for took in (new_s, gone_s):
+        assert max(took) < 1.1 * BEAT_S + 1
+        assert max(took) > 2  # no nudge came
+    nudges = read_metrics(deaf_fleet.cp)["openinfra_nudges_total"]
+    assert nudges >= 4  # not for want of trying
