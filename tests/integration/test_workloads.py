@@ -739,3 +739,20 @@ def test_a_round_that_is_cut_goes_on_in_the_next(postgres: Postgres, tmp_path: P
             turns = done.turns
 
     asyncio.run(cp_server.with_database(cp.dsn_file, work))
+
+
+def test_cut_rounds_follow_at_once(make_cp: Callable[..., ControlPlane]) -> None:
+    """Three rounds' work does not wait for the placer's next look by the clock, or two."""
+    cp = make_cp(f"--registry={REGISTRY}", start=False)
+    fill(cp, 30, 30)
+    total = 3 * cp_server.PLACE_COPIES_MAX
+    cp.postgres.execute(cp.database, MANY_SQL.format(spec=json.dumps(SPEC), count=total // 20))
+    cp.start()
+
+    def count() -> int:
+        return int(cp.query("SELECT count(*) AS n FROM assignments")[0]["n"])
+
+    wait_for("the first round", count, 20)
+    began = time.monotonic()
+    wait_for("the last one", lambda: count() == total or None, 20)
+    assert time.monotonic() - began < 2 * cp_server.PLACE_S - 2
