@@ -622,6 +622,8 @@ class Snapshot:
     firewall: str
     # Units of ours that failed, also those that systemd tries again.
     failed_units: tuple[str, ...]
+    # The version of the engine's runc; empty when it is not known.
+    runc: str
     # The running agent's own words; None when none answers.
     status: Mapping[str, Any] | None
     # Why the control plane ended the agent, if it did: reason, what, todo.
@@ -2542,6 +2544,10 @@ def list_host_rows(seen: Snapshot) -> Iterator[tuple[str, str, str]]:
     if seen.refused is not None and seen.status is None:
         said = f"{seen.refused['what']}; {seen.refused['todo']}"
         yield "ERROR", f"The control plane ended the agent: {said}.", start
+    if seen.runc:
+        said = f"Workloads are run by runc {seen.runc}: below 1.2.8 they can break out of one"
+        said += " that the distribution did not mend (CVE-2025-31133)."
+        yield "INFO", said, "apt-cache policy runc"
     for unit in seen.failed_units:
         yield "ERROR", f"{unit} failed.", f"journalctl -n 50 -u {unit}"
 
@@ -3366,6 +3372,15 @@ class Engine:
         answer = self.read_object("/version", timeout_s)
         self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
+
+    def read_runc(self) -> str:
+        """The version of runc, which is what a workload would break out of; empty: not known."""
+        try:
+            parts = self.read_object("/version", ENGINE_VERSION_TIMEOUT_S).get("Components")
+            found = [str(part["Version"]) for part in parts or () if part["Name"] == "runc"]
+        except (EngineError, TypeError, KeyError):
+            return ""
+        return parse_hostname(found[0])[:NAMED_MAX] if found else ""
 
     def read_image(self, image: str) -> object:
         """The Config of an image that is here; EngineError 404 when it is not."""
@@ -4456,6 +4471,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         handshake_age_s=handshake_age_s,
         firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
         failed_units=() if is_here else read_failed_units(),
+        runc=Engine(config.engine_socket).read_runc(),
         status=status,
         refused=read_refused(data_dir),
         pause=read_pause(data_dir),

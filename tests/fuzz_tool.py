@@ -268,7 +268,10 @@ def desired(data: bytes) -> None:
         check_plain(why)
     for wish in wishes:
         host = agent.render_container(wish, "10.77.16.5", secrets)["HostConfig"]
-        assert host.keys() & {"Binds", "Devices", "Privileged", "VolumesFrom", "CapAdd"} == set()
+        assert not host.keys() & {"Binds", "Devices", "Privileged", "VolumesFrom", "CapAdd"}
+        assert not host.keys() & {"PidMode", "UTSMode", "UsernsMode"}
+        assert (host["IpcMode"], host["CgroupnsMode"]) == ("private", "private")
+        assert re.fullmatch(r"o[ix]-[0-9a-f]{11}", host["NetworkMode"])
         mounts = host.get("Mounts", [])
         assert len(mounts) == wish.has_secrets
         for mount in mounts:
