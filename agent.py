@@ -3713,11 +3713,14 @@ async def beat(agent: Agent) -> None:
     pause = agent.pause
     agent.wake.clear()
     facts = read_facts(agent)
+    # Until an answer comes nobody knows which of both the control plane has.
     if facts != agent.acknowledged_facts:
         request.facts.CopyFrom(facts)
+        agent.acknowledged_facts = None
     observed = render_observed(workloads, facts.unready) if workloads.looks else None
     if observed is not None and observed != workloads.acknowledged:
         request.observed.CopyFrom(observed)
+        workloads.acknowledged = None
     usage = await pop_usage(agent, BEAT_MAX_BYTES - request.ByteSize())
     request.usage.extend(render_counter(each) for each in usage)
     request.logs.extend(pop_logs(workloads, BEAT_MAX_BYTES - request.ByteSize()))

@@ -59,6 +59,7 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         self.log_requests: dict[int, pb.LogRequest] = {}
         self.logs: list[pb.LogAnswer] = []
         self.losses = 0  # heartbeats with logs that will get lost
+        self.is_losing = False  # every answer gets lost
         self.earnings: dict[int, pb.EarningsReply] = {}  # by cursor
         self.asked: list[tuple[str, int]] = []
         self.beats: list[tuple[float, pb.HeartbeatRequest]] = []
@@ -111,8 +112,8 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         reply = pb.HeartbeatReply(
             next_heartbeat_ms=self.next_ms, standing=standing, lease_s=self.lease_s
         )
-        if request.logs and self.losses:
-            self.losses -= 1
+        if self.is_losing or (request.logs and self.losses):
+            self.losses -= bool(request.logs)
             context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
         for answer in request.logs:
             self.log_requests.pop(answer.request_id, None)
@@ -1193,6 +1194,20 @@ def test_a_host_that_can_run_nothing_for_long_gives_it_back(
     assert world.engine.containers() == {}
     assert guard(False).returncode == 0
     subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
+
+
+def test_what_is_as_before_a_lost_answer_is_said_again(world: World) -> None:
+    made = world.run(LOOP)
+    path = f"/containers/oi-{made.assignment_id}"
+    wait_for("it is known", lambda: not world.agent.status()["last_error"])
+    world.plane.is_losing = True
+    assert world.engine.call("POST", f"{path}/pause")[0] == 204
+    world.plane.wait_state(made, "WAITING", 30)
+    assert world.engine.call("POST", f"{path}/unpause")[0] == 204
+    seen = len(world.plane.beats)
+    wait_for("it is seen to run", lambda: len(world.plane.beats) > seen + 1, 60)
+    world.plane.is_losing = False
+    world.plane.wait_state(made, "RUNNING", 60)
 
 
 def test_workloads_end_before_their_lease_does(world: World) -> None:
