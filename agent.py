@@ -281,7 +281,7 @@ ENGINE_LABEL = "openinfra.engine=1"
 DISK_HIGH, DISK_LOW = 0.8, 0.7
 TIDY_S, USED_MAX_S = 60.0, 30 * 86_400.0
 ENGINE_TIMEOUT_S = 30.0
-ENGINE_VERSION_TIMEOUT_S = 2.0
+ENGINE_VERSION_TIMEOUT_S = 10.0  # it starts three programs to tell theirs
 ENGINE_VERSION_AGE_S = 10.0
 # Pulls at once, other work, reads of logs, and threads in all: stops never wait for the others.
 PULLS_MAX = 4
@@ -3912,7 +3912,10 @@ async def in_thread(workloads: Workloads, function: Callable[..., Reply], *args:
 
 
 async def ask_version(workloads: Workloads) -> None:
-    """Keep the engine's version, at most ten seconds old."""
+    """Keep the engine's version: that of ten seconds ago at most, or the last one that it told.
+
+    Until it told one no work comes here, so that this is an error, also when it answers else.
+    """
     now_s = read_boot_s()
     if now_s < workloads.engine_asked_s + ENGINE_VERSION_AGE_S:
         return
@@ -3921,7 +3924,7 @@ async def ask_version(workloads: Workloads) -> None:
         workloads.engine_version = await in_thread(workloads, workloads.engine.read_version)
         workloads.engine_error = ""
     except EngineError as error:
-        workloads.engine_version, workloads.engine_error = "", str(error)
+        workloads.engine_error = str(error)
 
 
 async def look(workloads: Workloads) -> None:
@@ -4896,7 +4899,8 @@ async def tend(agent: Agent) -> NoReturn:
         await ask_version(workloads)
         try:
             await look(workloads)
-            workloads.engine_error = ""
+            if workloads.engine_version:
+                workloads.engine_error = ""
         except EngineError as error:
             workloads.engine_error = str(error)
         note_lost(workloads)

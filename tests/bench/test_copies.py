@@ -16,7 +16,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -55,15 +55,19 @@ def shorten_lease(directory: Path) -> Path:
     return directory
 
 
-def list_alive() -> set[str]:
-    """Ids of the containers that have a process, whatever their engines know of it."""
-    found = set()
+def list_alive() -> dict[str, str]:
+    """The containers that have a process, whatever their engines know of it, and what that is.
+
+    Not `runc init`: a start that was cut off before the workload's own program began, and for good.
+    """
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cgroup"):
         with contextlib.suppress(OSError):
             match = re.search("/([0-9a-f]{64})$", path.read_text(), re.MULTILINE)
             state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
-            if match and state not in ("Z", "X"):
-                found.add(match[1])
+            words = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ")
+            if match and state not in ("Z", "X") and words != b"runc init ":
+                found[match[1]] = f"{path.parent.name} {state} {words.decode()[:60]}"
     return found
 
 
@@ -88,14 +92,14 @@ class Home:
         while not self.ending.wait(2):
             agent_script.ensure_ended(engine, self.agent.lease_file)
 
-    def look(self, alive: set[str]) -> list[str]:
+    def look(self, alive: Mapping[str, str]) -> list[str]:
         """Whose containers of these are this engine's, by its files, which need no engine."""
         files = self.engine.directory / "root" / "100000.100000" / "containers"
-        for each in alive - self.names.keys():
+        for each in alive.keys() - self.names.keys():
             with contextlib.suppress(OSError, ValueError):
                 config = json.loads((files / each / "config.v2.json").read_text())["Config"]
                 self.names[each] = config["Labels"]["openinfra.assignment"]
-        return [self.names[each] for each in alive & self.names.keys()]
+        return [self.names[each] for each in alive.keys() & self.names.keys()]
 
     def kill_agent(self, away_s: float) -> None:
         self.agent.process.stop(signal.SIGKILL)
@@ -289,6 +293,8 @@ def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
         alive = list_alive()
         told = {row["assignment_id"] for row in rows if row["state"] == "running"}
         there = {name for home in homes for name in home.look(alive)}
+        of = {h.names[each]: what for h in homes for each, what in alive.items() if each in h.names}
+        strays = {name: of[name] for name in there - told}
         odd = [row for row in rows if row["state"] != "running" or row["stop_at"]]
-        said = f"no process: {told - there}; no right: {there - told}; {odd}; {cp.query(sql)}"
+        said = f"no process: {told - there}; no right: {strays}; {odd}; {cp.query(sql)}"
         raise AssertionError(f"{error}: {said}") from None

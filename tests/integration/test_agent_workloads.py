@@ -1549,3 +1549,35 @@ def test_the_bridge_of_the_providers_own_docker_stays() -> None:
             assert subprocess.check_output([*ip, "-json", "link", "show", "docker0"]) == before
         finally:
             engine.close()
+
+
+def test_an_engine_that_is_slow_to_tell_its_version_keeps_the_one_it_told(tmp_path: Path) -> None:
+    """A busy machine takes its time for that: it is not without an engine."""
+    path = tmp_path / "engine.sock"
+    answers = [(500, {"message": "no"}), (200, {"Version": "20.10.24"}), (500, {"message": "no"})]
+
+    def serve() -> None:
+        for status, body in answers:
+            with server.accept()[0] as client:
+                client.recv(65_536)
+                raw = json.dumps(body)
+                head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(raw)}\r\n\r\n"
+                client.sendall((head + raw).encode())
+
+    async def ask() -> list[tuple[str, str]]:
+        workloads, said = make_workloads(path), []
+        for _ in answers:
+            workloads.engine_asked_s = -100.0
+            workloads.engine_error = ""
+            await agent_script.ask_version(workloads)
+            said.append((workloads.engine_version, workloads.engine_error))
+        workloads.threads.shutdown()
+        return said
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert asyncio.run(ask()) == [("", "no"), ("20.10.24", ""), ("20.10.24", "no")]
+        thread.join()
