@@ -72,7 +72,7 @@ def check_bills(root_dir: Path, log: str) -> int:
     shares = sum(line["share_micros"] for line in statement["lines"])
     assert statement["total_micros"] == shares
     assert 0 <= invoice["total_micros"] * 0.8 - shares < len(charges)
-    assert f"{invoice['total_micros'] / 1e6:.6f} EUR" in log
+    assert f"{cp_server.render_money(invoice['total_micros'])} EUR" in log
     assert f"{shares / 1e6:.6f} EUR" in log
     return int(invoice["total_micros"])
 
