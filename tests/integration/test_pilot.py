@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import cp_server
 from tests.harness import ROOT, Process, wait_for
 
 SCRIPT = str(ROOT / "cp_server.py")
@@ -73,7 +74,7 @@ def check_bills(root_dir: Path, log: str) -> int:
     assert statement["total_micros"] == shares
     assert 0 <= invoice["total_micros"] * 0.8 - shares < len(charges)
     assert f"{cp_server.render_money(invoice['total_micros'])} EUR" in log
-    assert f"{shares / 1e6:.6f} EUR" in log
+    assert f"{cp_server.render_money(shares)} EUR" in log
     return int(invoice["total_micros"])
 
 
