@@ -55,7 +55,8 @@ Files (mode)
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
   /run/openinfra-engine/containerd.sock    `guard --strays` has `ctr` ask there
-  /sys/fs/cgroup/openinfra.slice/          `guard`, `pause` without an agent: to cgroup.kill there
+  /sys/fs/cgroup/openinfra.slice/          `guard` ends and freezes workloads there, `pause` without
+                                           an agent ends them; `run` reads whether they are frozen
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
@@ -4537,8 +4538,9 @@ def ensure_frozen(engine: Engine, is_open: bool) -> str:
     At once where the engine is the installed one, else one by one. Gives back what keeps it from
     that; without an engine there is nothing to freeze.
     """
-    if engine.is_installed and freeze_at_once(WORKLOADS_CGROUP, is_open):
-        return ""
+    has_frozen = engine.is_installed and freeze_at_once(WORKLOADS_CGROUP, is_open)
+    if has_frozen and is_open:
+        return ""  # else what another process froze one by one, which could not do this
     if not engine.path.exists():
         return ""
     verb, trouble = "pause" if is_open else "unpause", ""
