@@ -1759,6 +1759,13 @@ def is_final(wish: Wish, past: Past, found: Container) -> bool:
     return wish.restart is Restart.NEVER or (found.exit_code == 0 and not found.error)
 
 
+def is_over(wish: Wish, past: Past, found: Container | None) -> bool:
+    """Tell whether nothing of a workload runs here again."""
+    return (
+        wish.is_done or past.rejected != "" or (found is not None and is_final(wish, past, found))
+    )
+
+
 def decide_right_s(sent_s: float, lease_s: int, before_s: float) -> float:
     """Until when the host may run what is assigned to it: from now on not, when no lease came.
 
@@ -1851,8 +1858,7 @@ def decide_held(
     mine = {each.assignment_id: each for each in found}
     for wish in wishes:
         one, past = mine.get(wish.assignment_id), memory.pasts.get(wish.assignment_id, Past())
-        is_over = wish.is_done or past.rejected or (one and is_final(wish, past, one))
-        if wish.has_secrets and not is_over:
+        if wish.has_secrets and not is_over(wish, past, one):
             held.add(wish.assignment_id)
     return held
 
@@ -1975,8 +1981,7 @@ def list_idle(wishes: Sequence[Wish], found: Sequence[Container], memory: Memory
     mine = {each.assignment_id: each for each in found}
     for wish in wishes:
         one, past = mine.get(wish.assignment_id), memory.pasts.get(wish.assignment_id, Past())
-        is_over = wish.is_done or past.rejected or (one and is_final(wish, past, one))
-        if not is_over and not (one and one.is_running and not one.is_frozen):
+        if not is_over(wish, past, one) and not (one and one.is_running and not one.is_frozen):
             yield wish
 
 
@@ -4186,10 +4191,9 @@ def note_idle(agent: Agent, unready: str) -> None:
     if workloads.unready_s is None or now_s < since_s + GIVE_BACK_S:
         return
     if workloads.engine_error:
-        if workloads.engine.is_installed and is_empty(WORKLOADS_CGROUP):
-            workloads.containers = ()
-        else:
+        if not (workloads.engine.is_installed and is_empty(WORKLOADS_CGROUP)):
             return
+        workloads.containers = ()
     pasts = workloads.memory.pasts
     for wish in list_idle(workloads.wishes or (), workloads.containers, workloads.memory):
         past = pasts.get(wish.assignment_id, Past(wish.sha256))
@@ -4575,9 +4579,8 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
                 guard = replace(guard, error=f"workloads are frozen: {trouble}")  # tried again
         guard = replace(guard, error=guard.error or ensure_docker_user())
         # The name server's trouble is the last run's: it takes time, and the firewall needs none.
-        if before:
-            guard = replace(guard, endpoint_error=before.endpoint_error)
-            guard = replace(guard, endpoints=before.endpoints)
+        old = before or guard
+        guard = replace(guard, endpoint_error=old.endpoint_error, endpoints=old.endpoints)
         save_guard(guard_file, guard)
     return guard
 
@@ -4907,9 +4910,10 @@ async def tend(agent: Agent) -> NoReturn:
             workloads.engine_error = str(error)
         note_lost(workloads)
         note_pause(agent)
-        note_idle(agent, read_unready(agent)[0])
+        unready = read_unready(agent)[0]
+        note_idle(agent, unready)
         if not workloads.engine_error:
-            begin_steps(workloads, read_unready(agent)[0])
+            begin_steps(workloads, unready)
             await tidy(workloads)
             await meter(agent)
         note_engine(workloads)

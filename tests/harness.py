@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -81,6 +82,19 @@ def free_port() -> int:
             sock.bind(("127.0.0.1", port))
             return port
     raise AssertionError("unreachable")
+
+
+def change_scripts(directory: Path, script: str, **constants: str) -> Path:
+    """The scripts in a directory of their own, one of them with other constants."""
+    directory.mkdir()
+    for name in {"agent.py", "cp_server.py", "proto", "systemd"} - {script}:
+        (directory / name).symlink_to(ROOT / name)
+    text = (ROOT / script).read_text()
+    for name, value in constants.items():
+        text, count = re.subn(rf"(?m)^{name} = .*?(?=  #|$)", f"{name} = {value}", text)
+        assert count == 1, name
+    (directory / script).write_text(text)
+    return directory
 
 
 class Postgres:

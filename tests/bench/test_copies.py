@@ -25,11 +25,11 @@ from tests.bench.conftest import Record
 from tests.engine import REGISTRY, Engine
 from tests.harness import (
     OTHER_WALLET,
-    ROOT,
     WALLET,
     Agent,
     ControlPlane,
     Postgres,
+    change_scripts,
     make_netns,
     read_seed,
     wait_for,
@@ -40,19 +40,6 @@ CHAOS_S = float(os.environ.get("OPENINFRA_CHAOS_S", "600"))
 WORKLOADS = int(os.environ.get("OPENINFRA_CHAOS_WORKLOADS", "100"))
 LEASE_S, GRACE_S = 30, 6  # in place of 600 and 30
 LOOP = ["/bin/sh", "-c", "trap exit TERM; while :; do sleep 1; done"]
-
-
-def shorten_lease(directory: Path) -> Path:
-    """The scripts with a short lease."""
-    directory.mkdir()
-    for name in ("agent.py", "proto", "systemd"):
-        (directory / name).symlink_to(ROOT / name)
-    text = (ROOT / "cp_server.py").read_text()
-    for name, value in (("LEASE_S = 600", LEASE_S), ("LEASE_GRACE_S = 30", GRACE_S)):
-        assert f"\n{name}  #" in text
-        text = text.replace(f"\n{name}  #", f"\n{name.partition(' ')[0]} = {value}  #")
-    (directory / "cp_server.py").write_text(text)
-    return directory
 
 
 def list_alive() -> dict[str, str]:
@@ -187,7 +174,8 @@ def test_copies(spare_postgres: Postgres, tmp_path: Path, record: Record) -> Non
             engine = Engine(stack.enter_context(make_netns()))
             stack.callback(engine.close)
             engines.append(engine)
-        scripts = shorten_lease(tmp_path / "scripts")
+        lease = {"LEASE_S": str(LEASE_S), "LEASE_GRACE_S": str(GRACE_S)}
+        scripts = change_scripts(tmp_path / "scripts", "cp_server.py", **lease)
         flags = ("--heartbeat-s=2", f"--registry={REGISTRY}")
         cp = ControlPlane(spare_postgres, tmp_path / "cp", *flags, scripts=scripts)
         cp.start()

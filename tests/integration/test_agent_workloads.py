@@ -35,7 +35,7 @@ from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
 from tests.cis import list_broken
 from tests.engine import REGISTRY, Engine
-from tests.harness import ROOT, Agent, Netns, inside, make_netns, wait_for
+from tests.harness import ROOT, Agent, Netns, change_scripts, inside, make_netns, wait_for
 
 BODY = "oi1_abcdefghij234567_" + "A" * 43
 TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
@@ -1175,12 +1175,7 @@ def test_a_host_that_can_run_nothing_for_long_gives_it_back(
     world: World, tmp_path: Path, guard: Callable[[bool], subprocess.CompletedProcess[str]]
 ) -> None:
     """What is frozen, and what would begin; the ten minutes are four seconds here."""
-    short = tmp_path / "scripts"
-    short.mkdir()
-    (short / "proto").symlink_to(ROOT / "proto")
-    text = (ROOT / "agent.py").read_text()
-    assert "\nGIVE_BACK_S = 600.0\n" in text
-    (short / "agent.py").write_text(text.replace("\nGIVE_BACK_S = 600.0", "\nGIVE_BACK_S = 4.0"))
+    short = change_scripts(tmp_path / "scripts", "agent.py", GIVE_BACK_S="4.0")
     made, job = world.run(DEAF), world.assignment(SLEEP)
     world.agent.process.stop(signal.SIGKILL)
     assert guard(True).returncode == 1

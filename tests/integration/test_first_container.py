@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import http.client
 import json
-import re
 import signal
 import subprocess
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.engine import REGISTRY, Engine
-from tests.harness import ROOT, WALLET, Agent, ControlPlane, inside, wait_for
+from tests.harness import WALLET, Agent, ControlPlane, change_scripts, inside, wait_for
 from tests.integration.test_http_api import check_shape
 from tests.integration.test_http_edge import read_metrics
 from tests.integration.test_workloads import Tenant
@@ -62,6 +61,16 @@ class Fleet:
         return []
 
 
+def run_fleet(cp: ControlPlane, agent: Agent, engine: Engine) -> Iterator[Fleet]:
+    """A fleet that is ready for work, for a fixture; what must hold at its end is checked."""
+    agent.limits_file.write_text("CPUS=2\nMEMORY=2G\n")
+    made = Fleet(cp, agent, engine)
+    made.start_agent()
+    cp.wait_assignable()
+    yield made
+    cp.check_invariants()
+
+
 @pytest.fixture
 def fleet(
     make_cp: Callable[..., ControlPlane], make_agent: Callable[..., Agent], engine: Engine
@@ -69,12 +78,7 @@ def fleet(
     engine.clear()
     cp = make_cp(f"--registry={REGISTRY}")  # the nominal 30 s: what is quick comes by nudges
     agent = make_agent(f"127.0.0.1:{cp.grpc_port}", cp.mint(payout_pubkey=WALLET))
-    (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
-    made = Fleet(cp, agent, engine)
-    made.start_agent()
-    cp.wait_assignable()
-    yield made
-    cp.check_invariants()
+    yield from run_fleet(cp, agent, engine)
 
 
 def ask(engine: Engine, address: str, path: str = "/busybox") -> int:
@@ -324,19 +328,6 @@ def test_the_engine_refuses_nothing_that_cp_and_agent_agree_on(fleet: Fleet) -> 
 BEAT_S = 6
 
 
-def lose_nudges(directory: Path) -> Path:
-    """The scripts, with a control plane whose nudges reach nobody."""
-    directory.mkdir()
-    for name in ("agent.py", "proto", "systemd"):
-        (directory / name).symlink_to(ROOT / name)
-    text, count = re.subn(
-        r"(?m)^NUDGE_AFTER_S = \(.*?\)", "NUDGE_AFTER_S = ()", (ROOT / "cp_server.py").read_text()
-    )
-    assert count == 1
-    (directory / "cp_server.py").write_text(text)
-    return directory
-
-
 @pytest.fixture
 def deaf_fleet(
     tmp_path: Path,
@@ -345,15 +336,10 @@ def deaf_fleet(
     engine: Engine,
 ) -> Iterator[Fleet]:
     engine.clear()
-    scripts = lose_nudges(tmp_path / "scripts")
+    scripts = change_scripts(tmp_path / "scripts", "cp_server.py", NUDGE_AFTER_S="()")
     cp = make_cp(f"--registry={REGISTRY}", f"--heartbeat-s={BEAT_S}", scripts=scripts)
     agent = make_agent(f"127.0.0.1:{cp.grpc_port}", cp.mint(payout_pubkey=WALLET))
-    (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
-    made = Fleet(cp, agent, engine)
-    made.start_agent()
-    cp.wait_assignable()
-    yield made
-    cp.check_invariants()
+    yield from run_fleet(cp, agent, engine)
 
 
 def test_without_a_nudge_the_next_heartbeat_brings_the_list(deaf_fleet: Fleet) -> None:

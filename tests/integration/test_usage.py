@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.engine import REGISTRY, Engine
-from tests.harness import ROOT, WALLET, Agent, ControlPlane, wait_for
-from tests.integration.test_first_container import Fleet, ask
+from tests.harness import WALLET, Agent, ControlPlane, change_scripts, wait_for
+from tests.integration.test_first_container import Fleet, ask, run_fleet
 
 ROWS = (
     "SELECT encode(container_id, 'hex') AS container, boot_id::text, cpu_ns, memory_byte_s,"
@@ -38,22 +38,12 @@ def fleet(
     request: pytest.FixtureRequest,
 ) -> Iterator[Fleet]:
     engine.clear()
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    (scripts / "proto").symlink_to(ROOT / "proto")
-    text = (ROOT / "agent.py").read_text()
-    assert text.count("\nMETER_S = 60.0\n") == 1
-    period = f"\nMETER_S = {getattr(request, 'param', 1.0)}\n"
-    (scripts / "agent.py").write_text(text.replace("\nMETER_S = 60.0\n", period))
+    period = str(getattr(request, "param", 1.0))
+    scripts = change_scripts(tmp_path / "scripts", "agent.py", METER_S=period)
     cp = make_cp(f"--registry={REGISTRY}", "--heartbeat-s=1")
     token = cp.mint(payout_pubkey=WALLET)
     agent = make_agent(f"127.0.0.1:{cp.grpc_port}", token, scripts=scripts)
-    (agent.directory / "limits.conf").write_text("CPUS=2\nMEMORY=2G\n")
-    made = Fleet(cp, agent, engine)
-    made.start_agent()
-    cp.wait_assignable()
-    yield made
-    cp.check_invariants()
+    yield from run_fleet(cp, agent, engine)
 
 
 def fetch(fleet: Fleet, workload: dict[str, Any], times: int) -> None:
