@@ -856,8 +856,9 @@ class Workloads:
     unready_s: float | None = None
     lease_error: str = ""
 
-    # This host's address in the tunnel; empty while it is not known.
+    # This host's address in the tunnel, and its home's in the internet; empty while not known.
     address: str = ""
+    seen: str = ""
     revision: int = 0
     # The list that was known before the engine was last looked at, with nothing else under way:
     # what is not in that list and was not seen is gone.
@@ -1789,11 +1790,11 @@ def parse_lease(raw: bytes, boot_id: str, now_s: float) -> tuple[float, frozense
 
 
 def render_lease(
-    boot_id: str, until_s: float, kept: frozenset[str], ports: Sequence[int] = ()
+    boot_id: str, until_s: float, kept: frozenset[str], ports: Sequence[int] = (), seen: str = ""
 ) -> bytes:
-    """Write the lease file; `guard` opens the ports."""
+    """Write the lease file; `guard` opens the ports, and keeps workloads from what was seen."""
     data: dict[str, object] = {"boot_id": boot_id, "until_s": round(until_s, 3)}
-    data |= {"assignments": sorted(kept), "ports": sorted(ports)}
+    data |= {"assignments": sorted(kept), "ports": sorted(ports), "seen": seen}
     return json.dumps(data).encode() + b"\n"
 
 
@@ -2411,9 +2412,9 @@ def render_table(
     Nothing comes in through the tunnel but answers, ping, nudges, and the hub to the published
     `ports`; nothing passes between the tunnel and any other network, also where this machine
     forwards; nobody else uses the tunnel's addresses. A workload reaches the internet by IPv4, and
-    neither this machine nor the tunnel, a private network, one of `homes` (the control plane's
-    public address is among them), another workload or a mail server; one on a bridge ox-* reaches
-    nothing. Only answers are forwarded to workloads.
+    neither this machine nor the tunnel, a private network, one of `homes` (the public addresses of
+    the control plane and of this home are among them), another workload or a mail server; one on a
+    bridge ox-* reaches nothing. Only answers are forwarded to workloads.
     Of one workload FLOWS_MAX connections pass at a time; each is counted by its first packet.
     Where this machine was no router before the engine made it one, it forwards for bridges only:
     those of workloads, and of containers and machines that the provider has.
@@ -3545,13 +3546,14 @@ def is_empty(cgroup: Path) -> bool:
     return "populated 1" not in read_text(str(cgroup / "cgroup.events"))
 
 
-def read_ports(path: Path) -> tuple[int, ...]:
-    """The published ports of what may run, from the lease file; of an earlier boot too."""
+def read_opened(path: Path) -> tuple[tuple[int, ...], str]:
+    """The published ports of what may run, and the home's address; of an earlier boot too."""
     try:
         data = json.loads(read_small(path, FILE_MAX_BYTES)[0])
-        return tuple(sorted({int(port) for port in data["ports"] if int(port) in HOST_PORTS}))
+        ports = {int(port) for port in data["ports"] if int(port) in HOST_PORTS}
+        return tuple(sorted(ports)), " ".join(parse_endpoints(str(data.get("seen", ""))))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ()
+        return (), ""
 
 
 def read_lease(path: Path, boot_id: str) -> tuple[float, frozenset[str]]:
@@ -3778,6 +3780,7 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
         "desired"
     ):  # there is no list for this host
         workloads.wishes, workloads.refused = (), {}
+    workloads.seen = reply.seen_address or workloads.seen
     kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
     before_s, _ = workloads.saved_lease or (0.0, kept)
     ensure_lease(agent, decide_right_s(sent_s, reply.lease_s, before_s), kept)
@@ -3841,7 +3844,8 @@ def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o755)
         ports = [port for wish in workloads.wishes or () for port in outer(wish)]
-        write_file(path, render_lease(agent.boot_id, until_s, kept, ports), 0o600)
+        lease = render_lease(agent.boot_id, until_s, kept, ports, workloads.seen)
+        write_file(path, lease, 0o600)
     except OSError as error:
         why = f"cannot write the lease file {path}: {error.strerror}"
         if until_s and why != workloads.lease_error:
@@ -4491,9 +4495,9 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
 
 def read_wanted(guard_file: Path, lease_file: Path) -> str:
     """The table that is right now, for this home's networks and the control plane's address."""
-    homes, ports = parse_routes(read_text("/proc/net/route")), read_ports(lease_file)
-    guard = read_guard(guard_file)
-    homes += parse_endpoints(guard.endpoints) if guard else ()
+    (ports, seen), guard = read_opened(lease_file), read_guard(guard_file)
+    homes = parse_routes(read_text("/proc/net/route"))
+    homes += parse_endpoints(f"{guard.endpoints if guard else ''} {seen}")
     # The engine's unit leaves here what it found before the engine began to forward.
     is_router = read_text(str(guard_file.parent / "ip_forward")).strip() != "0"
     return render_table(homes, ports, is_router)
@@ -5011,6 +5015,7 @@ async def serve(
         workloads=make_workloads(config, limits),
         moved_s=loop.time(),
     )
+    _, agent.workloads.seen = read_opened(config.lease_file)
     ensure_lease(agent, *read_lease(config.lease_file, agent.boot_id))
     note_pause(agent)
     agent.workloads.counts = read_counts(config.data_dir)

@@ -1063,6 +1063,7 @@ class PeerPlan:
     unknown: tuple[str, ...]  # peers that nobody knows: set by hand for a host that comes later
     conflicts: tuple[PeerChange, ...]  # not made: an unknown peer has the address of a silent host
     renewals: tuple[PeerChange, ...] = ()  # of silent hosts, removed and set again
+    seen: Mapping[str, str] = dataclasses.field(default_factory=dict)  # network -> its endpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7499,7 +7500,9 @@ async def read_peer_plan(db: Database, path: str) -> PeerPlan:
     lost = {row["key"]: row["state"] for row in rows}
     plan = await asyncio.to_thread(plan_peers, wanted, on_hub, lost)
     renewals = tuple(plan_renewals(wanted, dump["peers"], time.time()))
-    return dataclasses.replace(plan, renewals=renewals)
+    ends = [(net, peer["endpoint"]) for peer in dump["peers"] for net in peer["allowed_ips"]]
+    seen = {net: endpoint.rpartition(":")[0] for net, endpoint in ends if endpoint}
+    return dataclasses.replace(plan, renewals=renewals, seen=seen)
 
 
 class Peers:
@@ -7513,6 +7516,7 @@ class Peers:
         self._asking = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
         self._holders: dict[str, str] = {}  # network -> the peer that has it, as last read
+        self._seen: Mapping[str, str] = {}  # network -> where its packets come from
         self._read_s, self._next_read_s = 0.0, 0.0
         self._revoked: set[str] = set()  # of late: a comparison begun before must not set them
         self._removed: set[str] = set()  # of those, the ones that the hub has forgotten
@@ -7526,6 +7530,10 @@ class Peers:
     def host_revoked(self) -> None:
         """A host was revoked here: look at once."""
         self._look_now.set()
+
+    def find_seen(self, ip: str) -> str:
+        """Where the tunnel of the host with this address comes from; empty while not known."""
+        return self._seen.get(f"{ip}/32", "")
 
     async def check_key(self, ip: str, key: str) -> None:
         """Raises Refusal unless what comes from this address is encrypted with this key.
@@ -7620,6 +7628,7 @@ class Peers:
 
     async def _compare(self) -> None:
         plan = await read_peer_plan(self._db, self._path)
+        self._seen = plan.seen
         counts = {"wanted": plan.wanted, "unknown": len(plan.unknown)}
         counts["conflict"] = len(plan.conflicts)
         for change in set(plan.conflicts) - self._told:
@@ -8298,6 +8307,7 @@ class AgentEdge:
             desired=accepted.desired,
             lease_s=LEASE_S,
             log_requests=self.cp.logs.requests(accepted.host_no),
+            seen_address=self.cp.peers.find_seen(peer),
         )
 
     async def _read_earnings(self, request: pb.EarningsRequest, peer: str) -> Message:

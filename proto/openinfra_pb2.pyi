@@ -854,10 +854,15 @@ class HeartbeatReply(google.protobuf.message.Message):
     LEASE_S_FIELD_NUMBER: builtins.int
     LOG_REQUESTS_FIELD_NUMBER: builtins.int
     EARNINGS_FIELD_NUMBER: builtins.int
+    SEEN_ADDRESS_FIELD_NUMBER: builtins.int
     next_heartbeat_ms: builtins.int
     """Milliseconds until the next heartbeat: about 30 s with jitter, at most 60 s."""
     lease_s: builtins.int
     """Seconds that the host may run what is assigned to it, from when it sent this request."""
+    seen_address: builtins.str
+    """Where this host's tunnel comes from, as the hub saw it within the last minute: of a home its
+    public IPv4 address, at which its router may answer. Empty: not known.
+    """
     @property
     def standing(self) -> global___Standing: ...
     @property
@@ -881,9 +886,10 @@ class HeartbeatReply(google.protobuf.message.Message):
         lease_s: builtins.int = ...,
         log_requests: collections.abc.Iterable[global___LogRequest] | None = ...,
         earnings: global___Earnings | None = ...,
+        seen_address: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["desired", b"desired", "earnings", b"earnings", "standing", b"standing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["desired", b"desired", "earnings", b"earnings", "lease_s", b"lease_s", "log_requests", b"log_requests", "next_heartbeat_ms", b"next_heartbeat_ms", "standing", b"standing"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["desired", b"desired", "earnings", b"earnings", "lease_s", b"lease_s", "log_requests", b"log_requests", "next_heartbeat_ms", b"next_heartbeat_ms", "seen_address", b"seen_address", "standing", b"standing"]) -> None: ...
 
 global___HeartbeatReply = HeartbeatReply
 

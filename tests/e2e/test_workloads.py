@@ -33,6 +33,10 @@ from tests.harness import WALLET, wait_for
 MakeVm = Callable[..., Vm]
 pytestmark = pytest.mark.alone
 ROUTER_LAN, INTERNET = "192.0.2.9", "45.83.0.1"
+# The control plane as the home sees it: behind the router, in no network of the home.
+CP_WORLD, ROUTER_WORLD = "198.51.100.1", "198.51.100.9"
+# The home as the world sees it: an address of its router, which answers there too.
+HOME_WORLD = "203.0.113.7"
 SERVER = """
 import http.server, socketserver, sys, threading
 for port in map(int, sys.argv[1:]):
@@ -95,13 +99,13 @@ def wait_calmly(what: str, probe: Callable[[], Any], timeout_s: float) -> Any:
 class Customer:
     """A customer at a machine with Docker."""
 
-    def __init__(self, vm: Vm, operator: Operator) -> None:
+    def __init__(self, vm: Vm, operator: Operator, server: str = CP_LAN) -> None:
         self.vm = vm
         words = "add-customer --name=Kuma --namespace=kuma 2>/dev/null"
         self.key = operator.vm.sh(f"openinfra-cp {words}").strip()
         vm.put(operator.ca, f"/etc/docker/certs.d/{HOSTNAME}/ca.crt")
         vm.put(operator.ca, CA_FILE)
-        find_server(vm)
+        find_server(vm, server)
         start_docker(vm)
         vm.sh(IMAGE)
 
@@ -189,7 +193,8 @@ def reached(home: Vm, pid: str, other: str) -> list[str]:
         (HOME_LAN, (8000, 20000)),
         (ADDRESS, (8000, 20000)),
         (gateway, (8000, 20000)),
-        (CP_LAN, (443, 51820)),
+        (CP_WORLD, (443, 51820)),
+        (HOME_WORLD, (80, 443)),
         ("10.77.0.1", (9092, 443)),
         (other, (8080,)),
         ("169.254.169.254", (80,)),
@@ -223,7 +228,13 @@ class Scene:
     def __init__(self, operator: Operator, machine: Vm, router: Vm) -> None:
         self.operator, self.machine, self.router = operator, machine, router
         self.serve()
-        router.sh(f"ip address add {INTERNET}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1")
+        router.sh(
+            f"ip address add {INTERNET}/32 dev lo; ip address add {ROUTER_WORLD}/24 dev eth0; "
+            f"ip address add {HOME_WORLD}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1; "
+            "iptables -t nat -A POSTROUTING "
+            f"-s {HOME_LAN} -d {CP_WORLD} -j SNAT --to {HOME_WORLD}; "
+            "sysctl -qw net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.eth0.send_redirects=0"
+        )
         serve(router, 80, 443, 25, 465, 587)
         start_docker(machine)
         machine.sh(IMAGE)
@@ -235,7 +246,7 @@ class Scene:
         assert operator.wait_host("assignable", True)["engine_version"]
         assert machine.sh("iptables -S; iptables -t nat -S") == rules
         self.check_own()
-        self.customer = Customer(router, operator)
+        self.customer = Customer(router, operator, CP_WORLD)
         self.image = self.customer.push()
         began = time.monotonic()
         self.workload = self.customer.order("web", self.image, HTTPD, replicas=2, ports=[8080])
@@ -244,12 +255,13 @@ class Scene:
         self.addresses = [each["endpoints"][0]["address"] for each in found["assignments"]]
         assert {each.partition(":")[0] for each in self.addresses} == {ADDRESS}
         self.wait_answers()
+        table = "nft list table inet openinfra"
+        wait_calmly("the home's address", lambda: HOME_WORLD in machine.sh(table) or None, 120)
 
     def serve(self) -> None:
-        """What the home machine has, and forgets at a boot: ways out, and a port to be reached."""
+        """What the home machine has, and forgets at a boot: IPv6, and a port to be reached."""
         self.machine.sh(
-            f"ip route add default via {ROUTER_LAN}; ip -6 address add fd00:77::2/64 dev eth0; "
-            "ip -6 address add 2001:db8:77::2/64 dev eth0"
+            "ip -6 address add fd00:77::2/64 dev eth0; ip -6 address add 2001:db8:77::2/64 dev eth0"
         )
         serve(self.machine, 8000)
         probe(self.machine, "127.0.0.1", 8000)  # which lays probe.py
@@ -284,11 +296,11 @@ class Scene:
 @pytest.fixture
 def scene(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> Scene:
     cp = make_vm("cp", snapshot=vps.snapshot)
-    cp.join(network, f"{CP_LAN}/24")
+    cp.join(network, f"{CP_WORLD}/24", ROUTER_WORLD)
     operator = Operator(cp)
     machine = make_vm("home", snapshot=home)
-    machine.join(network, f"{HOME_LAN}/24")
-    find_server(machine)
+    machine.join(network, f"{HOME_LAN}/24", ROUTER_LAN)
+    find_server(machine, CP_WORLD)
     machine.put(operator.ca, CA_FILE)
     router = make_vm("router")
     router.join(network, f"{ROUTER_LAN}/24")
@@ -432,8 +444,44 @@ def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
     scene.operator.check()
 
 
-def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> None:
-    """Of one of two homes: the copy moves once its right is over, and comes back nowhere else."""
+def are_ready(operator: Operator) -> bool:
+    """Both homes are online and take work."""
+    asked = "curl -sS https://cp.coledex.com/api/v1/admin/hosts -H 'Authorization: Bearer '"
+    rows = json.loads(operator.say(f"{asked}$ADMIN_JWT"))["hosts"]
+    return [row["assignable"] and row["status"] == "online" for row in rows] == [True, True]
+
+
+def see_it_move(operator: Operator, old: Vm | None, new: Vm) -> None:
+    """Wait for the copy on the other machine; while the first one is there, never on both."""
+    began, ended_s = time.monotonic(), 0.0
+
+    def has_moved() -> bool | None:
+        nonlocal ended_s
+        runs = bool(list_pids(new))
+        if old and list_pids(old):
+            assert not runs, "it runs on both"
+        elif old:
+            ended_s = ended_s or time.monotonic() - began
+        return runs or None
+
+    try:
+        wait_calmly("the copy elsewhere", has_moved, LEASE_S + 150)
+    except AssertionError as error:
+        told = operator.vm.sh("openinfra-cp workloads --json; openinfra-cp hosts --json")
+        raise AssertionError(f"{error}: {told}") from None
+    took_s = time.monotonic() - began
+    print(f"the copy ran elsewhere after {took_s:.0f} s; it had ended after {ended_s:.0f} s")
+    assert took_s >= LEASE_S - 30  # a right that was renewed 30 s before
+    if old:
+        assert LEASE_S - 60 <= ended_s < took_s
+
+
+def test_a_home_goes_dark(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> None:
+    """Of one of two homes: the copy moves once its right is over, and comes back nowhere else.
+
+    Without its network it ends the copy itself; stopped as a whole, with its clock, it cannot
+    know, and ends its late copy when it is back; the plug pulled, it finds nothing to end.
+    """
     cp = make_vm("cp", snapshot=vps.snapshot)
     cp.join(network, f"{CP_LAN}/24")
     operator = Operator(cp)
@@ -453,39 +501,41 @@ def test_a_plug_is_pulled(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
         homes[address] = machine
     customer = Customer(homes[ADDRESS], operator)
     image = customer.push()
-
-    def are_ready() -> bool:
-        asked = "curl -sS https://cp.coledex.com/api/v1/admin/hosts -H 'Authorization: Bearer '"
-        rows = json.loads(operator.say(f"{asked}$ADMIN_JWT"))["hosts"]
-        return [row["assignable"] and row["status"] == "online" for row in rows] == [True, True]
-
-    wait_calmly("both homes", lambda: are_ready() or None, 90)
+    wait_calmly("both homes", lambda: are_ready(operator) or None, 90)
     made = customer.order("web", image, HTTPD, ports=[8080])
     found = customer.wait(made, "running")
     (address,) = {each["endpoints"][0]["address"] for each in found["assignments"]}
-    dark = homes[address.partition(":")[0]]
-    (other,) = (each for each in homes.values() if each is not dark)
-    customer.vm = other
-    other.put(operator.ca, CA_FILE)
-    dark.power_cut()
+    first = homes[address.partition(":")[0]]
+    (second,) = (each for each in homes.values() if each is not first)
+
+    network.partition(first.name)
+    see_it_move(operator, first, second)
+    network.heal(first.name)
+    wait_calmly("both again", lambda: are_ready(operator) or None, 200)
+    assert (list_pids(first), len(list_pids(second))) == ([], 1)
+
+    second.freeze()
+    see_it_move(operator, None, first)
+    (runs,) = list_pids(first)
+    second.thaw()
     began = time.monotonic()
-    try:
-        wait_calmly("the copy elsewhere", lambda: list_pids(other) or None, LEASE_S + 150)
-    except AssertionError as error:
-        told = operator.vm.sh("openinfra-cp workloads --json; openinfra-cp hosts --json")
-        raise AssertionError(f"{error}: {told}") from None
-    took_s = time.monotonic() - began
-    print(f"the copy ran elsewhere {took_s:.0f} s after the plug was pulled")
-    assert took_s >= LEASE_S - 30  # a right that was renewed 30 s before
-    dark.boot(wait=False)
-    disk.wait_locked(dark)
-    disk.unlock_late(dark)
-    wait_calmly("both again", lambda: are_ready() or None, 200)
+    wait_calmly("the end of its late copy", lambda: not list_pids(second) or None, 90)
+    print(f"a late copy ended {time.monotonic() - began:.0f} s after its machine went on")
+    wait_calmly("both again", lambda: are_ready(operator) or None, 200)
+    assert (list_pids(first), list_pids(second)) == ([runs], [])
+
+    first.power_cut()
+    see_it_move(operator, None, second)
+    first.boot(wait=False)
+    disk.wait_locked(first)
+    disk.unlock_late(first)
+    wait_calmly("both again", lambda: are_ready(operator) or None, 200)
     until = time.monotonic() + 40
     while time.monotonic() < until:
-        assert list_pids(dark) == []
-        assert len(list_pids(other)) == 1
-    assert dark.sh(f"{ENGINE} ps -aq --filter=label=openinfra.assignment") == ""
+        assert (list_pids(first), len(list_pids(second))) == ([], 1)
+    for machine in homes.values():
+        known = machine.sh(f"{ENGINE} ps -aq --filter=label=openinfra.assignment").split()
+        assert len(known) == (machine is second)
     operator.check()
 
 

@@ -300,6 +300,14 @@ class Vm:
             raise AssertionError(message) from None
         self._off()
 
+    def freeze(self) -> None:
+        """Let nothing of it go on, its clock neither; the others find it gone."""
+        self.qmp.run("stop")
+
+    def thaw(self) -> None:
+        """Let it go on where it was."""
+        self.qmp.run("cont")
+
     def stop(self) -> None:
         """End all processes of it, whatever state it is in."""
         if self.process:
@@ -419,8 +427,8 @@ class Vm:
 
     # Networks.
 
-    def join(self, network: Network, address: str) -> None:
-        """Put a network card into the running machine; it and its address (CIDR) stay."""
+    def join(self, network: Network, address: str, gateway: str = "") -> None:
+        """Put a network card into the running machine; it, its address (CIDR) and way out stay."""
         slot = FIRST_NIC_SLOT + len(self.nics)
         digest = hashlib.sha256(f"{self.name} {slot}".encode()).hexdigest()
         mac = f"52:54:00:{digest[:2]}:{digest[2:4]}:{digest[4:6]}"
@@ -431,6 +439,7 @@ class Vm:
         self.qmp.run("device_add", **nic.device())
         self.nics.append(nic)
         link = f"[Match]\nMACAddress={mac}\n[Network]\nLinkLocalAddressing=no\nAddress={address}\n"
+        link += f"Gateway={gateway}\n" if gateway else ""
         self.put(link.encode(), f"/etc/systemd/network/{mac.replace(':', '')}.network")
         self.sh(
             f"networkctl reload; until ip -o addr | grep -qF {address}; do sleep 0.1; done; sync"

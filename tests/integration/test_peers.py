@@ -175,6 +175,19 @@ def test_a_hub_that_rebooted_without_a_save(world: World) -> None:
         client.heartbeat()
 
 
+def test_a_host_learns_where_it_is_seen(world: World) -> None:
+    """A home's public address, at which its router may answer its workloads."""
+    there, nowhere = world.host(), world.host()
+    world.hub.wg("set", "peer", there.wg_key, "endpoint", "203.0.113.7:4711")
+
+    def learn() -> bool:
+        return there.heartbeat().seen_address == "203.0.113.7"
+
+    world.restart()
+    wait_for("the first look", lambda: learn() or None)
+    assert nowhere.heartbeat().seen_address == ""
+
+
 def connect(world: World, private: str, directory: Path) -> Process:
     """A host's end of the tunnel, beside the hub; it begins a handshake at once."""
     assert world.cp.netns

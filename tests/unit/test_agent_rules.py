@@ -164,6 +164,23 @@ def test_where_the_tunnel_sends_to_is_fenced(
     assert "accept" not in fence
 
 
+@pytest.mark.parametrize(
+    ("seen", "fenced"),
+    [("203.0.113.7", True), ("", False), ("[2001:db8::7]", False), ("0.0.0.0/0 } accept", False)],
+)
+def test_where_the_home_is_seen_from_outside_is_fenced(
+    seen: str, fenced: bool, tmp_path: Path
+) -> None:
+    lease = tmp_path / "lease.json"
+    lease.write_bytes(agent.render_lease("boot", 1.0, frozenset(), [20_000], seen))
+    table = agent.read_wanted(tmp_path / "guard.json", lease)
+    (fence,) = re.findall(r'iifname "oi-\*" ip daddr \{ (.*) \} drop', table)
+    assert fence.endswith(", 203.0.113.7") == fenced
+    assert "accept" not in fence
+    assert "/0" not in fence.replace("/10", "")
+    assert "tcp dport { 20000 } accept" in table
+
+
 @pytest.mark.parametrize("text", ["", "\n", "Iface\n", ROUTES.format(rows="eth0\t00\n")])
 def test_routes_that_cannot_be_read_are_none(text: str) -> None:
     assert agent.parse_routes(text) == ()
