@@ -1514,7 +1514,7 @@ def render_container(wish: Wish, address: str, secrets_dir: Path) -> dict[str, A
     body: dict[str, Any] = {
         "Image": wish.image,
         "User": f"{WORKLOAD_UID}:{WORKLOAD_UID}",
-        "Env": [f"{key}={value}" for key, value in wish.env],
+        "Env": [f"OPENINFRA_FENCE={wish.fence}", *(f"{key}={value}" for key, value in wish.env)],
         "ExposedPorts": {f"{inner}/tcp": {} for inner, _ in wish.ports},
         "Healthcheck": {"Test": ["NONE"]},
         "Labels": {

@@ -129,7 +129,8 @@ def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
     ports = [each["endpoints"][0]["address"] for each in found["assignments"]]
     assert ports == ["127.0.0.1:20000", "127.0.0.1:20008"]
     assert [ask(fleet.engine, each) for each in ports] == [200, 200]
-    ids = {each["Id"] for each in fleet.running(2)}
+    first = fleet.running(2)
+    ids = {each["Id"] for each in first}
     status = fleet.agent.status()
     assert {each["state"] for each in status["assignments"]} == {"running"}
     # A new revision, one copy at a time; then fewer; then none.
@@ -141,7 +142,9 @@ def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
     )
     found = fleet.tenant.wait(workload, "running")
     assert found["revision"] == 2
-    assert all("A=2" in each["Config"]["Env"] for each in fleet.running(2))
+    second = fleet.running(2)
+    assert all("A=2" in each["Config"]["Env"] for each in second)
+    assert min(map(read_fence, second)) > max(map(read_fence, first))
     fleet.post(200, ports=[8080], replicas=1, env={"A": "2"})
     fleet.running(1)
     fleet.tenant.call("DELETE", f"/{workload['workload_id']}")
@@ -300,6 +303,12 @@ def test_a_post_is_a_process_soon(fleet: Fleet) -> None:
         took.append(time.monotonic() - began)
     print(f"docker run {docker_run_s:.2f} s; post to process {[f'{s:.2f}' for s in took]} s")
     assert sorted(took)[2] <= 1.5 + docker_run_s
+
+
+def read_fence(container: Any) -> int:
+    """The fencing number that the workload reads in its environment."""
+    (found,) = (e for e in container["Config"]["Env"] if e.startswith("OPENINFRA_FENCE="))
+    return int(found.partition("=")[2])
 
 
 def test_the_engine_refuses_nothing_that_cp_and_agent_agree_on(fleet: Fleet) -> None:

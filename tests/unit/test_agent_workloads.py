@@ -271,7 +271,7 @@ def test_the_container_is_this_one() -> None:
         "Image": IMAGE,
         "User": "65534:65534",
         "Cmd": ["serve", "--quick"],
-        "Env": ["A=1", "B=2"],
+        "Env": ["OPENINFRA_FENCE=7", "A=1", "B=2"],
         "ExposedPorts": {"80/tcp": {}},
         "Healthcheck": {"Test": ["NONE"]},
         "Labels": {
