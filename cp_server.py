@@ -9,7 +9,7 @@ What it does
   invite    mints a single-use invite for a host
   hosts     lists the hosts, each with its status and why it is not assignable
   revoke    removes a host for good
-  customers lists customers; add-customer, mint-key, revoke-key: with their keys
+  customers lists customers; add-customer, add-namespace, mint-key, revoke-key: with their keys
   workloads lists workloads, where each runs and why it does not
   invoices  prints what customers pay, statements what providers are owed, or writes each as
             files, mode 0600, into the directory of --out; rate-cards, add-rate-card, add-payment,
@@ -348,6 +348,7 @@ HEARTBEAT_S = 30
 HEARTBEAT_MAX_S = 60
 OFFLINE_AFTER_INTERVALS = 3
 CUSTOMER_KEYS_MAX = 50  # of one customer, without those that were revoked
+CUSTOMER_NAMESPACES_MAX = 50  # of one customer
 WORKLOADS_MAX = 200  # of one customer
 REPLICAS_MAX = 20  # of one workload
 LABELS_MAX = 16  # of a host, and of those that a workload asks for
@@ -4574,7 +4575,7 @@ ORDER BY c.customer_no LIMIT %(limit)s
 """
 
 SQL_CUSTOMER_LOCK = """
--- one new key of a customer at a time, so that they can be counted
+-- one new key or namespace of a customer at a time, so that they can be counted
 SELECT pg_advisory_xact_lock(7726002, %(customer_no)s)
 """
 
@@ -6494,14 +6495,35 @@ async def add_customer(db: Database, actor: Actor, name: str, namespace: str) ->
         row = await tx.the(
             SQL_CUSTOMER_INSERT, customer_id=customer_id, name=name, actor=actor.name
         )
-        if not await tx.execute(
-            SQL_CUSTOMER_NAMESPACE_INSERT, namespace=namespace, customer_no=row["customer_no"]
-        ):
-            what = f"another customer has the namespace {namespace}"
-            raise Refusal("CONFLICT", what, "choose another", "namespace")
+        await _insert_namespace(tx, namespace, row["customer_no"])
         names = {"name": name, "namespace": namespace}
         await audit(tx, actor, "customer.add", str(customer_id), **names)
         return await _get_customer(tx, customer_id)
+
+
+async def add_namespace(
+    db: Database, actor: Actor, customer_id: uuid.UUID, namespace: str
+) -> Customer:
+    """Add a namespace to a customer, for good; one that it has is no change. Raises Refusal."""
+    async with db.transaction() as tx:
+        customer = await _get_customer(tx, customer_id)
+        await tx.execute(SQL_CUSTOMER_LOCK, customer_no=customer.customer_no)
+        customer = await _get_customer(tx, customer_id)
+        if namespace in customer.namespaces:
+            return customer
+        if len(customer.namespaces) >= CUSTOMER_NAMESPACES_MAX:
+            what = f"this customer has {len(customer.namespaces)} namespaces already"
+            raise Refusal("CONFLICT", what, "use one of them", "namespace")
+        await _insert_namespace(tx, namespace, customer.customer_no)
+        await audit(tx, actor, "customer.namespace", str(customer_id), namespace=namespace)
+        return await _get_customer(tx, customer_id)
+
+
+async def _insert_namespace(tx: Transaction, namespace: str, customer_no: int) -> None:
+    which = {"namespace": namespace, "customer_no": customer_no}
+    if not await tx.execute(SQL_CUSTOMER_NAMESPACE_INSERT, **which):
+        what = f"another customer has the namespace {namespace}"
+        raise Refusal("CONFLICT", what, "choose another", "namespace")
 
 
 async def _get_customer(tx: Transaction, customer_id: uuid.UUID) -> Customer:
@@ -8517,6 +8539,12 @@ async def http_get_customer(cp: ControlPlane, request: Request) -> Answer:
     return 200, render_customer(await get_customer(cp.admin_db, request.customer_id()))
 
 
+async def http_add_namespace(cp: ControlPlane, request: Request) -> Answer:
+    namespace = request.values["namespace"]
+    found = await add_namespace(cp.admin_db, request.actor, request.customer_id(), namespace)
+    return 200, render_customer(await get_customer(cp.admin_db, found.customer_id))
+
+
 async def http_mint_key(cp: ControlPlane, request: Request) -> Answer:
     note = request.values["note"]
     key, row = await mint_key(cp.admin_db, request.actor, request.customer_id(), note)
@@ -8786,6 +8814,15 @@ ROUTES = (
         "One customer",
         http_get_customer,
         "Customer",
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/customers/{customer_id}/namespaces",
+        "admin",
+        "Add a namespace to a customer, for good",
+        http_add_namespace,
+        "Customer",
+        body=CUSTOMER_FIELDS[1:],
     ),
     Route(
         "POST",
@@ -11351,14 +11388,32 @@ def command_add_customer(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def parse_id(text: str) -> uuid.UUID:
+    """A customer's id; raises Error 2."""
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        what = "the customer id is not a UUID"
+        raise Error(what, "copy it from: cp_server.py customers", USAGE) from None
+
+
+def command_add_namespace(args: argparse.Namespace, settings: Settings) -> int:
+    """Add a namespace to a customer."""
+    namespace = parse_fields(CUSTOMER_FIELDS[1:], {"namespace": args.namespace})["namespace"]
+    customer_id = parse_id(args.customer_id)
+    customer = asyncio.run(
+        with_database(
+            settings.dsn_file, lambda db: add_namespace(db, cli_actor(), customer_id, namespace)
+        )
+    )
+    print(f"customer {customer.customer_id} has {', '.join(customer.namespaces)}")
+    return 0
+
+
 def command_mint_key(args: argparse.Namespace, settings: Settings) -> int:
     """Make another key of a customer; the key alone goes to stdout."""
     note = parse_fields(KEY_FIELDS, {"note": args.note})["note"]
-    try:
-        customer_id = uuid.UUID(args.customer_id)
-    except ValueError:
-        todo = "copy it from: cp_server.py customers"
-        raise Error("the customer id is not a UUID", todo, 2) from None
+    customer_id = parse_id(args.customer_id)
     key, row = asyncio.run(
         with_database(settings.dsn_file, lambda db: mint_key(db, cli_actor(), customer_id, note))
     )
@@ -11472,15 +11527,6 @@ def parse_hour(text: str) -> dt.datetime:
         with contextlib.suppress(ValueError):
             return dt.datetime.fromisoformat(text[:-1]).replace(tzinfo=dt.timezone.utc)
     raise Error(f"{text!r} is no full hour", "give one like 2026-12-01T00:00Z, or next", USAGE)
-
-
-def parse_id(text: str) -> uuid.UUID:
-    """A customer's id; raises Error 2."""
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        what = "the customer id is not a UUID"
-        raise Error(what, "copy it from: cp_server.py customers", USAGE) from None
 
 
 def command_add_payment(args: argparse.Namespace, settings: Settings) -> int:
@@ -11936,6 +11982,9 @@ def add_customer_commands(add: Callable[..., Any]) -> None:
     customer = add("add-customer", command_add_customer)
     for field in CUSTOMER_FIELDS:
         customer.add_argument(f"--{field.name}", required=True, help=field.help)
+    namespace = add("add-namespace", command_add_namespace)
+    namespace.add_argument("customer_id", help="the customer's UUID")
+    namespace.add_argument("namespace", help=CUSTOMER_FIELDS[1].help)
     key = add("mint-key", command_mint_key)
     key.add_argument("customer_id", help="the customer's UUID")
     key.add_argument("--note", default="", help="what it is for")

@@ -152,6 +152,33 @@ def test_a_customer_has_so_many_keys(cp: ControlPlane) -> None:
     assert cp.call("POST", path, {})[0] == 201
 
 
+def test_a_customer_has_namespaces(cp: ControlPlane) -> None:
+    """More than one, for good, each of one customer; so many, also when asked for at once."""
+    one, other = add(cp), add(cp)
+    path = f"{CUSTOMERS}/{one['customer_id']}/namespaces"
+    name = f"n-{uuid.uuid4().hex[:12]}"
+    for _ in range(2):
+        status, found = cp.call("POST", path, {"namespace": name})
+        assert (status, found["namespaces"]) == (200, sorted([*one["namespaces"], name]))
+        check_shape("Customer", found)
+    key = mint(cp, one)
+    assert cp.call("GET", ACCOUNT, token=key)[1]["namespaces"] == found["namespaces"]
+    sql = "SELECT detail->>'namespace' AS name FROM audit_log WHERE subject = %s AND action = %s"
+    noted = cp.query(sql, one["customer_id"], "customer.namespace")
+    assert [row["name"] for row in noted] == [name]
+    for theirs in (name, one["namespaces"][0]):
+        status, answer = cp.call(
+            "POST", f"{CUSTOMERS}/{other['customer_id']}/namespaces", {"namespace": theirs}
+        )
+        assert (status, answer["error"]["field"]) == (409, "namespace")
+    for bad in ("x", "-a", "Kuma", "solana:x"):
+        assert cp.call("POST", path, {"namespace": bad})[0] == 400
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"{name}-{number}" for number in range(cp_server.CUSTOMER_NAMESPACES_MAX)]
+        found = list(pool.map(lambda each: cp.call("POST", path, {"namespace": each})[0], names))
+    assert (found.count(200), found.count(409)) == (len(names) - 2, 2)
+
+
 def test_what_opens_nothing(cp: ControlPlane) -> None:
     """Every other token at a customer's door, a customer's key at every other door."""
     customer = add(cp)
@@ -199,12 +226,21 @@ def test_the_commands(cp: ControlPlane) -> None:
     customer_id = row.split()[0]
     found = json.loads(cp.command("customers", "--json").stdout)["customers"]
     assert customer_id in [each["customer_id"] for each in found]
+    done = cp.command("add-namespace", customer_id, f"{name}-2")
+    assert done.stdout == f"customer {customer_id} has {name}, {name}-2\n"
     second = cp.command("mint-key", customer_id, "--note=laptop").stdout.strip()
     assert open_account(cp, second) == 200
     done = cp.command("revoke-key", second.split("_")[1])
     assert (done.returncode, "is revoked" in done.stdout) == (0, True)
     assert (open_account(cp, second), open_account(cp, key)) == (401, 200)
-    for words in (["mint-key", "x"], ["mint-key", str(uuid.uuid4())], ["revoke-key", "x"]):
+    for words in (
+        ["mint-key", "x"],
+        ["mint-key", str(uuid.uuid4())],
+        ["revoke-key", "x"],
+        ["add-namespace", "x", "kuma"],
+        ["add-namespace", str(uuid.uuid4()), "kuma"],
+        ["add-namespace", customer_id, "Kuma"],
+    ):
         done = cp.command(*words)
         assert (done.returncode in (1, 2), done.stdout) == (True, "")
         assert " ; " in done.stderr
