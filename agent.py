@@ -3486,12 +3486,13 @@ class Engine:
     def remove_images(
         self, wished: Collection[str], used_s: Mapping[str, float], high: float
     ) -> list[str]:
-        """Remove what nothing uses, when more than `high` of the disk is used; gives back what."""
+        """Remove what nothing uses, when `high` of the disk is used; gives back what."""
         about, removed = self.read_object("/info"), []
         root = str(about.get("DockerRootDir"))
-        if ENGINE_LABEL not in (about.get("Labels") or ()) or read_used(root) <= high:
+        if ENGINE_LABEL not in (about.get("Labels") or ()) or read_used(root) < high:
             return []
-        in_use = {str(row.get("ImageID")) for row in self.read_ours("/containers/json", all="1")}
+        rows = self.ask("GET", "/containers/json", {"all": "1"})  # strangers' too
+        in_use = {str(row.get("ImageID")) for row in rows}
         for name in plan_images(self.ask("GET", "/images/json"), in_use, wished, used_s):
             if read_used(root) <= DISK_LOW:
                 break
@@ -4051,7 +4052,7 @@ async def tidy(workloads: Workloads) -> None:
     now_s = read_boot_s()
     wished = {wish.image for wish in workloads.wishes or ()}
     workloads.used_s |= dict.fromkeys(wished, now_s)
-    if now_s < workloads.tidied_s + TIDY_S and not workloads.is_full:
+    if workloads.wishes is None or (now_s < workloads.tidied_s + TIDY_S and not workloads.is_full):
         return
     used_s = {name: at_s for name, at_s in workloads.used_s.items() if at_s > now_s - USED_MAX_S}
     workloads.used_s = used_s

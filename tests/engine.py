@@ -114,9 +114,11 @@ def running_registry(directory: Path, address: str) -> Iterator[Process]:
 class Engine:
     """dockerd and a registry inside a namespace."""
 
-    def __init__(self, netns: Netns, disk_bytes: int = 0) -> None:
+    def __init__(
+        self, netns: Netns, disk_bytes: int = 0, label: str = "openinfra.engine=1"
+    ) -> None:
         ensure_user()
-        self.netns = netns
+        self.netns, self.label = netns, label
         # dockerd's remapped root must reach it, and containerd's socket wants a short path.
         self.directory = Path(tempfile.mkdtemp(prefix="oi-engine-", dir="/tmp"))
         self.directory.chmod(0o711)
@@ -176,7 +178,7 @@ class Engine:
             "--bridge=ox-engine",
             f"--userns-remap={USER}",
         ]
-        argv += ["--live-restore", "--log-driver=local", "--label=openinfra.engine=1"]
+        argv += ["--live-restore", "--log-driver=local", f"--label={self.label}"]
         argv += ["--default-address-pool=base=198.18.0.0/15,size=29"]
         (at / "pid").unlink(missing_ok=True)
         ip = ["ip", "-netns", self.netns.name]

@@ -44,6 +44,7 @@ ADDRESS = "10.77.0.1"
 LOOP = ["sh", "-c", "trap exit TERM; while :; do sleep 0.1; done"]
 SELF = "id; cat /proc/self/status; touch /tmp/x && echo tmp; touch /x; touch /data/x && echo data"
 SLEEP = ["sleep", "1000"]
+PYTHON = "/usr/bin/python3"
 
 
 class Plane(openinfra_pb2_grpc.AgentApiServicer):
@@ -234,7 +235,7 @@ def image(engine: Engine) -> str:
 def world(
     engine: Engine, image: str, make_agent: Callable[..., Agent], request: pytest.FixtureRequest
 ) -> Iterator[World]:
-    python = getattr(request, "param", "/usr/bin/python3")
+    python = getattr(request, "param", PYTHON)
     with running_world(engine, image, make_agent, python) as made:
         yield made
 
@@ -260,7 +261,7 @@ def running_world(
         engine.clear()
 
 
-@pytest.mark.parametrize("world", ["/usr/bin/python3", sys.executable], indirect=True)
+@pytest.mark.parametrize("world", [PYTHON, sys.executable], indirect=True)
 def test_an_assignment_runs_in_its_sandbox_until_it_leaves_the_list(world: World) -> None:
     plane, engine = world.plane, world.engine
     assert (plane.facts.engine_version[:2], plane.facts.unready) == ("20", "")
@@ -1501,7 +1502,7 @@ def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Ag
             names = [f"acme/box{n}" for n in range(6)]
             first, second, *rest = [engine.push(name, extra=os.urandom(12 << 20)) for name in names]
             huge = engine.push("acme/huge", extra=os.urandom(120 << 20))
-            with running_world(engine, first, make_agent, "/usr/bin/python3") as world:
+            with running_world(engine, first, make_agent, PYTHON) as world:
                 kept = world.run(SLEEP)
                 job = world.assignment(["true"], image=second, restart=pb.RESTART_NEVER)
                 world.plane.post(kept, job)
@@ -1522,6 +1523,101 @@ def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Ag
                 # There is room again for one that fits.
                 world.plane.post(kept, fits := world.assignment(SLEEP, image=second))
                 world.plane.wait_state(fits, "RUNNING", 30)
+        finally:
+            engine.close()
+
+
+def read_names(engine: Engine) -> set[str]:
+    """The same by what they are called."""
+    return {name.partition("@")[0].rpartition("/")[2] for name in read_images(engine)}
+
+
+def fill(root: Path, share: float) -> None:
+    """A file that makes this share of a disk used, to the block."""
+    path = root / "ballast"
+    path.unlink(missing_ok=True)
+    disk = os.statvfs(root)
+    with path.open("wb") as file:
+        size = disk.f_bavail - round(disk.f_blocks * (1 - share))
+        os.posix_fallocate(file.fileno(), 0, size * disk.f_frsize)
+    assert agent_script.read_used(str(root)) == pytest.approx(share, abs=1e-4)
+
+
+def test_images_go_from_80_percent_of_the_disk_down_to_70(
+    make_agent: Callable[..., Agent], tmp_path: Path
+) -> None:
+    """Those that were wished for longest ago, and none that is in use, whosever it is."""
+    short = {"TIDY_S, USED_MAX_S": "0.5, 1e9"}
+    scripts = change_scripts(tmp_path / "scripts", "agent.py", **short)
+    sizes = {"used": 1, "held": 1, "theirs": 1, "a": 6, "b": 7, "c": 8, "d": 9}  # the newest last
+    with make_netns() as netns, contextlib.ExitStack() as stack:
+        engine = Engine(netns, disk_bytes=100 << 20)
+        stack.callback(engine.close)
+        root = engine.directory / "root"
+        used, held, theirs, *old = [
+            engine.push(f"acme/{name}", extra=os.urandom(size << 20))
+            for name, size in sizes.items()
+        ]
+        world = stack.enter_context(
+            running_world(engine, used, functools.partial(make_agent, scripts=scripts), PYTHON)
+        )
+        name, _, digest = theirs.partition("@")
+        assert engine.call("POST", f"/images/create?fromImage={name}&tag={digest}")[0] == 200
+        assert engine.call("POST", "/containers/create", {"Image": theirs, "Cmd": SLEEP})[0] == 201
+        with inside(netns):
+            stack.enter_context(socket.create_server((ADDRESS, 20_001)))
+        # Its port is taken: it has an image here, and no container.
+        taken = world.assignment(
+            SLEEP, image=held, ports=[pb.Port(container_port=80, host_port=20_001)]
+        )
+        kept = world.run(SLEEP)
+        for image in old:
+            other = world.assignment(SLEEP, image=image)
+            world.plane.post(kept, taken, other)
+            world.plane.wait_state(other, "RUNNING", 30)
+        world.plane.post(kept, taken)
+        wait_for("it is alone", lambda: len(engine.containers()) == 1 or None, 30)
+        world.plane.wait_state(taken, "REJECTED")
+
+        def check_left(*names: str) -> None:
+            """These and no others, also after three more looks."""
+            with contextlib.suppress(AssertionError):
+                wait_for("images", lambda: read_names(engine) == {*names} or None, 15)
+            time.sleep(3 * agent_script.TEND_S)
+            assert read_names(engine) == {*names}
+
+        fill(root, 0.799)
+        check_left(*sizes)
+        fill(root, 0.8)
+        check_left("used", "held", "theirs", "c", "d")
+        assert 0.7 - 9 / 100 < agent_script.read_used(str(root)) <= 0.7
+        fill(root, 0.98)
+        check_left("used", "held", "theirs")
+        fill(root, 0.9)
+        check_left("used", "held", "theirs")
+        assert is_running(world, kept)
+        # Nor while the agent does not know yet what is in use.
+        world.agent.process.stop(signal.SIGKILL)
+        world.plane.is_silent = True
+        world.agent.start(world.guard)
+        wait_for("trouble", lambda: "cannot take requests now" in world.agent.log)
+        check_left("used", "held", "theirs")
+
+
+def test_images_of_an_engine_that_is_not_ours_stay() -> None:
+    with make_netns() as netns:
+        engine = Engine(netns, disk_bytes=30 << 20, label="openinfra.engine=0")
+        try:
+            image, door = engine.push("acme/box"), agent_script.Engine(engine.socket)
+            door.pull(image, "00", lambda _: None, lambda _: None)
+            fill(engine.directory / "root", 0.9)
+            assert door.remove_images((), {}, 0.8) == []
+            assert read_images(engine) == {image}
+            engine.kill()
+            engine.label = agent_script.ENGINE_LABEL
+            engine.start()
+            assert len(door.remove_images((), {}, 0.8)) == 1
+            assert read_images(engine) == set()
         finally:
             engine.close()
 
