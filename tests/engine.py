@@ -22,6 +22,7 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,37 @@ def running_registry(directory: Path, address: str) -> Iterator[Process]:
     process.wait_log("listening on")
     yield process
     process.stop(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def slow_registry(netns: Netns, port: int, bytes_s: float) -> Iterator[str]:
+    """The registry of a namespace behind a slow line; gives back its address there."""
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # who pulls hangs up as it likes
+            while part := source.recv(65_536):
+                sink.sendall(part)
+                time.sleep(len(part) / bytes_s)
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        host, _, number = REGISTRY.partition(":")
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            while True:
+                client = stack.enter_context(server.accept()[0])
+                with inside(netns):
+                    there = stack.enter_context(socket.create_connection((host, int(number))))
+                for pair in ((client, there), (there, client)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    with inside(netns):
+        server = socket.create_server(("127.0.0.1", port))
+    with server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{port}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 class Engine:

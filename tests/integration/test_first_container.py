@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import os
+import re
 import signal
 import subprocess
 import time
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine import REGISTRY, Engine
+from tests.engine import REGISTRY, Engine, slow_registry
 from tests.harness import WALLET, Agent, ControlPlane, change_scripts, inside, wait_for
 from tests.integration.test_http_api import check_shape
 from tests.integration.test_http_edge import read_metrics
@@ -151,6 +153,48 @@ def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
     fleet.gone()
     fleet.tenant.wait(workload, "deleted")
     assert fleet.engine.networks() == []
+
+
+@pytest.fixture
+def far_fleet(
+    make_cp: Callable[..., ControlPlane], make_agent: Callable[..., Agent], engine: Engine
+) -> Iterator[Fleet]:
+    """One whose registry is behind a slow line."""
+    engine.clear()
+    with slow_registry(engine.netns, 5997, 2e6) as registry:
+        cp = make_cp(f"--registry={registry}", "--heartbeat-s=0.5")
+        agent = make_agent(f"127.0.0.1:{cp.grpc_port}", cp.mint(payout_pubkey=WALLET))
+        yield from run_fleet(cp, agent, engine)
+
+
+def test_a_pull_says_how_far_it_is(far_fleet: Fleet) -> None:
+    """To the customer with each heartbeat, to the provider at any time; then it runs."""
+    name = f"{far_fleet.tenant.namespace}/large"
+    image = far_fleet.engine.push(name, extra=os.urandom(15_000_000))
+    workload = far_fleet.post(image=image.removeprefix(f"{REGISTRY}/"))
+    said: list[str] = []
+
+    def runs() -> dict[str, Any] | None:
+        found = far_fleet.tenant.get(workload)
+        for copy in found["assignments"]:
+            if copy["state"] == "pulling":
+                said.append(copy["reason"])
+                assert found["reasons"] == [f"replica 0: {copy['reason']}"]
+                assert found["state"] == "pending"
+        return found if found["state"] == "running" else None
+
+    wait_for("some of it", lambda: runs() or " of " in "".join(said), 20)
+    shown = far_fleet.agent.status()["assignments"]
+    assert [each["state"] for each in shown] == ["pulling"]
+    assert re.fullmatch("[0-9]+ of 1[67] MB", shown[0]["reason"])
+    found = wait_for("running", runs, 30)
+    assert (found["reasons"], found["assignments"][0]["reason"]) == ([], "")
+    parsed = [re.fullmatch("([0-9]+) of ([0-9]+) MB", each) for each in said]
+    steps = [(int(each[1]), int(each[2])) for each in parsed if each]
+    print(f"a pull of some seconds said {[*dict.fromkeys(said)]}")
+    assert steps == sorted(steps)
+    assert len({*steps}) >= 4
+    assert {whole for _, whole in steps} <= {16, 17}
 
 
 def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
