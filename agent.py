@@ -49,7 +49,7 @@ Files (mode)
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
-  /run/openinfra/lease.json          0600  which workloads may run, and until when
+  /run/openinfra/lease.json          0600  which workloads may run, until when, and their crashes
   /run/openinfra/guard.lock          0600  held while a guard is at work
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
@@ -246,6 +246,7 @@ LABEL = "openinfra.assignment"
 # The host stops this much before the control plane may place a workload elsewhere.
 LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
+PAST_KEPT = 8
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
 # Its time is when workloads were told to end last; what ended so soon after it ended by that.
@@ -738,6 +739,7 @@ class Past:
     streak: int = 0
     # True when we ended it ourselves, since the right to run was over.
     is_stopped: bool = False
+    # What is above (PAST_KEPT) is in the lease file: the next agent of this boot has it too.
     # What the engine could not do, how often, and when it is tried again.
     trouble: str = ""
     tries: int = 0
@@ -745,6 +747,21 @@ class Past:
     was_full: bool = False
     # Why this host cannot run it.
     rejected: str = ""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What is in the lease file: the right to run, and what goes with it.
+
+    `until_s` is of CLOCK_BOOTTIME. `ports` are published; `seen` is the home's address as the hub
+    sees it; `pasts` are of those that ended of late and are started again.
+    """
+
+    until_s: float = 0.0
+    kept: frozenset[str] = frozenset()
+    ports: tuple[int, ...] = ()
+    seen: str = ""
+    pasts: Mapping[str, Past] = field(default_factory=dict)
 
 
 class Verb(enum.Enum):
@@ -859,6 +876,8 @@ class Workloads:
     # This host's address in the tunnel, and its home's in the internet; empty while not known.
     address: str = ""
     seen: str = ""
+    # Published ones, of the list that was known last.
+    ports: tuple[int, ...] = ()
     revision: int = 0
     # The list that was known before the engine was last looked at, with nothing else under way:
     # what is not in that list and was not seen is gone.
@@ -867,7 +886,7 @@ class Workloads:
     wishes: tuple[Wish, ...] | None = None
     refused: dict[str, str] = field(default_factory=dict)
     right_until_s: float = 0.0
-    saved_lease: tuple[float, frozenset[str]] | None = None
+    saved_lease: Lease | None = None
 
     containers: tuple[Container, ...] = ()
     # Names of our networks, by assignment.
@@ -1777,24 +1796,27 @@ def decide_right_s(sent_s: float, lease_s: int, before_s: float) -> float:
     return sent_s + min(float(lease_s), LEASE_MAX_S) - LEASE_MARGIN_S
 
 
-def parse_lease(raw: bytes, boot_id: str, now_s: float) -> tuple[float, frozenset[str]]:
-    """Read the lease file: the end of the right, and for which assignments; none after a boot."""
+def parse_lease(raw: bytes, boot_id: str, now_s: float) -> Lease:
+    """Read the lease file. After a boot nothing has a right, and nothing was started yet."""
     try:
         data = json.loads(raw)
         ids = frozenset(str(each) for each in data["assignments"][: 2 * ASSIGNMENTS_MAX])
-        if data["boot_id"] == boot_id != "":
-            return min(float(data["until_s"]), now_s + LEASE_MAX_S), ids
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    return 0.0, frozenset()
+        ports = {int(port) for port in data.get("ports", ()) if int(port) in HOST_PORTS}
+        lease = Lease(0.0, frozenset(), tuple(sorted(ports)), str(data.get("seen", "")))
+        if data["boot_id"] != boot_id or boot_id == "":
+            return lease
+        until_s = min(float(data["until_s"]), now_s + LEASE_MAX_S)
+        pasts = {name: Past(*row[:PAST_KEPT]) for name, row in data.get("pasts", {}).items()}
+        return replace(lease, until_s=until_s, kept=ids, pasts=pasts)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Lease()
 
 
-def render_lease(
-    boot_id: str, until_s: float, kept: frozenset[str], ports: Sequence[int] = (), seen: str = ""
-) -> bytes:
+def render_lease(boot_id: str, lease: Lease) -> bytes:
     """Write the lease file; `guard` opens the ports, and keeps workloads from what was seen."""
-    data: dict[str, object] = {"boot_id": boot_id, "until_s": round(until_s, 3)}
-    data |= {"assignments": sorted(kept), "ports": sorted(ports), "seen": seen}
+    data: dict[str, object] = {"boot_id": boot_id, "until_s": round(lease.until_s, 3)}
+    data |= {"assignments": sorted(lease.kept), "ports": lease.ports, "seen": lease.seen}
+    data["pasts"] = {key: [*vars(one).values()][:PAST_KEPT] for key, one in lease.pasts.items()}
     return json.dumps(data).encode() + b"\n"
 
 
@@ -3547,22 +3569,12 @@ def is_empty(cgroup: Path) -> bool:
     return "populated 1" not in read_text(str(cgroup / "cgroup.events"))
 
 
-def read_opened(path: Path) -> tuple[tuple[int, ...], str]:
-    """The published ports of what may run, and the home's address; of an earlier boot too."""
-    try:
-        data = json.loads(read_small(path, FILE_MAX_BYTES)[0])
-        ports = {int(port) for port in data["ports"] if int(port) in HOST_PORTS}
-        return tuple(sorted(ports)), " ".join(parse_endpoints(str(data.get("seen", ""))))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return (), ""
-
-
-def read_lease(path: Path, boot_id: str) -> tuple[float, frozenset[str]]:
-    """Read what an earlier run of the agent had the right to."""
+def read_lease(path: Path, boot_id: str) -> Lease:
+    """Read what an earlier run of the agent had the right to; without a boot id, no right."""
     try:
         return parse_lease(read_small(path, FILE_MAX_BYTES)[0], boot_id, read_boot_s())
     except OSError:
-        return 0.0, frozenset()
+        return Lease()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3783,8 +3795,8 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
         workloads.wishes, workloads.refused = (), {}
     workloads.seen = reply.seen_address or workloads.seen
     kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
-    before_s, _ = workloads.saved_lease or (0.0, kept)
-    ensure_lease(agent, decide_right_s(sent_s, reply.lease_s, before_s), kept)
+    before = workloads.saved_lease or Lease()
+    ensure_lease(agent, decide_right_s(sent_s, reply.lease_s, before.until_s), kept)
     workloads.stirred.set()
 
 
@@ -3839,23 +3851,31 @@ def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
     workloads, path = agent.workloads, agent.config.lease_file
     if agent.pause is not None:
         until_s = min(until_s, agent.paused_s)
-    if workloads.saved_lease == (until_s, kept):
+    if workloads.wishes is not None:
+        workloads.ports = tuple(sorted(port for one in workloads.wishes for port in outer(one)))
+    pasts = {key: one for key, one in workloads.memory.pasts.items() if key in kept and one.streak}
+    lease = Lease(until_s, kept, workloads.ports, workloads.seen, pasts)
+    if lease == workloads.saved_lease:
         return
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o755)
-        ports = [port for wish in workloads.wishes or () for port in outer(wish)]
-        lease = render_lease(agent.boot_id, until_s, kept, ports, workloads.seen)
-        write_file(path, lease, 0o600)
+        write_file(path, render_lease(agent.boot_id, lease), 0o600)
     except OSError as error:
         why = f"cannot write the lease file {path}: {error.strerror}"
         if until_s and why != workloads.lease_error:
             log("WARN", why, "no workload is started", error=error.strerror)
         workloads.lease_error = why
         return
-    workloads.lease_error, workloads.saved_lease = "", (until_s, kept)
+    workloads.lease_error, workloads.saved_lease = "", lease
     workloads.right_until_s = 0.0 if agent.pause else until_s
     workloads.memory.kept = kept
+
+
+def keep_lease(agent: Agent) -> None:
+    """Save the same right with what else changed."""
+    lease = agent.workloads.saved_lease or Lease()
+    ensure_lease(agent, lease.until_s, lease.kept)
 
 
 def note_pause(agent: Agent) -> None:
@@ -3873,7 +3893,7 @@ def note_pause(agent: Agent) -> None:
         log("INFO" if pause.since else "WARN", render_paused(pause), UNPAUSE)
         workloads.right_until_s = 0.0
     agent.pause = pause
-    ensure_lease(agent, *(workloads.saved_lease or (0.0, frozenset())))
+    keep_lease(agent)
     agent.wake.set()
 
 
@@ -4073,7 +4093,7 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
     held = decide_held(workloads.wishes, workloads.containers, memory)
     remove_secrets(workloads.secrets_dir, held | {*workloads.tasks} | workloads.busy)
     right_until_s = workloads.right_until_s
-    until_s = workloads.saved_lease[0] if workloads.saved_lease else 0.0
+    until_s = (workloads.saved_lease or Lease()).until_s
     for step in plan_containers(
         workloads.wishes,
         workloads.containers,
@@ -4496,12 +4516,12 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
 
 def read_wanted(guard_file: Path, lease_file: Path) -> str:
     """The table that is right now, for this home's networks and the control plane's address."""
-    (ports, seen), guard = read_opened(lease_file), read_guard(guard_file)
+    lease, guard = read_lease(lease_file, ""), read_guard(guard_file)
     homes = parse_routes(read_text("/proc/net/route"))
-    homes += parse_endpoints(f"{guard.endpoints if guard else ''} {seen}")
+    homes += parse_endpoints(f"{guard.endpoints if guard else ''} {lease.seen}")
     # The engine's unit leaves here what it found before the engine began to forward.
     is_router = read_text(str(guard_file.parent / "ip_forward")).strip() != "0"
-    return render_table(homes, ports, is_router)
+    return render_table(homes, lease.ports, is_router)
 
 
 def lay_table(table: str) -> str:
@@ -4614,8 +4634,7 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
 def is_right_over(lease_file: Path) -> bool:
     """Whether the agent has no right to run anything, and should have ended all of it by now."""
     boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
-    until_s, _ = read_lease(lease_file, boot_id)
-    return read_boot_s() >= until_s + GUARD_LATE_S
+    return read_boot_s() >= read_lease(lease_file, boot_id).until_s + GUARD_LATE_S
 
 
 def freeze_at_once(cgroup: Path, is_open: bool) -> bool:
@@ -4915,6 +4934,7 @@ async def tend(agent: Agent) -> NoReturn:
             workloads.engine_error = str(error)
         note_lost(workloads)
         note_pause(agent)
+        keep_lease(agent)
         unready = read_unready(agent)[0]
         note_idle(agent, unready)
         if not workloads.engine_error:
@@ -5016,8 +5036,13 @@ async def serve(
         workloads=make_workloads(config, limits),
         moved_s=loop.time(),
     )
-    _, agent.workloads.seen = read_opened(config.lease_file)
-    ensure_lease(agent, *read_lease(config.lease_file, agent.boot_id))
+    lease, workloads = read_lease(config.lease_file, agent.boot_id), agent.workloads
+    workloads.ports, workloads.seen, workloads.memory.pasts = (
+        lease.ports,
+        lease.seen,
+        {**lease.pasts},
+    )
+    ensure_lease(agent, lease.until_s, lease.kept)
     note_pause(agent)
     agent.workloads.counts = read_counts(config.data_dir)
     await ask_version(agent.workloads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -1263,6 +1264,38 @@ def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: Worl
     assert seen.reason.startswith("ended with exit code 3, started again after ")
     assert world.container(good)["State"]["ExitCode"] == 0
     assert "said" in world.engine.logs(f"oi-{bad.assignment_id}")
+
+
+def test_a_restart_of_the_agent_hastens_no_crash_loop(world: World) -> None:
+    """It knows how often each crashed, and when; the engine knows neither."""
+
+    def wait_end(made: pb.Assignment, again_s: int, runs: int) -> dict[str, Any]:
+        """Until its next run is so far away; it has run so often by then."""
+        said = f"ended with exit code 3, started again after {again_s} s"
+        wait_for(said, lambda: said in str(world.plane.state(made)) or None, 40)
+        assert world.engine.logs(f"oi-{made.assignment_id}").count("run") == runs
+        return dict(world.container(made)["State"])
+
+    policies = (pb.RESTART_ALWAYS, pb.RESTART_ON_FAILURE)
+    loops = [world.assignment(["sh", "-c", "echo run; exit 3"], restart=each) for each in policies]
+    steady = world.assignment(SLEEP)
+    world.plane.post(steady, *loops)
+    fourth = [wait_end(made, 8, 4) for made in loops]
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        world.agent.process.stop(how)
+        world.start()
+        time.sleep(0.5)
+    for made, before in zip(loops, fourth, strict=True):
+        fifth = wait_end(made, 16, 5)
+        assert parse_time(fifth["StartedAt"]) - parse_time(before["FinishedAt"]) > 7.9
+        seen = world.plane.wait_state(made, "WAITING")
+        assert (seen.restarts, seen.exit_code) == (4, 3)
+    assert world.plane.wait_state(steady, "RUNNING").restarts == 0
+
+
+def parse_time(text: str) -> float:
+    """A time of the engine's."""
+    return datetime.datetime.fromisoformat(f"{text[:26].rstrip('Z')}+00:00").timestamp()
 
 
 @pytest.mark.parametrize("is_noted", [False, True])

@@ -172,7 +172,7 @@ def test_where_the_home_is_seen_from_outside_is_fenced(
     seen: str, fenced: bool, tmp_path: Path
 ) -> None:
     lease = tmp_path / "lease.json"
-    lease.write_bytes(agent.render_lease("boot", 1.0, frozenset(), [20_000], seen))
+    lease.write_bytes(agent.render_lease("boot", agent.Lease(ports=(20_000,), seen=seen)))
     table = agent.read_wanted(tmp_path / "guard.json", lease)
     (fence,) = re.findall(r'iifname "oi-\*" ip daddr \{ (.*) \} drop', table)
     assert fence.endswith(", 203.0.113.7") == fenced

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -939,14 +940,35 @@ def test_the_right_ends_before_the_lease(lease_s: int, before_s: float, expected
 
 
 def test_a_lease_is_of_one_boot() -> None:
-    raw = agent.render_lease("boot", 1234.5, frozenset({OTHER, ID}))
-    assert agent.parse_lease(raw, "boot", 1000) == (1234.5, frozenset({ID, OTHER}))
-    assert agent.parse_lease(agent.render_lease("boot", 9e9, frozenset()), "boot", 1000)[0] == 4600
-    nothing: tuple[float, frozenset[str]] = (0.0, frozenset())
-    for other in (raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999):
-        assert agent.parse_lease(other, "boot", 1000) == nothing
-    assert agent.parse_lease(raw, "another", 1000) == nothing
-    assert agent.parse_lease(agent.render_lease("", 9.0, frozenset()), "", 1000) == nothing
+    past = Past("x", True, 1.5, None, 3, 7, 8, True, "t", 2, 3.5)
+    lease = agent.Lease(1234.5, frozenset({OTHER, ID}), (20_001,), "203.0.113.7", {ID: past})
+    raw = agent.render_lease("boot", lease)
+    # What the engine could not do is tried again by another agent.
+    pasts = {ID: dataclasses.replace(past, trouble="", tries=0, retry_at_s=0.0)}
+    read = dataclasses.replace(lease, pasts=pasts)
+    assert agent.parse_lease(raw, "boot", 1000) == read
+    late = agent.render_lease("boot", agent.Lease(9e9))
+    assert agent.parse_lease(late, "boot", 1000) == agent.Lease(4600)
+    older = json.dumps({"boot_id": "boot", "until_s": 7, "assignments": [ID]}).encode()
+    assert agent.parse_lease(older, "boot", 1000) == agent.Lease(7.0, frozenset({ID}))
+    newer = raw.replace(b"true]", b"true, 1, 2, 3, 4, 5, 6, 7, 8]")
+    assert agent.parse_lease(newer, "boot", 1000) == read
+    broken = raw.replace(b'{"%s": [' % ID.encode(), b"[[")
+    for other in (raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999, broken):
+        assert agent.parse_lease(other, "boot", 1000).until_s == 0.0
+    # What the firewall has is right after a boot too, until the agent says other.
+    firewall = agent.Lease(ports=lease.ports, seen=lease.seen)
+    assert agent.parse_lease(raw, "another", 1000) == firewall
+    assert agent.parse_lease(agent.render_lease("", lease), "", 1000) == firewall
+
+
+def test_the_largest_lease_is_one_that_is_read() -> None:
+    """Else the guard would end all that runs."""
+    ids = frozenset(str(uuid.uuid4()) for _ in range(agent.ASSIGNMENTS_MAX))
+    past = Past("f" * 64, False, 1e8 / 3, 1e8 / 3, 255, 10**6, 10**6, False)
+    ports = tuple(agent.HOST_PORTS[: agent.PORTS_MAX * len(ids)])
+    lease = agent.Lease(1e8 / 3, ids, ports, "203.0.113.200", dict.fromkeys(ids, past))
+    assert len(agent.render_lease(str(uuid.uuid4()), lease)) < agent.FILE_MAX_BYTES
 
 
 @pytest.mark.parametrize(
@@ -1189,7 +1211,7 @@ def test_workloads_without_a_right_are_ended_at_once(
     monkeypatch.setattr(agent, "LEASE_MAX_S", 1e12)
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     lease = tmp_path / "lease.json"
-    lease.write_bytes(agent.render_lease(boot_id, until_s, frozenset()))
+    lease.write_bytes(agent.render_lease(boot_id, agent.Lease(until_s)))
     (tmp_path / "cgroup.events").write_text(f"{events}\nfrozen 0\n")
     (tmp_path / "cgroup.kill").write_text("")
     assert not agent.end_at_once(lease, tmp_path)
