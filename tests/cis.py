@@ -1,9 +1,10 @@
 """The rules of the CIS Docker Benchmark 1.6.0, section 5, that apply to a container of ours.
 
 Each looks at what `docker inspect` says of one. Not in it: what is about the daemon's command line
-(5.23, 5.24: `docker exec`; nobody runs one), what is the customer's (5.7: no sshd inside; 5.27: its
-image's health check, which is switched off, since it would run what the image says), and 5.3 where
-the kernel has no SELinux.
+(5.23, 5.24: `docker exec`; nobody runs one), what is the customer's (5.7: no sshd inside), and 5.3
+where the kernel has no SELinux. 5.27 is not met as it is written: an image's health check would be
+one more thing that runs as the image says, so that none is on; that a process ended is seen by the
+agent.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ RULES: dict[str, Callable[[Inspected], bool]] = {
     "5.22 the default seccomp filter": lambda c: (
         not any(each.startswith("seccomp") for each in host(c)["SecurityOpt"])
     ),
+    "5.25 its control group is the engine's to choose": lambda c: host(c)["CgroupParent"] == "",
     "5.26 no new privileges": lambda c: "no-new-privileges" in host(c)["SecurityOpt"],
     "5.28 an image by its digest": lambda c: "@sha256:" in c["Config"]["Image"],
     "5.29 processes are limited": lambda c: 0 < (host(c)["PidsLimit"] or 0) <= 128,
@@ -84,6 +86,9 @@ RULES: dict[str, Callable[[Inspected], bool]] = {
     "5.31 the engine's user namespace": lambda c: host(c)["UsernsMode"] == "",
     "5.32 no engine's socket": lambda c: (
         not any(each["Source"].endswith(".sock") for each in c["Mounts"])
+    ),
+    "no health check of the image": lambda c: (
+        c["Config"]["Healthcheck"]["Test"] == ["NONE"] and "Health" not in c["State"]
     ),
     "nobody, in a control group of its own": lambda c: (
         c["Config"]["User"] == "65534:65534" and host(c)["CgroupnsMode"] == "private"

@@ -229,7 +229,9 @@ class World:
 
 @pytest.fixture(scope="module")
 def image(engine: Engine) -> str:
-    return engine.push("acme/box", {"Volumes": {"/data": {}}, "Env": ["PATH=/bin"]})
+    health = {"Test": ["CMD", "touch", "/tmp/health"], "Interval": 1_000_000_000}
+    config = {"Volumes": {"/data": {}}, "Env": ["PATH=/bin"], "Healthcheck": health}
+    return engine.push("acme/box", config)
 
 
 @pytest.fixture
@@ -412,11 +414,13 @@ LOOSE: dict[str, dict[str, Any]] = {
     "5.20": {"HostConfig": {"Binds": ["/tmp:/host:rshared"]}},
     "5.21": {"HostConfig": {"UTSMode": "host"}},
     "5.22": {"HostConfig": {"SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]}},
+    "5.25": {"HostConfig": {"CgroupParent": "/elsewhere"}},
     "5.26": {"HostConfig": {"SecurityOpt": []}},
     "5.29": {"HostConfig": {"PidsLimit": 0}},
     "5.30": {"HostConfig": {"NetworkMode": "default"}, "NetworkingConfig": {}},
     "5.31": {"HostConfig": {"UsernsMode": "host"}},
     "5.32": {"HostConfig": {"Binds": ["/run/x.sock:/x.sock:ro"]}},
+    "no": {"Healthcheck": None},
     "nobody": {"User": "0"},
     "": {},
 }
@@ -425,7 +429,9 @@ LOOSE: dict[str, dict[str, Any]] = {
 def test_the_rules_of_the_cis_benchmark_are_met_and_seen_to_be_broken(world: World) -> None:
     """By a container of the agent's, and each by the same with one thing else in its body."""
     made = world.run(SLEEP, ports=[pb.Port(container_port=80, host_port=20_008)])
-    assert list_broken(world.container(made)) == []
+    seen = world.container(made)
+    assert list_broken(seen) == []
+    assert seen["Id"] in Path(f"/proc/{seen['State']['Pid']}/cgroup").read_text()
     wish = agent_script.parse_assignment(made, agent_script.Limits(2000, 200 << 20))
     for rule, change in LOOSE.items():
         body = agent_script.render_container(wish, ADDRESS, world.agent.secrets_dir)
