@@ -387,7 +387,7 @@ USAGE_HOURS = 6  # and of each
 INVOICE_AFTER_S = 86_400  # after a month is over its invoices are issued
 EARNINGS_LINES = 200  # of what a host earned, in one message
 CREDIT_NOTICE_S = 3_600  # a customer without credit has this long before its copies stop
-EGRESS_MAX_BYTES_PER_US = 125  # 1 Gbit/s: no copy sends more, whatever its host says
+EGRESS_MAX_BYTES_PER_US = 125  # 1 Gbit/s: no copy sends or gets more, whatever its host says
 HOUR_US = 3_600_000_000
 CPU_HOUR = 1_000 * HOUR_US  # what a price is for: thousandths of a processor times microseconds,
 GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
@@ -866,11 +866,21 @@ class BillLine:
     gb_hour_micros: int
     egress_gb_micros: int
     provider_share_ppm: int
-    counted_cpu_ns: int  # by its host, over the copy's whole life, as all of the next three
-    counted_memory_byte_s: int
-    counted_tx_bytes: int
-    life_us: int  # that it ran, with what is in no window yet: counters know no hours
     usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What its host counted of a copy over its whole life: counters know no hours."""
+
+    assignment_id: uuid.UUID
+    cpu_milli: int
+    memory_bytes: int
+    life_us: int  # that it ran, with what is in no window yet
+    cpu_ns: int
+    memory_byte_s: int
+    rx_bytes: int
+    tx_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3002,20 +3012,21 @@ def price_of(line: BillLine, name: str) -> tuple[int, int]:
     }[name]
 
 
-def decide_counters(line: BillLine) -> tuple[dict[str, int], bool]:
+def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
     """What a host counted of a copy, capped by what is possible; and whether it was more.
 
     Possible is what is reserved, for as long as it was seen to run, the open hour included; a
     tenth and two minutes more are no reason to doubt a host, which looks once a minute.
     """
     most = {
-        "counted_cpu_ns": line.cpu_milli * line.life_us,
-        "counted_memory_byte_s": line.memory_bytes * line.life_us // 1_000_000,
-        "counted_tx_bytes": EGRESS_MAX_BYTES_PER_US * line.life_us,
+        "cpu_ns": copy.cpu_milli * copy.life_us,
+        "memory_byte_s": copy.memory_bytes * copy.life_us // 1_000_000,
+        "rx_bytes": EGRESS_MAX_BYTES_PER_US * copy.life_us,
+        "tx_bytes": EGRESS_MAX_BYTES_PER_US * copy.life_us,
     }
-    life_us = line.life_us * 11 // 10 + COUNTERS_SLACK_US
-    doubt = any(getattr(line, n) * line.life_us > most[n] * life_us for n in most if line.life_us)
-    return {name: min(getattr(line, name), cap) for name, cap in most.items()}, doubt
+    life_us = copy.life_us * 11 // 10 + COUNTERS_SLACK_US
+    doubt = any(getattr(copy, n) * copy.life_us > most[n] * life_us for n in most if copy.life_us)
+    return {name: min(getattr(copy, name), cap) for name, cap in most.items()}, doubt
 
 
 def list_shares(line: BillLine) -> tuple[int, int, int]:
@@ -3061,13 +3072,9 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
 
 
 def render_bill_line(bill: Bill, line: BillLine) -> Row:
-    """A line of it; what the provider gets is on its statement only.
-
-    Without counters: those are of the copy's whole life, and grow when this is issued already.
-    """
+    """A line of it; what the provider gets is on its statement only."""
     shown = {**vars(line), **line.usage._asdict(), "charge_micros": line.usage.charge_micros}
-    del shown["usage"], shown["life_us"]
-    del shown["counted_cpu_ns"], shown["counted_memory_byte_s"], shown["counted_tx_bytes"]
+    del shown["usage"]
     if bill.kind == "invoice":
         del shown["provider_share_ppm"], shown["share_micros"]
     return {**shown, "assignment_id": str(line.assignment_id)}
@@ -5219,7 +5226,6 @@ SELECT a.assignment_id, l.workload, l.replica, l.hostname,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
-  k.counted_cpu_ns, k.counted_memory_byte_s, k.counted_tx_bytes, t.billed_us + o.open_us AS life_us,
   l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
 FROM (
   SELECT l.*, n.namespace || '/' || n.name AS workload, b.replica FROM usage_lines l
@@ -5228,15 +5234,23 @@ FROM (
     OR l.host_no = %(host_no)s)
   ORDER BY workload, b.replica, l.assignment_no, l.card_no LIMIT %(limit)s OFFSET %(cursor)s
 ) l JOIN assignments a USING (assignment_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
-JOIN usage_totals t USING (assignment_no), LATERAL (
-  SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS counted_cpu_ns,
-    least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS counted_memory_byte_s,
-    least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS counted_tx_bytes
-  FROM usage_counters u WHERE u.assignment_no = l.assignment_no) k, LATERAL (
+ORDER BY l.workload, l.replica, l.assignment_no, l.card_no
+"""
+
+SQL_COUNTED = """
+-- what hosts counted of these copies, and how long they ran until now
+SELECT a.assignment_id, a.cpu_milli, a.memory_bytes,
+  coalesce(t.billed_us, 0) + o.open_us AS life_us, k.*
+FROM assignments a LEFT JOIN usage_totals t USING (assignment_no), LATERAL (
+  SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS cpu_ns,
+    least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS memory_byte_s,
+    least(coalesce(sum(rx_bytes), 0), %(most)s)::bigint AS rx_bytes,
+    least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS tx_bytes
+  FROM usage_counters u WHERE u.assignment_no = a.assignment_no) k, LATERAL (
   SELECT coalesce(sum(coalesce(r.to_us, v.seen_us) - r.closed_us), 0)::bigint AS open_us
   FROM usage_runs r JOIN liveness v USING (host_no)
-  WHERE r.assignment_no = l.assignment_no AND NOT r.is_closed) o
-ORDER BY l.workload, l.replica, l.assignment_no, l.card_no
+  WHERE r.assignment_no = a.assignment_no AND NOT r.is_closed) o
+WHERE a.assignment_id = ANY(%(assignment_ids)s)
 """
 
 SQL_BILL_TOTAL = """
@@ -7311,10 +7325,22 @@ async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) ->
 
 async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
     whose = {"customer_no": None, "namespace": None, "host_no": None}
-    rows = await tx.dicts(SQL_BILL_LINES, most=INT64_MAX, **{**whose, **which})
+    rows = await tx.dicts(SQL_BILL_LINES, **{**whose, **which})
     return [
         BillLine(usage=Usage(*(row.pop(name) for name in Usage._fields)), **row) for row in rows
     ]
+
+
+async def read_counted(db: Database, bills: Iterable[Bill]) -> dict[uuid.UUID, Counted]:
+    """What hosts counted of the copies on bills, by their ids."""
+    async with db.transaction() as tx:
+        found = {line.assignment_id for bill in bills for line in bill.lines}
+        return await _read_counted(tx, found)
+
+
+async def _read_counted(tx: Transaction, ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Counted]:
+    rows = await tx.rows(SQL_COUNTED, Counted, assignment_ids=list(ids), most=INT64_MAX)
+    return {copy.assignment_id: copy for copy in rows}
 
 
 async def list_invoices(db: Database, customer: Customer) -> list[Row]:
@@ -10270,7 +10296,9 @@ class Pilot:
         read = functools.partial(read_pilot_bills, since=self.since)
         bills = asyncio.run(with_database(self.plan.cp_dir / "dsn", read))
         print("\nwhat the workload used, a plain process that stands in for a container:")
-        print(render_usage([bill for bill in bills if bill.kind == "invoice"]))
+        invoices = [bill for bill in bills if bill.kind == "invoice"]
+        counted = functools.partial(read_counted, bills=invoices)
+        print(render_usage(invoices, asyncio.run(with_database(self.plan.cp_dir / "dsn", counted))))
         print("\nits customer's invoice, and its provider's statement:")
         print(render_bills(bills, self.plan.currency), flush=True)
         return bills, write_bills(bills, self.plan.root / "bills", self.plan.currency)
@@ -11593,17 +11621,20 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
     """List what copies used in a month, and what hosts counted of their whole life."""
-    print(render_usage(read_invoices(args, settings)))
+    bills = read_invoices(args, settings)
+    counted = asyncio.run(with_database(settings.dsn_file, lambda db: read_counted(db, bills)))
+    print(render_usage(bills, counted))
     return 0
 
 
-def render_usage(bills: Sequence[Bill]) -> str:
+def render_usage(bills: Sequence[Bill], copies: Mapping[uuid.UUID, Counted]) -> str:
     """What the lines of invoices were billed for, and what hosts counted, as a table."""
     head = ("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "EGRESS-GB")
     table = [(*head, "COUNTED-CPU-HOURS", "COUNTED-GB", "OF-HOURS", "NOTE")]
     for bill in bills:
         for line in bill.lines:
-            counted, disagree = decide_counters(line)
+            copy = copies[line.assignment_id]
+            counted, disagree = decide_counters(copy)
             usage = line.usage
             table.append(
                 (
@@ -11613,9 +11644,9 @@ def render_usage(bills: Sequence[Bill]) -> str:
                     render_quantity(usage.billed_us, HOUR_US),
                     render_quantity(line.cpu_milli * usage.billed_us, CPU_HOUR),
                     render_quantity(usage.egress_bytes, GB),
-                    render_quantity(counted["counted_cpu_ns"], CPU_HOUR),
-                    render_quantity(counted["counted_tx_bytes"], GB),
-                    render_quantity(line.life_us, HOUR_US),
+                    render_quantity(counted["cpu_ns"], CPU_HOUR),
+                    render_quantity(counted["tx_bytes"], GB),
+                    render_quantity(copy.life_us, HOUR_US),
                     "its host counted more than is possible" if disagree else "",
                 )
             )

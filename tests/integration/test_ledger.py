@@ -387,6 +387,7 @@ def test_a_month_counts_once_for_the_balance(fresh: Books) -> None:
         (oracle.Counter("a", "b", "c", 7_000 * 10**9, 1, 7, 10**9), True),
         (oracle.Counter("a", "b", "c", 1, 30_000 * 10**9, 7, 10**9), True),
         (oracle.Counter("a", "b", "c", 1, 1, 7, 2 * 10**12), True),
+        (oracle.Counter("a", "b", "c", 1, 1, 2 * 10**12, 7), True),
         (oracle.Counter("a", "b", "c", 2**63 - 1, 2**63 - 1, 2**63 - 1, 2**63 - 1), True),
     ],
 )
@@ -405,11 +406,12 @@ def test_counters_that_cannot_be_are_capped_and_said(
     customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
     (line,) = bill.lines
-    counted, doubt = cp_server.decide_counters(line)
+    copies = in_database(books, lambda db: cp_server.read_counted(db, [bill]))
+    counted, doubt = cp_server.decide_counters(copies[line.assignment_id])
     assert doubt == disagrees
-    assert counted["counted_cpu_ns"] == min(counter.cpu_ns, 500 * 3 * HOUR)
+    assert counted["cpu_ns"] == min(counter.cpu_ns, 500 * 3 * HOUR)
     assert line.usage.billed_us == 3 * HOUR
-    assert ("more than is possible" in cp_server.render_usage([bill])) == disagrees
+    assert ("more than is possible" in cp_server.render_usage([bill], copies)) == disagrees
 
 
 def test_a_busy_copy_in_its_open_hour_is_no_reason_for_doubt(fresh: Books) -> None:
@@ -424,11 +426,12 @@ def test_a_busy_copy_in_its_open_hour_is_no_reason_for_doubt(fresh: Books) -> No
     in_database(books, close_all)
     customer, march = books.customers["kuma"], dt.date(2026, 3, 1)
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
-    (line,) = bill.lines
-    assert (line.usage.billed_us, line.life_us) == (HOUR, end_us - T)
-    counted, doubt = cp_server.decide_counters(line)
-    assert (counted["counted_cpu_ns"], doubt) == (busy.cpu_ns, False)
-    assert cp_server.render_usage([bill]).splitlines()[1].split()[3:] == [
+    copies = in_database(books, lambda db: cp_server.read_counted(db, [bill]))
+    ((line,), (copy,)) = bill.lines, copies.values()
+    assert (line.usage.billed_us, copy.life_us) == (HOUR, end_us - T)
+    counted, doubt = cp_server.decide_counters(copy)
+    assert (counted["cpu_ns"], doubt) == (busy.cpu_ns, False)
+    assert cp_server.render_usage([bill], copies).splitlines()[1].split()[3:] == [
         *("1.000000", "0.500000", "0.000000"),
         *("0.750000", "0.000000", "1.500000"),
     ]

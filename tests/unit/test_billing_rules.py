@@ -237,10 +237,6 @@ def make_line(usage: Usage, **changes: Any) -> BillLine:
         "gb_hour_micros": 3_000,
         "egress_gb_micros": 0,
         "provider_share_ppm": 800_000,
-        "counted_cpu_ns": 0,
-        "counted_memory_byte_s": 0,
-        "counted_tx_bytes": 0,
-        "life_us": usage.billed_us,
         "usage": usage,
         **changes,
     }
