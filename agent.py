@@ -5,7 +5,7 @@
                      assigned as containers (systemd starts it)
   agent.py status    what the running agent says: exit 0 when this host is online, else 1
   agent.py doctor    what is wrong and the command for each finding: exit 0 when nothing is
-  agent.py earnings  what this host earned in a month, line by line, as the control plane has it
+  agent.py earnings  what this host earned in a month as the control plane has it; hour by hour too
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
@@ -166,8 +166,9 @@ MONTH = "|20[0-9]{2}-(0[1-9]|1[0-2])"  # or none: this one
 # Lines of what this host earned, in one answer; and the numbers of each.
 EARNINGS_LINES, EARNINGS_PAGES, WORKLOAD_MAX = 200, 500, 128
 EARNINGS_NUMBERS = (
-    *("replica", "cpu_milli", "memory_bytes", "billed_us", "egress_bytes", "cpu_hour_micros"),
-    *("gb_hour_micros", "egress_gb_micros", "charge_micros", "provider_share_ppm", "share_micros"),
+    *("replica", "part", "card_no", "cpu_milli", "memory_bytes", "billed_us", "egress_bytes"),
+    *("cpu_hour_micros", "gb_hour_micros", "egress_gb_micros", "charge_micros"),
+    *("provider_share_ppm", "share_micros"),
 )
 SOCKET_LINE_MAX_BYTES = 4_096
 SOCKET_ANSWER_MAX_BYTES = 262_144
@@ -2193,11 +2194,12 @@ REQUESTS = ("status", "pause", "unpause", "leave", "earnings")
 
 @dataclass(frozen=True)
 class Ask:
-    """A request on the control socket; the last two are of `earnings` only."""
+    """A request on the control socket; all but the first are of `earnings` only."""
 
     cmd: str
     month: str = ""
     cursor: int = 0
+    assignment: str = ""
 
 
 def parse_request(line: bytes) -> Ask:
@@ -2210,14 +2212,16 @@ def parse_request(line: bytes) -> Ask:
         raise BrokenError('request is not an object with a "cmd"')
     if data["cmd"] not in REQUESTS:
         raise BrokenError(f"unknown cmd, known: {', '.join(REQUESTS)}")
-    if data.keys() - ({"month", "cursor"} if data["cmd"] == "earnings" else set()) != {"cmd"}:
+    if data.keys() - (vars(Ask("")).keys() if data["cmd"] == "earnings" else {"cmd"}):
         raise BrokenError("request has unknown fields")
-    month, cursor = data.get("month", ""), data.get("cursor", 0)
+    month, cursor, copy = data.get("month", ""), data.get("cursor", 0), data.get("assignment", "")
     if type(month) is not str or not re.fullmatch(MONTH, month):
         raise BrokenError("month is none like 2026-11")
     if type(cursor) is not int or not 0 <= cursor < 2**31:
         raise BrokenError("cursor is out of range")
-    return Ask(data["cmd"], month, cursor)
+    if type(copy) is not str or (copy and not HOST_ID_RE.fullmatch(copy)):
+        raise BrokenError("assignment is no UUID")
+    return Ask(data["cmd"], month, cursor, copy)
 
 
 def render_answer(
@@ -2287,6 +2291,7 @@ def render_earnings_page(reply: pb.EarningsReply) -> dict[str, object]:
             {
                 "assignment_id": parse_line(line.assignment_id, NAMED_MAX),
                 "workload": parse_line(line.workload, WORKLOAD_MAX),
+                "hour_at": parse_line(line.hour_at, NAMED_MAX),
                 **{name: getattr(line, name) for name in EARNINGS_NUMBERS},
             }
             for line in reply.lines[:EARNINGS_LINES]
@@ -2297,18 +2302,21 @@ def render_earnings_page(reply: pb.EarningsReply) -> dict[str, object]:
 
 def render_earnings_table(found: Mapping[str, Any]) -> str:
     """A month's earnings for a person: what ran, for how long, at what price, and whose part."""
-    rows = [("workload", "hours", "cpu", "GB", "sent GB", "charge", "yours", "earned")]
+    names = ("hours", "cpu", "GB", "sent GB", "a cpu-hour", "a GB-hour", "a GB sent", "charge")
+    rows = [("what", *names, "yours", "earned", "assignment")]
+    prices = ("cpu_hour_micros", "gb_hour_micros", "egress_gb_micros", "charge_micros")
     for line in found["lines"]:
         rows.append(
             (
-                f"{line['workload']}/{line['replica']}",
+                f"{line['hour_at'][:16] or line['workload']}/{line['part'] or line['replica']}",
                 f"{line['billed_us'] / 3.6e9:.4f}",
                 f"{line['cpu_milli'] / 1000:g}",
                 f"{line['memory_bytes'] / 1e9:.3f}",
                 f"{line['egress_bytes'] / 1e9:.3f}",
-                render_micros(line["charge_micros"]),
+                *(render_micros(line[name]) for name in prices),
                 f"{line['provider_share_ppm'] / 10_000:g} %",
                 render_micros(line["share_micros"]),
+                line["assignment_id"],
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -3590,8 +3598,11 @@ async def read_earnings(agent: Agent, ask: Ask) -> dict[str, object]:
         raise Error("this host is not online", "sudo openinfra-agent doctor")
     session = bytes.fromhex(agent.identity.session or "")
     request = pb.EarningsRequest(session=session, month=ask.month, cursor=ask.cursor)
+    request.assignment_id = ask.assignment
     try:
         reply = await call(agent, agent.stub.ReadEarnings, request)
+        if ask.assignment and not all(line.hour_at for line in reply.lines):
+            raise RefusedError("UNIMPLEMENTED", "it does not know of hours")
     except RefusedError as refused:
         if refused.name == "UNIMPLEMENTED":
             what = "the control plane is older than this agent, and does not say it"
@@ -5107,14 +5118,17 @@ def command_status(args: argparse.Namespace) -> int:
 
 def command_earnings(args: argparse.Namespace) -> int:
     """Print what this host earned in a month."""
-    path, month = Path(args.socket or DEFAULTS["socket"]), args.month
+    path, month, copy = Path(args.socket or DEFAULTS["socket"]), args.month, args.assignment
     if not re.fullmatch(MONTH, month):
         raise Error(f"{parse_line(month, 40)} is no month", "give one like 2026-11", USAGE)
+    if copy and not HOST_ID_RE.fullmatch(copy):
+        raise Error(f"{parse_line(copy, 40)} is no assignment", "copy it from its line", USAGE)
     pages: list[dict[str, Any]] = []
     while not pages or (pages[-1]["next_cursor"] and pages[-1]["lines"]):
         if len(pages) == EARNINGS_PAGES:
             raise Error("the month has too many lines", "ask the operator for a statement")
-        asked = {"month": month, "cursor": pages[-1]["next_cursor"] if pages else 0}
+        cursor = pages[-1]["next_cursor"] if pages else 0
+        asked = {"month": month, "cursor": cursor, "assignment": copy}
         answer = read_status(path, "earnings", RPC_DEADLINE_S + SOCKET_TIMEOUT_S, **asked)
         pages.append(answer["earnings_page"])
         month = pages[0]["month"]
@@ -5265,6 +5279,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         if name == "earnings":
             command.add_argument("--month", default="", help="like 2026-11; default: this one")
+            command.add_argument("--assignment", default="", help="hour by hour, of this one")
         if name in ("status", "doctor", "earnings"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "guard":

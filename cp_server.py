@@ -14,7 +14,7 @@ What it does
   invoices  prints what customers pay, statements what providers are owed, or writes each as
             files, mode 0600, into the directory of --out; rate-cards, add-rate-card, add-payment,
             credit-limit: what these come of; ledger verify adds it up
-  usage     lists what each copy used in a month, and what its host counted
+  usage     lists what each copy used in a month, and what its host counted; or a copy's hours
   drain     moves a host's workloads elsewhere and gives it no more; undrain: it may have them again
   label     says what a host is, KEY=VALUE, for workloads that ask for such ones only
   doctor    says what is wrong here; --invariants tests what must hold after every fault
@@ -870,6 +870,17 @@ class BillLine:
 
 
 @dataclasses.dataclass(frozen=True)
+class BillWindow(BillLine):
+    """A window, with all that its line has."""
+
+    hour_at: dt.datetime
+    part: int
+
+
+Line = TypeVar("Line", bound=BillLine)
+
+
+@dataclasses.dataclass(frozen=True)
 class Counted:
     """What its host counted of a copy over its whole life: counters know no hours."""
 
@@ -906,6 +917,7 @@ class EarningsOrder:
     peer: str
     month: dt.date | None  # None: this one
     cursor: int
+    assignment_id: str | None = None  # hour by hour by this copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1981,7 +1993,8 @@ def parse_earnings(request: pb.EarningsRequest, peer: str) -> EarningsOrder:
     month = parse_month(request.month) if request.month else None
     if request.cursor >= 2**31:
         raise Refusal("BAD_REQUEST", "cursor is out of range", "begin with 0", "cursor")
-    return EarningsOrder(session, peer, month, request.cursor)
+    copy = check_uuid(request.assignment_id, "assignment_id") if request.assignment_id else None
+    return EarningsOrder(session, peer, month, request.cursor, copy)
 
 
 def parse_revision(revision: int) -> int:
@@ -3067,16 +3080,18 @@ def render_bill_json(bill: Bill, currency: str) -> Row:
         "whose": bill.whose,
         "currency": currency,
         "total_micros": bill.total_micros,
-        "lines": [render_bill_line(bill, line) for line in bill.lines],
+        "lines": [render_bill_line(bill.kind, line) for line in bill.lines],
     }
 
 
-def render_bill_line(bill: Bill, line: BillLine) -> Row:
-    """A line of it; what the provider gets is on its statement only."""
+def render_bill_line(kind: str, line: BillLine) -> Row:
+    """A line or window; what the provider gets is on its statement only."""
     shown = {**vars(line), **line.usage._asdict(), "charge_micros": line.usage.charge_micros}
     del shown["usage"]
-    if bill.kind == "invoice":
+    if kind == "invoice":
         del shown["provider_share_ppm"], shown["share_micros"]
+    if isinstance(line, BillWindow):
+        shown["hour_at"] = render_time(line.hour_at)
     return {**shown, "assignment_id": str(line.assignment_id)}
 
 
@@ -5219,15 +5234,16 @@ SQL_ONE_PICTURE = """
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
 """
 
-SQL_BILL_LINES = """
--- the lines of a customer's or a provider's month: the page first
-SELECT a.assignment_id, l.workload, l.replica, l.hostname,
+LINE_COLUMNS = """a.assignment_id, l.workload, l.replica, l.hostname,
   a.cpu_milli, a.memory_bytes, l.card_no, coalesce(c.cpu_hour_micros, 0) AS cpu_hour_micros,
   coalesce(c.gb_hour_micros, 0) AS gb_hour_micros,
   coalesce(c.egress_gb_micros, 0) AS egress_gb_micros,
   coalesce(c.provider_share_ppm, 0) AS provider_share_ppm,
-  l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros
-FROM (
+  l.billed_us, l.egress_bytes, l.cpu_micros, l.memory_micros, l.egress_micros, l.share_micros"""
+
+SQL_BILL_LINES = f"""
+-- the lines of a customer's or a provider's month: the page first
+SELECT {LINE_COLUMNS} FROM (
   SELECT l.*, n.namespace || '/' || n.name AS workload, b.replica FROM usage_lines l
   JOIN assignments b USING (assignment_no) JOIN workloads n USING (workload_no)
   WHERE l.month = %(month)s AND (l.customer_no = %(customer_no)s OR l.namespace = %(namespace)s
@@ -5235,6 +5251,19 @@ FROM (
   ORDER BY workload, b.replica, l.assignment_no, l.card_no LIMIT %(limit)s OFFSET %(cursor)s
 ) l JOIN assignments a USING (assignment_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
 ORDER BY l.workload, l.replica, l.assignment_no, l.card_no
+"""
+
+SQL_BILL_WINDOWS = f"""
+-- the windows of a copy's month, each with what its line has; of a host's copies only, or of all
+SELECT {LINE_COLUMNS}, l.hour_at, l.part FROM (
+  SELECT u.*, s.hostname, n.namespace || '/' || n.name AS workload, b.replica
+  FROM assignments b JOIN usage_windows u USING (assignment_no)
+  JOIN usage_lines s USING (assignment_no, month, card_no) JOIN workloads n USING (workload_no)
+  WHERE b.assignment_id = %(assignment_id)s AND u.month = %(month)s
+    AND (%(host_no)s::integer IS NULL OR b.host_no = %(host_no)s)
+  ORDER BY u.hour_at, u.part LIMIT %(limit)s OFFSET %(cursor)s
+) l JOIN assignments a USING (assignment_no) LEFT JOIN rate_cards c ON c.card_no = l.card_no
+ORDER BY l.hour_at, l.part
 """
 
 SQL_COUNTED = """
@@ -5269,9 +5298,11 @@ WHERE s.session_sha256 = %(session)s AND s.ended_at IS NULL
 """
 
 SQL_HOST_TOTAL = """
--- what a host earned in a month
+-- what a host earned in a month, by one copy or by all
 SELECT coalesce(sum(share_micros), 0)::bigint AS micros FROM usage_lines
-WHERE host_no = %(host_no)s AND month = %(month)s
+JOIN assignments a USING (assignment_no)
+WHERE usage_lines.host_no = %(host_no)s AND month = %(month)s
+  AND (%(assignment_id)s::uuid IS NULL OR a.assignment_id = %(assignment_id)s)
 """
 
 SQL_EARNINGS = """
@@ -7278,7 +7309,7 @@ async def read_invoice(
         which = {"customer_no": customer.customer_no, "month": month}
         found = await tx.the(SQL_INVOICE_FIND, after_s=INVOICE_AFTER_S, **which)
         total = await tx.the(SQL_BILL_TOTAL, **which)
-        lines = await _read_lines(tx, limit=limit, cursor=cursor, **which)
+        lines = await _read_lines(tx, BillLine, limit=limit, cursor=cursor, **which)
     number = found["invoice_no"]
     is_preliminary = number is None and bool(found["is_preliminary"] or total["total_micros"])
     money = total["total_micros"]
@@ -7293,14 +7324,14 @@ async def read_statement(db: Database, namespace: str, month: dt.date) -> Bill:
         await tx.execute(SQL_ONE_PICTURE)
         which = {"namespace": namespace, "host_no": None, "month": month}
         found = await tx.the(SQL_STATEMENT_OPEN, after_s=INVOICE_AFTER_S, **which)
-        lines = await _read_lines(tx, limit=None, cursor=0, **which)
+        lines = await _read_lines(tx, BillLine, **which)
     total = sum(line.usage.share_micros for line in lines)
     whose = (namespace, namespace.replace(":", "-"))
     return Bill("statement", *whose, month, None, found["is_preliminary"], lines, total)
 
 
 async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) -> tuple[Bill, int]:
-    """What a host earned in a month, a page of it; and where the next begins, or 0.
+    """What a host earned in a month, a page of lines or windows; and where the next begins, or 0.
 
     Raises Refusal as a heartbeat would.
     """
@@ -7314,8 +7345,10 @@ async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) ->
         month: dt.date = order.month or host["month"]
         which = {"namespace": None, "host_no": host["host_no"], "month": month}
         found = await tx.the(SQL_STATEMENT_OPEN, after_s=INVOICE_AFTER_S, **which)
+        which["assignment_id"] = order.assignment_id
         page = {"limit": EARNINGS_LINES + 1, "cursor": order.cursor}
-        lines = await _read_lines(tx, **page, **which)
+        kind: type[BillLine] = BillWindow if order.assignment_id else BillLine
+        lines = await _read_lines(tx, kind, **page, **which)
         total = (await tx.the(SQL_HOST_TOTAL, **which))["micros"]
     more = order.cursor + EARNINGS_LINES if len(lines) > EARNINGS_LINES else 0
     whose = (host["namespace"], host["namespace"])
@@ -7323,12 +7356,16 @@ async def read_earnings(db: Database, order: EarningsOrder, peer_check: bool) ->
     return Bill("statement", *whose, month, None, found["is_preliminary"], shown, total), more
 
 
-async def _read_lines(tx: Transaction, **which: object) -> list[BillLine]:
-    whose = {"customer_no": None, "namespace": None, "host_no": None}
-    rows = await tx.dicts(SQL_BILL_LINES, **{**whose, **which})
-    return [
-        BillLine(usage=Usage(*(row.pop(name) for name in Usage._fields)), **row) for row in rows
-    ]
+async def read_windows(db: Database, assignment_id: str, month: dt.date) -> list[BillWindow]:
+    """The windows of a copy's month."""
+    async with db.transaction() as tx:
+        return await _read_lines(tx, BillWindow, assignment_id=assignment_id, month=month)
+
+
+async def _read_lines(tx: Transaction, kind: type[Line], **which: object) -> list[Line]:
+    asked = dict.fromkeys(("customer_no", "namespace", "host_no", "limit")) | {"cursor": 0} | which
+    rows = await tx.dicts(SQL_BILL_WINDOWS if kind is BillWindow else SQL_BILL_LINES, **asked)
+    return [kind(usage=Usage(*(row.pop(name) for name in Usage._fields)), **row) for row in rows]
 
 
 async def read_counted(db: Database, bills: Iterable[Bill]) -> dict[uuid.UUID, Counted]:
@@ -8367,28 +8404,16 @@ class AgentEdge:
             bill, more = await read_earnings(self.cp.earn_db, order, settings.peer_check)
         finally:
             self.cp.asking.discard(peer)
+        names = pb.EarningsLine.DESCRIPTOR.fields_by_name
+        lines = [render_bill_line(bill.kind, line) for line in bill.lines]
         return pb.EarningsReply(
             month=f"{bill.month:%Y-%m}",
             currency=settings.currency,
             preliminary=bill.is_preliminary,
             share_micros=bill.total_micros,
             lines=[
-                pb.EarningsLine(
-                    assignment_id=str(line.assignment_id),
-                    workload=line.workload,
-                    replica=line.replica,
-                    cpu_milli=line.cpu_milli,
-                    memory_bytes=line.memory_bytes,
-                    billed_us=line.usage.billed_us,
-                    egress_bytes=line.usage.egress_bytes,
-                    cpu_hour_micros=line.cpu_hour_micros,
-                    gb_hour_micros=line.gb_hour_micros,
-                    egress_gb_micros=line.egress_gb_micros,
-                    charge_micros=line.usage.charge_micros,
-                    provider_share_ppm=line.provider_share_ppm,
-                    share_micros=line.usage.share_micros,
-                )
-                for line in bill.lines
+                pb.EarningsLine(**{name: line[name] for name in names if name in line})
+                for line in lines
             ],
             next_cursor=more,
         )
@@ -11620,37 +11645,72 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
-    """List what copies used in a month, and what hosts counted of their whole life."""
+    """List what copies used in a month and hosts counted in all; or one copy's hours."""
+    if args.assignment:
+        which = (check_uuid(args.assignment, "assignment"), parse_month(args.month))
+        windows = asyncio.run(with_database(settings.dsn_file, lambda db: read_windows(db, *which)))
+        print(render_windows(windows))
+        return 0
     bills = read_invoices(args, settings)
     counted = asyncio.run(with_database(settings.dsn_file, lambda db: read_counted(db, bills)))
     print(render_usage(bills, counted))
     return 0
 
 
+QUANTITIES = ("HOURS", "CPU-HOURS", "GB-HOURS", "EGRESS-GB")
+
+
+def list_quantities(line: BillLine) -> tuple[str, ...]:
+    """What was used, by the names above."""
+    billed_us = line.usage.billed_us
+    return (
+        render_quantity(billed_us, HOUR_US),
+        render_quantity(line.cpu_milli * billed_us, CPU_HOUR),
+        render_quantity(line.memory_bytes * billed_us, GB_HOUR),
+        render_quantity(line.usage.egress_bytes, GB),
+    )
+
+
 def render_usage(bills: Sequence[Bill], copies: Mapping[uuid.UUID, Counted]) -> str:
     """What the lines of invoices were billed for, and what hosts counted, as a table."""
-    head = ("CUSTOMER", "WORKLOAD", "HOST", "HOURS", "CPU-HOURS", "EGRESS-GB")
-    table = [(*head, "COUNTED-CPU-HOURS", "COUNTED-GB", "OF-HOURS", "NOTE")]
+    counted_names = (f"COUNTED-{name}" for name in QUANTITIES[1:])
+    head = ("CUSTOMER", "WORKLOAD", "HOST", "ASSIGNMENT", *QUANTITIES)
+    table = [(*head, *counted_names, "OF-HOURS", "NOTE")]
     for bill in bills:
         for line in bill.lines:
             copy = copies[line.assignment_id]
             counted, disagree = decide_counters(copy)
-            usage = line.usage
             table.append(
                 (
                     bill.whose,
                     f"{line.workload}/{line.replica}",
                     line.hostname,
-                    render_quantity(usage.billed_us, HOUR_US),
-                    render_quantity(line.cpu_milli * usage.billed_us, CPU_HOUR),
-                    render_quantity(usage.egress_bytes, GB),
+                    str(line.assignment_id),
+                    *list_quantities(line),
                     render_quantity(counted["cpu_ns"], CPU_HOUR),
+                    render_quantity(counted["memory_byte_s"] * 1_000_000, GB_HOUR),
                     render_quantity(counted["tx_bytes"], GB),
                     render_quantity(copy.life_us, HOUR_US),
                     "its host counted more than is possible" if disagree else "",
                 )
             )
     return render_table(table)
+
+
+def render_windows(windows: Sequence[BillWindow]) -> str:
+    """Windows from what was used to what is owed, as a table."""
+    head = ("HOUR", "PART", "CARD", *QUANTITIES, "CHARGE", "SHARE", "OWED")
+    rows = (
+        (
+            *(f"{one.hour_at:%Y-%m-%dT%H:%MZ}", str(one.part), str(one.card_no)),
+            *list_quantities(one),
+            render_money(one.usage.charge_micros),
+            f"{one.provider_share_ppm / 10_000:g} %",
+            render_money(one.usage.share_micros),
+        )
+        for one in windows
+    )
+    return render_table([head, *rows])
 
 
 def command_statements(args: argparse.Namespace, settings: Settings) -> int:
@@ -12056,6 +12116,7 @@ def add_billing_commands(add: Callable[..., Any]) -> None:
     statements.add_argument("--namespace", help="of this provider only, solana:...")
     usage = add("usage", command_usage)
     usage.add_argument("--customer-id", help="of this customer only")
+    usage.add_argument("--assignment", help="the hours of this copy, with what its provider gets")
     usage.add_argument("--month", required=True, help="like 2026-11")
     for command in (invoices, statements):
         command.add_argument("--month", required=True, help="like 2026-11")

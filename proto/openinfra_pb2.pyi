@@ -925,19 +925,23 @@ class EarningsRequest(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     MONTH_FIELD_NUMBER: builtins.int
     CURSOR_FIELD_NUMBER: builtins.int
+    ASSIGNMENT_ID_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     month: builtins.str
     """Like 2026-11, UTC; empty: this one."""
     cursor: builtins.int
     """`next_cursor` of the page before; 0: the first page."""
+    assignment_id: builtins.str
+    """Empty: the month's lines; else the hours of this copy, each as a line."""
     def __init__(
         self,
         *,
         session: builtins.bytes = ...,
         month: builtins.str = ...,
         cursor: builtins.int = ...,
+        assignment_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "month", b"month", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "cursor", b"cursor", "month", b"month", "session", b"session"]) -> None: ...
 
 global___EarningsRequest = EarningsRequest
 
@@ -980,7 +984,9 @@ global___EarningsReply = EarningsReply
 
 @typing.final
 class EarningsLine(google.protobuf.message.Message):
-    """What one copy used in the month under one rate card. Amounts are millionths of the currency."""
+    """What one copy used in the month under one rate card, or in an hour of it. Amounts are millionths
+    of the currency.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -997,6 +1003,9 @@ class EarningsLine(google.protobuf.message.Message):
     CHARGE_MICROS_FIELD_NUMBER: builtins.int
     PROVIDER_SHARE_PPM_FIELD_NUMBER: builtins.int
     SHARE_MICROS_FIELD_NUMBER: builtins.int
+    CARD_NO_FIELD_NUMBER: builtins.int
+    HOUR_AT_FIELD_NUMBER: builtins.int
+    PART_FIELD_NUMBER: builtins.int
     assignment_id: builtins.str
     workload: builtins.str
     """Namespace and name, with a slash between them."""
@@ -1014,6 +1023,11 @@ class EarningsLine(google.protobuf.message.Message):
     """What the customer pays, the provider's part of it in millionths, and what that is."""
     provider_share_ppm: builtins.int
     share_micros: builtins.int
+    card_no: builtins.int
+    """The rate card, the same as of the line's hours; 0: there was none."""
+    hour_at: builtins.str
+    """Of an hour only: when it began, RFC 3339, UTC; and 1, or more for what came of it late."""
+    part: builtins.int
     def __init__(
         self,
         *,
@@ -1030,7 +1044,10 @@ class EarningsLine(google.protobuf.message.Message):
         charge_micros: builtins.int = ...,
         provider_share_ppm: builtins.int = ...,
         share_micros: builtins.int = ...,
+        card_no: builtins.int = ...,
+        hour_at: builtins.str = ...,
+        part: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "billed_us", b"billed_us", "charge_micros", b"charge_micros", "cpu_hour_micros", b"cpu_hour_micros", "cpu_milli", b"cpu_milli", "egress_bytes", b"egress_bytes", "egress_gb_micros", b"egress_gb_micros", "gb_hour_micros", b"gb_hour_micros", "memory_bytes", b"memory_bytes", "provider_share_ppm", b"provider_share_ppm", "replica", b"replica", "share_micros", b"share_micros", "workload", b"workload"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_id", b"assignment_id", "billed_us", b"billed_us", "card_no", b"card_no", "charge_micros", b"charge_micros", "cpu_hour_micros", b"cpu_hour_micros", "cpu_milli", b"cpu_milli", "egress_bytes", b"egress_bytes", "egress_gb_micros", b"egress_gb_micros", "gb_hour_micros", b"gb_hour_micros", "hour_at", b"hour_at", "memory_bytes", b"memory_bytes", "part", b"part", "provider_share_ppm", b"provider_share_ppm", "replica", b"replica", "share_micros", b"share_micros", "workload", b"workload"]) -> None: ...
 
 global___EarningsLine = EarningsLine

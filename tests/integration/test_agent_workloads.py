@@ -63,7 +63,7 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         self.losses = 0  # heartbeats with logs that will get lost
         self.is_losing = False  # every answer gets lost
         self.earnings: dict[int, pb.EarningsReply] = {}  # by cursor
-        self.asked: list[tuple[str, int]] = []
+        self.asked: list[tuple[str, int, str]] = []
         self.beats: list[tuple[float, pb.HeartbeatRequest]] = []
         self.observed = pb.Observed()
         self.facts = pb.Facts()
@@ -96,7 +96,7 @@ class Plane(openinfra_pb2_grpc.AgentApiServicer):
         self, request: pb.EarningsRequest, context: grpc.ServicerContext
     ) -> pb.EarningsReply:
         self._check(context)
-        self.asked.append((request.month, request.cursor))
+        self.asked.append((request.month, request.cursor, request.assignment_id))
         if not self.earnings:
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         return self.earnings[request.cursor]
@@ -821,7 +821,7 @@ def test_earnings_come_page_by_page(world: World) -> None:
         (workload, 0),
         (workload, 2),
     ]
-    assert world.plane.asked == [("", 0), ("2026-10", 2)]
+    assert world.plane.asked == [("", 0, ""), ("2026-10", 2, "")]
     assert "earned in 2026-10: 0.000010 EUR" in ask("--month=2026-10")[1]
     world.plane.earnings[2].share_micros = 11
     code, said = ask()
@@ -837,6 +837,18 @@ def test_earnings_come_page_by_page(world: World) -> None:
     world.plane.earnings[2].next_cursor = 0
     code, said = ask()
     assert (code, "\x1b" in said) == (0, False)
+    # Hour by hour: a control plane that does not know of hours answers with lines.
+    copy = str(uuid.uuid4())
+    code, said = ask(f"--assignment={copy}")
+    assert (code, "the control plane is older than this agent" in said) == (1, True)
+    for page in world.plane.earnings.values():
+        for line in page.lines:
+            line.hour_at, line.part = "2026-10-31T20:00:00.000Z\x1b", 1
+    code, said = ask("--month=2026-10", f"--assignment={copy}")
+    assert (code, said.count("\n2026-10-31T20:00/1 "), "\x1b" in said) == (0, 2, False)
+    assert world.plane.asked == [("2026-10", 0, copy), ("2026-10", 2, copy)]
+    code, said = ask("--assignment=web")
+    assert (code, "no assignment" in said, world.plane.asked) == (2, True, [])
 
 
 def forget_running(engine: Engine, container: str) -> None:

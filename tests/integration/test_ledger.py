@@ -16,7 +16,7 @@ import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, close_all, namespace_of, run
 from tests.harness import Postgres, facts
-from tests.integration.test_billing import HOUR, WEB, S, T, add_fleet, beats, in_database
+from tests.integration.test_billing import CARD, HOUR, WEB, S, T, add_fleet, beats, in_database
 
 
 @pytest.fixture(scope="module")
@@ -432,8 +432,9 @@ def test_a_busy_copy_in_its_open_hour_is_no_reason_for_doubt(fresh: Books) -> No
     counted, doubt = cp_server.decide_counters(copy)
     assert (counted["cpu_ns"], doubt) == (busy.cpu_ns, False)
     assert cp_server.render_usage([bill], copies).splitlines()[1].split()[3:] == [
-        *("1.000000", "0.500000", "0.000000"),
-        *("0.750000", "0.000000", "1.500000"),
+        str(line.assignment_id),
+        *("1.000000", "0.500000", "2.000000", "0.000000"),
+        *("0.750000", "1.500000", "0.000000", "1.500000"),
     ]
 
 
@@ -607,3 +608,49 @@ def test_a_host_reads_its_part_of_the_statement(
     with pytest.raises(cp_server.Refusal) as refused:
         in_database(books, lambda db: cp_server.read_earnings(db, order, True))
     assert refused.value.code == "WRONG_ADDRESS"
+
+
+def test_a_host_reads_the_hours_of_a_line(fresh: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page by page; they add up to the statement's lines, one for each rate card."""
+    monkeypatch.setattr(cp_server, "EARNINGS_LINES", 2)
+    books = fresh
+    other = oracle.Copy("d", "d", "kuma", "h2", "mole", 500, 10**9)
+    dear = oracle.RateCard("2", None, T + 2 * HOUR, 99_999, 7, 11, 500_000)
+    add_fleet(books, WEB, other, cards=(CARD, dear))
+    counter = oracle.Counter("a", "b", "c", 1, 1, 1, 10**9 + 1)
+    last = oracle.Heartbeat(T + 3 * HOUR, "h1", 30_000, frozenset("a"), (counter,))
+    run(books, [*beats("h1", T, T + 3 * HOUR - 30 * S, {"a"}), last])
+    run(books, beats("h2", T + 3 * HOUR + 30 * S, T + 3 * HOUR + 60 * S, {"d"}))
+    march, copy_id = dt.date(2026, 3, 1), str(books.ids["a"])
+
+    def read(host: str, cursor: int = 0, **more: Any) -> tuple[cp_server.Bill, int]:
+        order = cp_server.EarningsOrder(books.hosts[host], "10.77.0.2", march, cursor, copy_id)
+        order = dataclasses.replace(order, **more)
+        return in_database(books, lambda db: cp_server.read_earnings(db, order, False))
+
+    first, cursor = read("h1")
+    last_page, end = read("h1", cursor)
+    hours = [*first.lines, *last_page.lines]
+    assert (len(first.lines), cursor, end) == (2, 2, 0)
+    assert hours == in_database(books, lambda db: cp_server.read_windows(db, copy_id, march))
+    shown = [cp_server.render_bill_line("statement", hour) for hour in hours]
+    assert [(each["hour_at"][:16], each["part"], each["card_no"]) for each in shown] == [
+        ("2026-03-31T20:00", 1, 1),
+        ("2026-03-31T21:00", 1, 1),
+        ("2026-03-31T22:00", 1, 2),
+        ("2026-03-31T23:00", 1, 2),
+    ]
+    assert [each["egress_bytes"] for each in shown] == [0, 0, 0, 10**9 + 1]
+    lines = read("h1", assignment_id=None)[0].lines
+    assert [line.card_no for line in lines] == [1, 2]
+    for line in lines:
+        mine = [hour.usage for hour in hours if hour.card_no == line.card_no]
+        assert tuple(map(sum, zip(*mine, strict=True))) == line.usage
+    assert first.total_micros == last_page.total_micros == sum(one["share_micros"] for one in shown)
+    # What ran elsewhere is not its business, nor is another month on this page.
+    for found, _ in (
+        read("h2"),
+        read("h1", assignment_id=str(books.ids["d"])),
+        read("h1", month=dt.date(2026, 2, 1)),
+    ):
+        assert (found.lines, found.total_micros) == ([], 0)

@@ -91,7 +91,13 @@ def check_earnings(root_dir: Path, log: str) -> None:
     found = json.loads(done.stdout)
     assert found["share_micros"] == statement["total_micros"] > 0
     for mine, theirs in zip(found["lines"], statement["lines"], strict=True):
-        assert {key: theirs[key] for key in mine} == mine
+        assert {**theirs, "hour_at": "", "part": 0} == {**theirs, **mine}
+        only = f"--assignment={mine['assignment_id']}"
+        hours = json.loads(subprocess.check_output([*argv, month, only, "--json"]))
+        assert hours["share_micros"] == mine["share_micros"]
+        assert {hour["card_no"] for hour in hours["lines"]} == {mine["card_no"]}
+        for name in ("billed_us", "charge_micros", "share_micros"):
+            assert sum(hour[name] for hour in hours["lines"]) == mine[name]
     text = subprocess.check_output([*argv, month], text=True)
     assert f"earned in {statement['month']}: {found['share_micros'] / 1e6:.6f} EUR" in text
     done = subprocess.run([*argv, "--month=x"], capture_output=True, text=True, check=False)

@@ -755,6 +755,10 @@ def test_foreign_words_stay_on_their_line(capsys: pytest.CaptureFixture[str]) ->
         (b'{"cmd":"earnings","cursor":-1}\n', "cursor"),
         (b'{"cmd":"earnings","cursor":true}\n', "cursor"),
         (b'{"cmd":"earnings","cursor":2147483648}\n', "cursor"),
+        (b'{"cmd":"earnings","assignment":"web"}\n', "assignment"),
+        (b'{"cmd":"earnings","assignment":"\\ud800"}\n', "assignment"),
+        (b'{"cmd":"earnings","assignment":7}\n', "assignment"),
+        (b'{"cmd":"pause","assignment":""}\n', "fields"),
     ],
 )
 def test_bad_request_is_told(line: bytes, said: str) -> None:
@@ -767,8 +771,11 @@ def test_request() -> None:
     assert agent.parse_request(b'{"cmd":"leave"}\n') == agent.Ask("leave")
     line = b'{"cmd":"earnings","month":"2026-11","cursor":200}\n'
     assert agent.parse_request(line) == agent.Ask("earnings", "2026-11", 200)
+    line = b'{"cmd":"earnings","assignment":"%s"}\n' % COPY_ID.encode()
+    assert agent.parse_request(line) == agent.Ask("earnings", assignment=COPY_ID)
 
 
+COPY_ID = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f0b"
 PAUSED = agent.Pause("2026-01-02 03:04 UTC")
 LEAVING = agent.Pause("2026-01-02 03:04 UTC", True)
 UNREADABLE = agent.Pause("")
@@ -1079,27 +1086,35 @@ def test_the_endpoint_of_a_file(conf: str, endpoint: str) -> None:
             agent.parse_peer(conf)
 
 
-EARNED = """\
-workload     hours  cpu     GB  sent GB    charge   yours    earned
-acme/web/0  1.5000  0.5  0.067    2.000  1.234567    80 %  0.987653
-a/b/1       0.0000    2  1.000    0.000  0.000000  12.5 %  0.000000
-earned in 2026-11: 0.987653 EUR"""
+EARNED = [
+    ["what", "hours", "cpu", "GB", "sent GB", "a cpu-hour", "a GB-hour", "a GB sent", "charge"],
+    ["acme/web/0", "1.5000", "0.5", "0.067", "2.000", "0.020000", "0.003000", "0.010000"],
+    ["a/b/1", "0.0000", "2", "1.000", "0.000", "0.000000", "0.000000", "0.000000", "0.000000"],
+]
+EARNED[0] += ["yours", "earned", "assignment"]
+EARNED[1] += ["1.234567", "80 %", "0.987653", COPY_ID]
+EARNED[2] += ["12.5 %", "0.000000", COPY_ID]
 
 
 @pytest.mark.parametrize("is_preliminary", [False, True])
 def test_earnings_as_a_table(is_preliminary: bool) -> None:
     lines = [
         pb.EarningsLine(
+            assignment_id=COPY_ID,
             workload="acme/web",
             cpu_milli=500,
             memory_bytes=64 << 20,
             billed_us=5_400_000_000,
             egress_bytes=2 * 10**9,
+            cpu_hour_micros=20_000,
+            gb_hour_micros=3_000,
+            egress_gb_micros=10_000,
             charge_micros=1_234_567,
             provider_share_ppm=800_000,
             share_micros=987_653,
         ),
         pb.EarningsLine(
+            assignment_id=COPY_ID,
             workload="a/b",
             replica=1,
             cpu_milli=2000,
@@ -1118,4 +1133,23 @@ def test_earnings_as_a_table(is_preliminary: bool) -> None:
     found = agent.render_earnings_page(reply)
     assert found["next_cursor"] == 7
     more = " so far, of hours that are closed" if is_preliminary else ""
-    assert agent.render_earnings_table(found) == EARNED + more
+    *rows, total = agent.render_earnings_table(found).splitlines()
+    assert [re.split(" {2,}", row) for row in rows] == EARNED
+    assert len({len(row) for row in rows}) == 1
+    assert total == f"earned in 2026-11: 0.987653 EUR{more}"
+
+
+def test_hours_as_a_table() -> None:
+    """Each with the prices of its card; one that came late has another part."""
+    hour_at = "2026-11-30T20:00:00.000Z"
+    lines = [
+        pb.EarningsLine(assignment_id=COPY_ID, hour_at=hour_at, part=part, share_micros=part)
+        for part in (1, 2)
+    ]
+    found = agent.render_earnings_page(pb.EarningsReply(month="2026-11", lines=lines))
+    rows = agent.render_earnings_table(found).splitlines()
+    assert [row.split()[0] for row in rows[1:3]] == ["2026-11-30T20:00/1", "2026-11-30T20:00/2"]
+    assert [row.split()[-2:] for row in rows[1:3]] == [
+        ["0.000001", COPY_ID],
+        ["0.000002", COPY_ID],
+    ]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import cp_server
 from cp_server import Bill, BillLine, Due, Error, Meter, RateCard, Usage
+from proto import openinfra_pb2 as pb
 
 UTC = dt.timezone.utc
 HOUR_US = cp_server.HOUR_US
@@ -312,3 +313,19 @@ def test_what_is_no_month(text: str) -> None:
     with pytest.raises(cp_server.Refusal, match="is no month"):
         cp_server.parse_month(text)
     assert cp_server.parse_month("2026-03") == MARCH
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"month": "2026-13"}, "month"),
+        ({"cursor": 2**31}, "cursor"),
+        ({"assignment_id": "web"}, "assignment_id"),
+        ({"session": b"x"}, "session"),
+    ],
+)
+def test_what_is_no_request_for_earnings(values: dict[str, Any], field: str) -> None:
+    request = pb.EarningsRequest(**{"session": b"x" * 32, **values})
+    with pytest.raises(cp_server.Refusal) as refused:
+        cp_server.parse_earnings(request, "10.77.0.2")
+    assert (refused.value.code, refused.value.field) == ("BAD_REQUEST", field)
