@@ -394,7 +394,7 @@ GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
 GB = 10**9  # and bytes
 INT64_MAX = 2**63 - 1
 COUNTED_MAX_BYTES = 2**62
-NUMBERS = ("replica", "quantity", "price", "charge", "share", "owed")  # columns of a bill
+NUMBERS = ("replica", "card", "quantity", "price", "charge", "share", "owed")  # columns of a bill
 EGRESS_MAX_BYTES = 1_000 * EGRESS_MAX_BYTES_PER_US * HOUR_US  # counted for a copy in an hour
 PRICE_MAX = 10**12  # micro-units for one hour or GB
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
@@ -2987,42 +2987,41 @@ def parse_month(text: str, field: str = "month") -> dt.date:
 
 
 def list_bill_rows(bill: Bill) -> Iterator[list[str]]:
-    """A bill as rows of text, the head first: each line is one resource of one copy."""
+    """A bill as rows of text, the head first: each line is one resource of one copy.
+
+    The first three columns are others' words; by the next two a line's windows are found.
+    """
     is_invoice = bill.kind == "invoice"
-    head = ["workload", "replica", "copy", "host", "what", "quantity", "unit", "price", "charge"]
-    yield head if is_invoice else [*head, "share", "owed"]
+    head = ["workload", "replica", "host", "assignment", "card", "what", "quantity", "unit"]
+    yield [*head, "price", "charge", *(() if is_invoice else ("share", "owed"))]
     for line in bill.lines:
         usage = line.usage
-        what = [line.workload, str(line.replica), str(line.assignment_id), line.hostname]
-        shares = list_shares(line)
-        for row, share in zip(
-            (
-                ("cpu", line.cpu_milli * usage.billed_us, CPU_HOUR, "cpu-hour"),
-                ("memory", line.memory_bytes * usage.billed_us, GB_HOUR, "GB-hour"),
-                ("egress", usage.egress_bytes, GB, "GB"),
-            ),
-            shares,
-            strict=True,
-        ):
-            name, value, unit, word = row
-            if not value:
-                continue
-            price_micros, charge = price_of(line, name)
-            cells = [*what, name, render_quantity(value, unit), word]
-            cells += [render_money(price_micros), render_money(charge)]
-            if not is_invoice:
-                cells += [f"{line.provider_share_ppm / 10_000:g} %", render_money(share)]
-            yield cells
+        cpu, memory = line.cpu_milli * usage.billed_us, line.memory_bytes * usage.billed_us
+        rows = (
+            ("cpu", cpu, CPU_HOUR, "cpu-hour", line.cpu_hour_micros, usage.cpu_micros),
+            ("memory", memory, GB_HOUR, "GB-hour", line.gb_hour_micros, usage.memory_micros),
+            ("egress", usage.egress_bytes, GB, "GB", line.egress_gb_micros, usage.egress_micros),
+        )
+        which = [line.workload, str(line.replica), line.hostname, str(line.assignment_id)]
+        which.append(str(line.card_no))
+        for row, share in zip(rows, list_shares(line), strict=True):
+            name, value, unit, word, price_micros, charge = row
+            if value:
+                cells = [*which, name, render_quantity(value, unit), word]
+                cells += [render_money(price_micros), render_money(charge)]
+                if not is_invoice:
+                    cells += [f"{line.provider_share_ppm / 10_000:g} %", render_money(share)]
+                yield cells
 
 
-def price_of(line: BillLine, name: str) -> tuple[int, int]:
-    """The price and the amount of cpu, memory or egress."""
-    usage = line.usage
-    return {
-        "cpu": (line.cpu_hour_micros, usage.cpu_micros),
-        "memory": (line.gb_hour_micros, usage.memory_micros),
-        "egress": (line.egress_gb_micros, usage.egress_micros),
-    }[name]
+def explain_windows(bill: Bill) -> str:
+    """Where the hours of a line are found."""
+    month = f"{bill.month:%Y-%m}"
+    words = f"--month {month} --assignment ASSIGNMENT"
+    how = f"on its host: sudo openinfra-agent earnings {words}"
+    if bill.kind == "invoice":
+        how = f"with your key: GET /api/v1/usage?month={month}&assignment_id=ASSIGNMENT"
+    return f"The hours of a line, {how}. The operator: cp_server.py usage {words}."
 
 
 def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
@@ -3057,13 +3056,13 @@ def list_shares(line: BillLine) -> tuple[int, int, int]:
 def render_bill_csv(bill: Bill) -> Iterator[str]:
     """A bill for a spreadsheet (RFC 4180), a line at a time, all quoted.
 
-    The first four columns are others' words: none begins a formula there.
+    No word of others begins a formula there.
     """
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_ALL)
     for row in list_bill_rows(bill):
-        words = ["'" + cell if cell[:1] in tuple("=+-@\t\r") else cell for cell in row[:4]]
-        writer.writerow([*words, *row[4:]])
+        words = ["'" + cell if cell[:1] in tuple("=+-@\t\r") else cell for cell in row[:3]]
+        writer.writerow([*words, *row[3:]])
         yield out.getvalue()
         out.seek(0)
         out.truncate()
@@ -3140,13 +3139,14 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
     yield "<table><thead><tr>"
     yield "".join(f"<th{c}>{each}" for c, each in zip(classes, head, strict=True))
     yield "</thead><tbody>\n"
-    starts = [f'<td{c} data-name="{each}">' for c, each in zip(classes, head, strict=True)]
+    cells = (f'<td{c} data-name="{each}">%s</td>' for c, each in zip(classes, head, strict=True))
+    line = "<tr>" + "".join(cells) + "\n"
     for row in rows:
-        cells = zip(starts, row, strict=True)
-        yield "<tr>" + "".join(f"{start}{html.escape(cell)}</td>" for start, cell in cells) + "\n"
+        yield line % (*map(html.escape, row[:3]), *row[3:])
     yield (
         f'</tbody><tfoot><tr><td colspan="{len(head) - 1}">Total</td>'
-        f'<td class="n">{total}</td></tfoot></table></html>\n'
+        f'<td class="n">{total}</td></tfoot></table>'
+        f"<p>{html.escape(explain_windows(bill))}</p></html>\n"
     )
 
 

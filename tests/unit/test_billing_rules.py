@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime as dt
 import json
+import re
 import uuid
 from typing import Any
 
@@ -255,13 +256,41 @@ HOURS = Usage(HOUR_US * 3 // 2, 0, 15_000, 4_500, 0, 15_600)
 
 def test_a_bill_line_by_line() -> None:
     rows = list(cp_server.list_bill_rows(make_bill("invoice", make_line(HOURS))))
-    assert [row[4:] for row in rows] == [
+    assert [row[5:] for row in rows] == [
         ["what", "quantity", "unit", "price", "charge"],
         ["cpu", "0.750000", "cpu-hour", "0.02", "0.015"],
         ["memory", "1.500000", "GB-hour", "0.003", "0.0045"],
     ]
     rows = list(cp_server.list_bill_rows(make_bill("statement", make_line(HOURS))))
     assert [row[-2:] for row in rows] == [["share", "owed"], ["80 %", "0.012"], ["80 %", "0.0036"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("invoice", "GET /api/v1/usage?month=2026-03&amp;assignment_id=ASSIGNMENT"),
+        ("statement", "sudo openinfra-agent earnings --month 2026-03 --assignment ASSIGNMENT"),
+    ],
+)
+def test_each_line_of_a_bill_leads_to_its_windows(kind: str, how: str) -> None:
+    """By what it has in common with them, in each of its files; the page says where they are."""
+    bill = make_bill(kind, make_line(HOURS), make_line(HOURS, card_no=4))
+    head, *rows = csv.reader("".join(cp_server.render_bill_csv(bill)).splitlines())
+    names = ["workload", "replica", "host", "assignment", "card"]
+    assert head[:5] == names
+    which = ["kuma/web", "0", "attic", str(uuid.UUID(int=1))]
+    assert [row[:5] for row in rows] == [[*which, card] for card in "3344"]
+    lines = cp_server.render_bill_json(bill, "EUR")["lines"]
+    assert [(line["assignment_id"], line["card_no"]) for line in lines] == [
+        (which[3], 3),
+        (which[3], 4),
+    ]
+    page = "".join(cp_server.render_bill_html(bill, "EUR"))
+    assert re.findall(r'data-name="(assignment|card)">(.*?)<', page) == [
+        pair for card in "3344" for pair in (("assignment", which[3]), ("card", card))
+    ]
+    assert how in page
+    assert "cp_server.py usage --month 2026-03 --assignment ASSIGNMENT" in page
 
 
 EVIL = "-1+1;=cmd|' /C calc'!A0"
@@ -273,10 +302,10 @@ def test_a_strange_host_name_is_no_formula_and_no_cell(hostname: str) -> None:
         cp_server.render_bill_csv(make_bill("invoice", make_line(HOURS, hostname=hostname)))
     )
     rows = list(csv.reader(text.splitlines(keepends=True)))
-    assert {len(row) for row in rows} == {9}
-    assert rows[1][3].removeprefix("'") == hostname
-    assert rows[1][3][0] not in "=+-@\t"
-    assert text.count('"') >= 2 * 9 * 3
+    assert {len(row) for row in rows} == {10}
+    assert rows[1][2].removeprefix("'") == hostname
+    assert rows[1][2][0] not in "=+-@\t"
+    assert text.count('"') >= 2 * 10 * 3
 
 
 def test_a_page_shows_words_as_they_are() -> None:
