@@ -3041,6 +3041,18 @@ def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
     return {name: min(getattr(copy, name), cap) for name, cap in most.items()}, doubt
 
 
+def render_counted(copy: Counted) -> Row:
+    """What a host counted of a copy, as the HTTP API shows it; `life_us`: while it ran so long."""
+    counted, doubt = decide_counters(copy)
+    return {
+        "assignment_id": str(copy.assignment_id),
+        "life_us": copy.life_us,
+        **{f"counted_{name}": value for name, value in counted.items()},
+        "doubtful": doubt,
+        "note": "its host counted more than is possible" if doubt else "",
+    }
+
+
 def list_shares(line: BillLine) -> tuple[int, int, int]:
     """A line's share by resource: each rounded down, and what is left of it to the first ones."""
     usage = line.usage
@@ -7394,10 +7406,15 @@ async def list_bill_owners(db: Database, month: dt.date) -> tuple[list[uuid.UUID
     return list(customers), sorted({row["namespace"] for row in rows if row["namespace"]})
 
 
-async def list_usage(db: Database, customer: Customer, values: Mapping[str, Any]) -> list[Row]:
-    """A page of the windows of a customer's month, newest first."""
+async def list_usage(
+    db: Database, customer: Customer, values: Mapping[str, Any]
+) -> tuple[list[Row], list[Counted]]:
+    """A page of the windows of a customer's month, newest first; and what was counted of them."""
     async with db.transaction() as tx:
-        return await tx.dicts(SQL_USAGE_LIST, customer_no=customer.customer_no, **values)
+        rows = await tx.dicts(SQL_USAGE_LIST, customer_no=customer.customer_no, **values)
+        shown = rows[: values["limit"] - 1]  # the last one only says that there are more
+        copies = await _read_counted(tx, {row["assignment_id"] for row in shown})
+    return rows, [*copies.values()]
 
 
 async def check_credit(db: Database) -> list[Row]:
@@ -8675,9 +8692,10 @@ async def http_get_workload(cp: ControlPlane, request: Request) -> Answer:
 
 async def http_list_usage(cp: ControlPlane, request: Request) -> Answer:
     values = {**one_more(request.values), "month": month_or_now(request.values["month"])}
-    rows = await list_usage(cp.customer_db, request.of_customer(), values)
+    rows, copies = await list_usage(cp.customer_db, request.of_customer(), values)
     shown = [render_row(row) for row in rows]
-    return page("windows", rows, shown, "window_no", request.values["limit"])
+    status, answer = page("windows", rows, shown, "window_no", request.values["limit"])
+    return status, {**answer, "copies": [render_counted(copy) for copy in copies]}
 
 
 def month_or_now(text: str) -> dt.date:
@@ -8967,7 +8985,7 @@ ROUTES = (
         "GET",
         "/api/v1/usage",
         "customer",
-        "Hours of copies of a month and what they cost, newest first",
+        "Hours of copies of a month and what they cost, newest first; what hosts counted beside it",
         http_list_usage,
         "Windows",
         query=(*PAGE_FIELDS, MONTH_FIELD, COPY_FIELD),
@@ -9153,7 +9171,17 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "egress_micros": "integer",
         "closed_at": "date-time",
     },
-    "Windows": {"windows": "[Window]", "next_cursor": "integer?"},
+    "Counted": {
+        "assignment_id": "uuid",
+        "life_us": "integer",
+        "counted_cpu_ns": "integer",
+        "counted_memory_byte_s": "integer",
+        "counted_rx_bytes": "integer",
+        "counted_tx_bytes": "integer",
+        "doubtful": "boolean",
+        "note": "string",
+    },
+    "Windows": {"windows": "[Window]", "next_cursor": "integer?", "copies": "[Counted]"},
     "InvoiceMonth": {
         "month": "string",
         "number": "integer?",
@@ -11678,8 +11706,7 @@ def render_usage(bills: Sequence[Bill], copies: Mapping[uuid.UUID, Counted]) -> 
     table = [(*head, *counted_names, "OF-HOURS", "NOTE")]
     for bill in bills:
         for line in bill.lines:
-            copy = copies[line.assignment_id]
-            counted, disagree = decide_counters(copy)
+            counted = render_counted(copies[line.assignment_id])
             table.append(
                 (
                     bill.whose,
@@ -11687,11 +11714,11 @@ def render_usage(bills: Sequence[Bill], copies: Mapping[uuid.UUID, Counted]) -> 
                     line.hostname,
                     str(line.assignment_id),
                     *list_quantities(line),
-                    render_quantity(counted["cpu_ns"], CPU_HOUR),
-                    render_quantity(counted["memory_byte_s"] * 1_000_000, GB_HOUR),
-                    render_quantity(counted["tx_bytes"], GB),
-                    render_quantity(copy.life_us, HOUR_US),
-                    "its host counted more than is possible" if disagree else "",
+                    render_quantity(counted["counted_cpu_ns"], CPU_HOUR),
+                    render_quantity(counted["counted_memory_byte_s"] * 1_000_000, GB_HOUR),
+                    render_quantity(counted["counted_tx_bytes"], GB),
+                    render_quantity(counted["life_us"], HOUR_US),
+                    counted["note"],
                 )
             )
     return render_table(table)

@@ -498,6 +498,69 @@ def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., Cont
     assert cp.stop() == cp_server.USAGE
 
 
+@pytest.fixture
+def counted(books: Books, make_cp: Callable[..., ControlPlane]) -> ControlPlane:
+    """A control plane with an hour of three copies, of which one's host counts what cannot be."""
+    gull = oracle.Copy("b", "api", "gull", "h1", "mole", 1000, 10**9)
+    add_fleet(books, WEB, dataclasses.replace(WEB, copy="c", workload="more"), gull)
+    counters = (
+        oracle.Counter("a", "boot", "1", 600 * 10**9, 10**12, 5, 10**9),
+        oracle.Counter("a", "boot", "2", 60 * 10**9, 10**11, 5, 10**8),
+        oracle.Counter("b", "boot", "3", 7, 7, 7, 10**15),
+    )
+    names = frozenset("abc")
+    last = oracle.Heartbeat(T + HOUR - 30 * S, "h1", 30_000, names, counters)
+    first = beats("h1", T, T + HOUR - 60 * S, {*names})
+    run(books, [*first, last, *beats("h1", T + HOUR, T + HOUR, {*names})])
+    books.check()
+    cp = make_cp(start=False)
+    cp.database = books.database
+    cp.set_dsn(books.dsn)
+    cp.start()
+    return cp
+
+
+def test_a_customer_reads_what_its_hosts_counted(books: Books, counted: ControlPlane) -> None:
+    """Beside its windows: of its own copies on that page, capped, with a word where it is more."""
+
+    def get(customer: str, query: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+        key = counted.command("mint-key", str(books.customers[customer])).stdout.strip()
+        path = f"/api/v1/usage?month=2026-03{query}"
+        status, body = counted.call("GET", path, token=key)
+        assert status == 200
+        check_shape("Windows", body)
+        ids = {window["assignment_id"] for window in body["windows"]}
+        copies = {copy.pop("assignment_id"): copy for copy in body["copies"]}
+        assert copies.keys() == ids
+        return body, {name: copies.get(str(each)) for name, each in books.ids.items()}
+
+    body, copies = get("kuma")
+    honest = {"life_us": HOUR, "doubtful": False, "note": ""}
+    assert copies == {
+        "a": {
+            **honest,
+            "counted_cpu_ns": 660 * 10**9,
+            "counted_memory_byte_s": 11 * 10**11,
+            "counted_rx_bytes": 10,
+            "counted_tx_bytes": 11 * 10**8,
+        },
+        "c": honest | dict.fromkeys((name for name in copies["a"] if "counted" in name), 0),
+        "b": None,
+    }
+    windows, copies = get("gull")
+    assert (copies["a"], copies["c"]) == (None, None)
+    assert (copies["b"]["counted_tx_bytes"], copies["b"]["counted_cpu_ns"]) == (125 * HOUR, 7)
+    assert (copies["b"]["doubtful"], copies["b"]["note"]) == (
+        True,
+        "its host counted more than is possible",
+    )
+    (window,) = windows["windows"]
+    assert window["egress_bytes"] == 125 * HOUR
+    # Not by asking for it, nor at a page's end.
+    assert get("kuma", f"&assignment_id={books.ids['b']}")[0]["copies"] == []
+    assert len(get("kuma", "&limit=1")[0]["copies"]) == 1 < len(body["copies"])
+
+
 def test_without_credit_a_customer_is_told_and_then_stopped(
     books: Books, make_cp: Callable[..., ControlPlane]
 ) -> None:
