@@ -5052,7 +5052,14 @@ SELECT date_trunc('hour', statement_timestamp() - make_interval(secs => %(grace_
   AS open_from
 """
 
-SQL_USAGE_COPIES = """
+METER_COLUMNS = """a.assignment_no, n.customer_no, h.namespace, h.host_no, a.cpu_milli,
+  a.memory_bytes, coalesce(t.billed_us, 0) AS billed_us,
+  coalesce(t.counted_bytes, 0) AS counted_bytes, coalesce(t.egress_bytes, 0) AS egress_bytes"""
+METER_TABLES = """JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
+JOIN customer_namespaces n ON n.namespace = w.namespace JOIN hosts h USING (host_no)
+LEFT JOIN usage_totals t USING (assignment_no)"""
+
+SQL_USAGE_COPIES = f"""
 -- copies of which an hour may be due, and what was billed of them
 WITH due AS (
   (SELECT DISTINCT assignment_no FROM usage_runs
@@ -5066,13 +5073,7 @@ WITH due AS (
    ORDER BY assignment_no LIMIT %(most)s)
   ORDER BY assignment_no LIMIT %(most)s
 )
-SELECT a.assignment_no, n.customer_no, h.namespace, h.host_no, a.cpu_milli, a.memory_bytes,
-  coalesce(t.billed_us, 0) AS billed_us, coalesce(t.counted_bytes, 0) AS counted_bytes,
-  coalesce(t.egress_bytes, 0) AS egress_bytes
-FROM due JOIN assignments a USING (assignment_no) JOIN workloads w USING (workload_no)
-JOIN customer_namespaces n ON n.namespace = w.namespace JOIN hosts h USING (host_no)
-LEFT JOIN usage_totals t USING (assignment_no)
-ORDER BY a.assignment_no
+SELECT {METER_COLUMNS} FROM due {METER_TABLES} ORDER BY a.assignment_no
 """
 
 SQL_USAGE_HOLD = """
@@ -5406,15 +5407,18 @@ WHERE c.customer_no = ANY(%(customer_nos)s::integer[])
   OR (%(customer_nos)s::integer[] IS NULL AND c.credit_limit_micros IS NOT NULL)
 """
 
-SQL_USAGE_OPEN = """
--- what of customers with a limit is in no window yet
-SELECT n.customer_no, a.assignment_no, a.host_no, a.cpu_milli, a.memory_bytes,
-  sum(coalesce(r.to_us, l.seen_us) - r.closed_us)::bigint AS billed_us
-FROM usage_runs r JOIN liveness l USING (host_no) JOIN assignments a USING (assignment_no)
-JOIN workloads w USING (workload_no) JOIN customer_namespaces n ON n.namespace = w.namespace
-JOIN customers c ON c.customer_no = n.customer_no
-WHERE NOT r.is_closed AND c.credit_limit_micros IS NOT NULL
-GROUP BY n.customer_no, a.assignment_id
+SQL_USAGE_OPEN = f"""
+-- copies of customers with a limit, what was billed of them, and what is in no window yet
+WITH due AS (
+  SELECT assignment_no, sum(us)::bigint AS due_us, sum(bytes)::bigint AS due_bytes FROM (
+    SELECT r.assignment_no, coalesce(r.to_us, l.seen_us) - r.closed_us AS us, 0 AS bytes
+    FROM usage_runs r JOIN liveness l USING (host_no) WHERE NOT r.is_closed
+    UNION ALL
+    SELECT assignment_no, 0, bytes - closed_bytes FROM usage_egress WHERE bytes > closed_bytes
+  ) each GROUP BY assignment_no
+)
+SELECT {METER_COLUMNS}, due.due_us, due.due_bytes FROM due {METER_TABLES}
+JOIN customers c ON c.customer_no = n.customer_no WHERE c.credit_limit_micros IS NOT NULL
 """
 
 SQL_CREDIT_SET = """
@@ -7427,13 +7431,10 @@ async def check_credit(db: Database) -> list[Row]:
             row["customer_no"]: row["credit_limit_micros"] + row["balance_micros"] for row in limits
         }
         for row in await tx.dicts(SQL_USAGE_OPEN) if limits else []:
-            billed_us, customer_no = row.pop("billed_us"), row["customer_no"]
-            meter = Meter(**row, namespace=None)
-            if customer_no not in left:
-                continue  # it has a limit since a moment ago
-            left[customer_no] -= price(
-                meter, find_card(cards, customer_no, now), billed_us, 0
-            ).charge_micros
+            due, meter = {now: Due(row.pop("due_us"), row.pop("due_bytes"))}, Meter(**row)
+            if meter.customer_no in left:  # else it has a limit since a moment ago
+                _, windows, _ = decide_windows(meter, due, cards, {}, {}, frozenset(), now)
+                left[meter.customer_no] -= sum(one.usage.charge_micros for one in windows)
         out = [customer_no for customer_no, micros in left.items() if micros <= 0]
         return await tx.dicts(SQL_CREDIT_SET, customer_nos=out)
 

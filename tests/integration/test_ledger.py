@@ -355,6 +355,52 @@ def test_how_far_below_zero_a_customer_may_go(
     assert (customer.out_of_credit_at is not None) == is_out
 
 
+def test_what_was_sent_in_the_open_hour_counts_for_the_balance(fresh: Books) -> None:
+    """As much of it as closing would book: of what runs, of what ended, of what cannot be."""
+    books = fresh
+    names = {"a": "kuma", "b": "gull", "c": "mole", "d": "wren"}
+    copies = [oracle.Copy(name, "w", whose, "h1", "p", 500, 10**9) for name, whose in names.items()]
+    add_fleet(books, *copies)
+    books.query("UPDATE customers SET credit_limit_micros = 0 RETURNING 1")
+
+    def beat(minutes: int, running: str, **sent: int) -> oracle.Heartbeat:
+        counters = (oracle.Counter(name, "b", name, 1, 1, 1, sent[name]) for name in sent)
+        at_us = T + minutes * 60 * S
+        return oracle.Heartbeat(at_us, "h1", 30_000, frozenset(running), tuple(counters))
+
+    def out() -> list[str]:
+        in_database(books, cp_server.check_credit)
+        rows = books.query("SELECT name FROM customers WHERE out_of_credit_at IS NOT NULL")
+        return sorted(row["name"] for row in rows)
+
+    silent = [beat(minutes, "abcd") for minutes in range(1, 50)]
+    run(books, [beat(0, "abcd"), *silent, beat(50, "abc", a=10**9), beat(60, "abc")])
+    run(books, [beat(n, "abc") for n in range(61, 90)], is_closed=False)
+    sent = {"a": 4 * 10**9, "c": 2**62, "d": 5 * 10**9}
+    run(books, [beat(90, "abc", **sent)], is_closed=False)
+    charges = oracle.totals(oracle.bill(books.cards, copies, books.events))[0]
+    assert min(charges[whose, "2026-03"] for whose in ("kuma", "mole", "wren")) > 10 * 21_143
+
+    async def book(db: cp_server.Database, of_charge: int, more: int) -> None:
+        for (name, _), micros in charges.items():
+            paid = (books.customers[name], of_charge * micros + more, f"{name} {more}", "")
+            await cp_server.add_payment(db, cp_server.Actor("test"), *paid)
+
+    def pay(of_charge: int, more: int) -> None:
+        in_database(books, lambda db: book(db, of_charge, more))
+
+    pay(1, -4)  # each resource of the open hour is rounded down once more
+    assert out() == sorted(names.values())
+    pay(0, 5)
+    assert out() == []
+    # Closing changes nothing of that.
+    run(books, [T + 4 * HOUR])
+    books.check()
+    assert out() == []
+    pay(0, -1)
+    assert out() == sorted(names.values())
+
+
 def test_a_month_counts_once_for_the_balance(fresh: Books) -> None:
     """By its lines until its invoice is issued, by that from then on."""
     books = fresh
