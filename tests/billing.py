@@ -292,6 +292,36 @@ class Books:
             for row in rows
         }
 
+    def bill_lines(self, lines: Iterable[oracle.Line], kind: str) -> list[dict[str, Any]]:
+        """Lines of the oracle as an invoice or a statement has them, in its order."""
+        cards = {card.card: card for card in self.cards}
+        free = oracle.RateCard("0", None, 0, 0, 0, 0, 0)
+        shown = []
+        for line in lines:
+            copy, card = self.copies[line.copy], cards.get(line.card or "", free)
+            row = {
+                "workload": f"{copy.customer}/{copy.workload}",
+                "replica": list(self.copies).index(line.copy) + 1,
+                "assignment_id": str(self.ids[line.copy]),
+                "hostname": copy.host,
+                "cpu_milli": copy.cpu_milli,
+                "memory_bytes": copy.memory_bytes,
+                "card_no": int(card.card),
+                "cpu_hour_micros": card.cpu_hour_micros,
+                "gb_hour_micros": card.gb_hour_micros,
+                "egress_gb_micros": card.egress_gb_micros,
+                "billed_us": line.billed_us,
+                "egress_bytes": line.egress_bytes,
+                "cpu_micros": line.cpu_micros,
+                "memory_micros": line.memory_micros,
+                "egress_micros": line.egress_micros,
+                "charge_micros": line.cpu_micros + line.memory_micros + line.egress_micros,
+            }
+            if kind == "statement":
+                row |= {"provider_share_ppm": card.share_ppm, "share_micros": line.share_micros}
+            shown.append(row)
+        return sorted(shown, key=lambda row: (row["workload"], row["replica"], row["card_no"]))
+
     def balances(self) -> dict[tuple[str, str], int]:
         """Each account's balance."""
         rows = self.query(

@@ -20,7 +20,7 @@ import pytest
 
 import cp_server
 from tests import billing_oracle as oracle
-from tests.billing import Books, close_all, run
+from tests.billing import Books, at, close_all, namespace_of, run
 from tests.harness import ROOT, ControlPlane, Postgres, wait_for
 from tests.integration.test_http_api import check_shape
 
@@ -156,9 +156,8 @@ def random_events(chance: random.Random, copies: list[oracle.Copy]) -> list[orac
     return sorted(events, key=lambda event: event.at_us)
 
 
-@pytest.mark.parametrize("every", [1, 50, 0])
-def test_any_events_are_billed_as_the_oracle_says(books: Books, seed: str, every: int) -> None:
-    chance = random.Random(f"{seed}/{every}")
+def add_random_fleet(books: Books, chance: random.Random) -> list[oracle.Copy]:
+    """Twelve copies of two customers on hosts of two providers; the first hour is free."""
     copies = [
         oracle.Copy(
             f"{host}-{number}",
@@ -173,13 +172,80 @@ def test_any_events_are_billed_as_the_oracle_says(books: Books, seed: str, every
         for number in range(4)
     ]
     cards = (
-        CARD,
+        dataclasses.replace(CARD, valid_from_us=T + HOUR),
         oracle.RateCard("2", None, T + 2 * HOUR, 1, 99_999, 3, 0),
         oracle.RateCard("3", "gull", T + HOUR, 77_777, 5, 1, 1_000_000),
+        oracle.RateCard("4", None, T + 3 * HOUR, 31_415, 2_718, 50_001, 333_333),
     )
+    copies[0] = dataclasses.replace(copies[0], customer="kuma")
+    copies[-1] = dataclasses.replace(copies[-1], customer="gull")
     add_fleet(books, *copies, cards=cards)
-    run(books, random_events(chance, copies), every=every)
+    return copies
+
+
+@pytest.mark.parametrize("every", [1, 50, 0])
+def test_any_events_are_billed_as_the_oracle_says(books: Books, seed: str, every: int) -> None:
+    chance = random.Random(f"{seed}/{every}")
+    run(books, random_events(chance, add_random_fleet(books, chance)), every=every)
     books.check()
+
+
+def test_what_is_issued_is_what_the_oracle_says(
+    books: Books, make_cp: Callable[..., ControlPlane], tmp_path: Path, seed: str
+) -> None:
+    """Each line and total of invoices and statements, by a control plane that serves."""
+    chance = random.Random(seed)
+    events = random_events(chance, add_random_fleet(books, chance))
+    events += [
+        event for host in books.hosts for event in beats(host, T + 6 * HOUR, T + 6 * HOUR, set())
+    ]
+    run(books, events, every=50)  # nothing runs at the end
+    expected = books.check()
+    invoices, statements, _ = oracle.totals(expected)
+    months = ("2026-03", "2026-04")
+    due = [(month, each) for month in months for each in books.customers]
+    due = [(month, each) for month, each in due if invoices.get((each, month))]
+    assert {month for month, _ in due} == set(months)
+    numbers = {key: number for number, key in enumerate(due, 1)}
+    cp = make_cp(start=False)
+    cp.database = books.database
+    cp.set_dsn(books.dsn)
+    issued_us = int(dt.datetime(2026, 5, 2, tzinfo=dt.timezone.utc).timestamp()) * S + 1
+    books.set_time(issued_us)
+    cp.start()
+    issued = (
+        "SELECT to_char(month, 'YYYY-MM') AS month, c.name, invoice_no, total_micros"
+        " FROM invoices JOIN customers c USING (customer_no) ORDER BY invoice_no"
+    )
+    rows = wait_for("the invoices", lambda: books.query(issued))
+    assert [tuple(row.values()) for row in rows] == [
+        (month, each, number, invoices[each, month]) for (month, each), number in numbers.items()
+    ]
+
+    def check(found: Any, lines: list[dict[str, Any]], total_micros: int) -> None:
+        shown = [{name: line[name] for name in lines[0]} for line in found["lines"]]
+        assert shown == lines
+        assert (found["total_micros"], found["preliminary"]) == (total_micros, False)
+
+    for (customer, month), total_micros in invoices.items():
+        key = cp.command("mint-key", str(books.customers[customer])).stdout.strip()
+        status, invoice = cp.call("GET", f"/api/v1/invoices/{month}", token=key)
+        assert (status, invoice["number"]) == (200, numbers.get((month, customer)))
+        if invoice["number"]:
+            assert invoice["issued_at"] == cp_server.render_time(at(issued_us))
+        mine = [line for line in expected.lines if (line.customer, line.month) == (customer, month)]
+        check(invoice, books.bill_lines(mine, "invoice"), total_micros)
+    for month in months:
+        done = cp.command("statements", f"--month={month}", f"--out={tmp_path}")
+        assert done.returncode == 0, done.stderr
+    files = [json.loads(path.read_text()) for path in tmp_path.glob("statement-*.json")]
+    found = {(each["whose"], each["month"]): each for each in files}
+    assert found.keys() == {(namespace_of(whose), month) for whose, month in statements}
+    for (provider, month), total_micros in statements.items():
+        mine = [line for line in expected.lines if (line.provider, line.month) == (provider, month)]
+        statement = found[namespace_of(provider), month]
+        check(statement, books.bill_lines(mine, "statement"), total_micros)
+    assert cp.command("ledger", "verify").returncode == 0
 
 
 @pytest.mark.parametrize("how", ["lost", "stop", "held"])
