@@ -2,7 +2,7 @@
 
 Hosts, customers and copies are written by the superuser; heartbeats, ends and closed hours are the
 operations of cp_server.py. Its statements say now(); a schema that is looked through before
-pg_catalog has another one, which reads a row.
+pg_catalog has another one, which reads a row, and so do the columns that it is the default of.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ CREATE FUNCTION clock.statement_timestamp() RETURNS timestamptz LANGUAGE sql STA
 CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS 'SELECT at FROM clock.time';
 GRANT USAGE ON SCHEMA clock TO openinfra;
 GRANT SELECT ON clock.time TO openinfra;
+DO $$
+DECLARE c record;
+BEGIN
+  FOR c IN SELECT table_name, column_name FROM information_schema.columns
+    WHERE table_schema = 'public' AND column_default = 'now()'
+  LOOP
+    EXECUTE format('ALTER TABLE public.%I ALTER %I SET DEFAULT clock.now()',
+      c.table_name, c.column_name);
+  END LOOP;
+END $$;
 """
 SPEC = json.dumps(
     {
@@ -55,7 +65,9 @@ LEDGER = {name for name, _, _ in cp_server.LEDGER_CHECKS} | {"copies_that_run_ar
 
 
 def namespace_of(provider: str) -> str:
-    """A provider's namespace."""
+    """A provider's namespace; what is one already stays."""
+    if provider.startswith("solana:"):
+        return provider
     digest = hashlib.sha256(provider.encode()).hexdigest()
     return f"solana:{digest.replace('0', 'x')[:40]}"
 
