@@ -72,6 +72,11 @@ def namespace_of(provider: str) -> str:
     return f"solana:{digest.replace('0', 'x')[:40]}"
 
 
+def boot_id_of(boot: str) -> str:
+    """A boot of the oracle's log, as hosts name theirs."""
+    return str(uuid.uuid5(uuid.NAMESPACE_DNS, boot))
+
+
 def at(time_us: int) -> dt.datetime:
     """Microseconds since the epoch as the database has times."""
     return dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc) + dt.timedelta(microseconds=time_us)
@@ -207,26 +212,25 @@ class Books:
         self.cards.append(card)
 
     def beat(self, event: oracle.Heartbeat) -> cp_server.Beat:
-        """A heartbeat as the edge hands it on: with all that the host has."""
+        """A heartbeat as the edge hands it on: with all that the host has, if it says it."""
         mine = [copy for copy in self.copies.values() if copy.host == event.host]
-        observed = cp_server.Observed(
-            0,
-            tuple(
-                cp_server.Observation(
-                    str(self.ids[copy.copy]),
-                    "running" if copy.copy in event.running else "waiting",
-                    "",
-                    0,
-                    None,
-                )
-                for copy in mine
-            ),
-        )
+        observed = None
+        if event.running is not None:
+            states = {
+                copy.copy: "running" if copy.copy in event.running else "waiting" for copy in mine
+            }
+            observed = cp_server.Observed(
+                0,
+                tuple(
+                    cp_server.Observation(str(self.ids[name]), state, "", 0, None)
+                    for name, state in states.items()
+                ),
+            )
         return cp_server.Beat(
             session_sha256=self.hosts[event.host],
             peer="10.77.0.2",
             seq=1,
-            boot_id=str(uuid.UUID(int=1)),
+            boot_id=boot_id_of(event.boot_id),
             status="online",
             interval_ms=event.interval_ms,
             facts=None,
@@ -235,7 +239,7 @@ class Books:
             counters=tuple(
                 cp_server.Counter(
                     str(self.ids[each.copy]),
-                    str(uuid.uuid5(uuid.NAMESPACE_DNS, each.boot_id)),
+                    boot_id_of(each.boot_id),
                     hashlib.sha256(each.container_id.encode()).digest(),
                     each.cpu_ns,
                     each.memory_byte_s,

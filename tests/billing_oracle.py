@@ -71,13 +71,17 @@ class Counter:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """An accepted heartbeat, with the interval that the CP asked for in its answer."""
+    """An accepted heartbeat, with the interval that the CP asked for in its answer.
+
+    `running` is None when the host says nothing of its copies: they are as it said last.
+    """
 
     at_us: int
     host: str
     interval_ms: int
-    running: frozenset[str]
+    running: frozenset[str] | None
     counters: tuple[Counter, ...]
+    boot_id: str = "boot"
 
 
 @dataclass(frozen=True)
@@ -165,16 +169,23 @@ def ordered(events: Iterable[Event]) -> list[Event]:
 
 
 def heartbeats_by_host(log: Sequence[Event]) -> dict[str, list[Heartbeat]]:
-    """Each host's heartbeats, at most one per time: the later one with the counters of both."""
+    """Each host's heartbeats, at most one per time: the later one with the counters of both.
+
+    Each with what runs: no copy outlives a boot, after which none does until the host says so.
+    """
     hosts: dict[str, list[Heartbeat]] = {}
     for event in log:
         if not isinstance(event, Heartbeat):
             continue
         beats = hosts.setdefault(event.host, [])
+        running = event.running
+        if running is None and beats and beats[-1].boot_id == event.boot_id:
+            running = beats[-1].running
+        said = replace(event, running=running or frozenset())
         if beats and beats[-1].at_us == event.at_us:
-            beats[-1] = replace(event, counters=beats[-1].counters + event.counters)
+            beats[-1] = replace(said, counters=beats[-1].counters + event.counters)
         else:
-            beats.append(event)
+            beats.append(said)
     return hosts
 
 
@@ -203,9 +214,10 @@ def run_spans(copy: str, beats: Sequence[Heartbeat]) -> list[Span]:
     spans = []
     since: int | None = None
     for beat in beats:
-        if copy in beat.running and since is None:
+        is_running = copy in (beat.running or ())
+        if is_running and since is None:
             since = beat.at_us
-        elif copy not in beat.running and since is not None:
+        elif not is_running and since is not None:
             spans.append((since, beat.at_us))
             since = None
     if since is not None:

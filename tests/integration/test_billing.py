@@ -115,36 +115,45 @@ def test_a_partition_over_closed_hours_comes_late(books: Books) -> None:
 
 
 def random_events(chance: random.Random, copies: list[oracle.Copy]) -> list[oracle.Event]:
-    """Six hours over a month's end: silences, stops, ends, counters of all kinds, cut at hours."""
+    """Six hours over a month's end: silences, stops, ends, boots, counters, cut at hours."""
     events: list[oracle.Event] = []
-    ended: dict[str, int] = {}
-    for host in {copy.host for copy in copies}:
+    ended: set[str] = set()
+    for host in dict.fromkeys(copy.host for copy in copies):
         mine = [copy for copy in copies if copy.host == host]
         running: set[str] = set()
-        sent: dict[tuple[str, str], int] = {}
-        time_us = T + chance.randrange(600) * S
+        told: set[str] | None = None  # what the control plane thinks that runs
+        sent: dict[tuple[str, str, str], int] = {}
+        time_us, boots = T + chance.randrange(600) * S, 1
         while time_us < T + 6 * HOUR:
             for copy in mine:
                 if copy.copy not in ended and chance.random() < 0.05:
                     running ^= {copy.copy}
                 if copy.copy not in ended and chance.random() < 0.004:
-                    ended[copy.copy] = time_us
+                    ended.add(copy.copy)
                     events.append(oracle.CopyEnded(time_us - 1, copy.copy))
                     running.discard(copy.copy)
+            if chance.random() < 0.05:
+                boots, told = boots + 1, set()
+                running &= chance.choice([running, set()])
             counters = []
             for copy in mine:
                 if chance.random() < 0.7:  # also after its end
                     continue
-                key = (copy.copy, f"c{chance.randrange(3)}")
+                # Those of a new boot begin at 0; what was counted before it may come late.
+                boot = f"{host}/{max(boots - chance.choice([0, 0, 0, 1]), 1)}"
+                key = (copy.copy, boot, f"c{chance.randrange(3)}")
                 sent[key] = sent.get(key, 0) + chance.choice([0, 1, 10**6, 10**9, 4 * 10**9])
-                told = max(0, sent[key] - chance.choice([0, 0, 10**6]))
-                counters.append(oracle.Counter(*key[:1], "boot", key[1], 1, 1, 1, told))
+                counted = max(0, sent[key] - chance.choice([0, 0, 10**6]))
+                counters.append(oracle.Counter(*key, 1, 1, 1, counted))
+            is_silent = told == running and chance.random() < 0.5
+            told = set(running)
             beat = oracle.Heartbeat(
                 time_us,
                 host,
                 chance.choice([25_000, 30_000, 60_000]),
-                frozenset(running),
+                None if is_silent else frozenset(running),
                 tuple(counters),
+                f"{host}/{boots}",
             )
             events.append(beat)
             step = chance.choice([30 * S, 30 * S, 31 * S + 7, 90 * S, 400 * S])

@@ -104,7 +104,7 @@ class Sender:
             landed = {host for host, (_, seq) in events.items() if seqs[host] == seq}
         for host in sorted(landed):
             self.books.events.append(events[host][0])
-            self.runs[host] = events[host][0].running
+            self.runs[host] = events[host][0].running or frozenset()
 
     def _read_seqs(self) -> dict[str, int]:
         """The last heartbeat of each host; the database is there again."""

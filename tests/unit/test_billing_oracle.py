@@ -48,13 +48,15 @@ B = replace(A, copy="b")
 
 def beat(
     at_us: int,
-    running: str = "a",
+    running: str | None = "a",
     counters: tuple[Counter, ...] = (),
     interval_s: int = 30,
     host: str = "h1",
+    boot: str = "b1",
 ) -> Heartbeat:
     """A heartbeat at T + at_us; each letter of `running` is a copy."""
-    return Heartbeat(T + at_us, host, interval_s * 1000, frozenset(running), counters)
+    said = None if running is None else frozenset(running)
+    return Heartbeat(T + at_us, host, interval_s * 1000, said, counters, boot)
 
 
 def tx(value: int, container: str = "c1", boot: str = "b1", copy: str = "a") -> Counter:
@@ -149,6 +151,52 @@ def test_seen_time(beats: list[Event], expected: int) -> None:
 def test_run_and_stop(said: str, expected: int) -> None:
     beats = [beat(30 * S * i, "a" if letter == "r" else "") for i, letter in enumerate(said)]
     assert billed_us(beats) == expected * S
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # A dot says nothing: as before, and before the first word nothing runs.
+        ("r...", 90),
+        ("..r.", 30),
+        ("r.s.", 60),
+        ("r.s.r.", 90),
+        # A bar is a boot before the next heartbeat. After it nothing runs until that is said, and
+        # what is said in its first heartbeat is as if nothing had happened.
+        ("r.|..", 60),
+        ("r|...", 30),
+        ("r|..r.", 60),
+        ("r|rr", 60),
+        ("r|s.", 30),
+        ("r|.|r.", 60),
+        ("r|.|.r.", 60),
+        ("s|..", 0),
+        ("|r.|", 30),
+    ],
+)
+def test_what_a_host_does_not_say(said: str, expected: int) -> None:
+    beats: list[Event] = []
+    words = {"r": "a", "s": "", ".": None}
+    for boot, letters in enumerate(said.split("|")):
+        for letter in letters:
+            beats.append(beat(30 * S * len(beats), words[letter], boot=f"b{boot}"))
+    assert billed_us(beats) == expected * S
+
+
+def test_a_silence_with_a_boot_in_it() -> None:
+    # Seen 0 to 90 of 300 s: that it was booted meanwhile is heard at their end only.
+    for said in (None, ""):
+        assert billed_us([beat(0), beat(300 * S, said, boot="b2"), beat(330 * S, None)]) == 90 * S
+    # It runs again at 300 s, and 30 s more are seen.
+    again = [beat(0), beat(300 * S, boot="b2"), beat(330 * S, None, boot="b2")]
+    assert billed_us(again) == 120 * S
+
+
+def test_a_boot_between_two_heartbeats_at_one_time() -> None:
+    # At 30 s one that says nothing, of the same boot: as before; of another: nothing runs.
+    for boot, expected in (("b1", 60), ("b2", 30)):
+        beats = [beat(0), beat(30 * S), beat(30 * S, None, (tx(0),), boot=boot)]
+        assert billed_us([*beats, beat(60 * S, None, boot=boot)]) == expected * S
 
 
 def test_a_stop_that_is_heard_late() -> None:
@@ -317,6 +365,19 @@ def sent(*steps: tuple[Counter, ...]) -> list[Event]:
 )
 def test_counters(steps: list[tuple[Counter, ...]], expected: int) -> None:
     assert sum(traffic(bill([FREE], [A], sent(*steps))).values()) == expected
+
+
+def test_counters_begin_anew_with_a_boot() -> None:
+    # 700 before it, 40 and then 90 after it; what was counted before and comes late, 20 more.
+    beats = [
+        beat(0, "a", (tx(700),)),
+        beat(30 * S, None, (tx(40, boot="b2"), tx(720)), boot="b2"),
+        beat(60 * S, "a", (tx(90, boot="b2"),), boot="b2"),
+        beat(90 * S, None, (tx(700),), boot="b2"),
+    ]
+    made = bill([FREE], [A], beats)
+    assert traffic(made) == {0: 720 + 90}
+    assert times(made) == {0: 60 * S}
 
 
 def test_counters_of_a_heartbeat_that_says_the_copy_does_not_run() -> None:
@@ -731,33 +792,43 @@ COPIES = [
 
 
 def random_log(seed: int) -> list[Event]:
-    """Two hosts over the end of March, with gaps, stops, ends and counters that go astray."""
+    """Two hosts over the end of March: gaps, stops, boots, ends, counters that go astray."""
     rng = random.Random(seed)
     log: list[Event] = []
     for host in ("h1", "h2"):
-        at_us, bytes_sent = utc(3, 31, 21) + rng.randrange(HOUR_US), 0
+        at_us, boots = utc(3, 31, 21) + rng.randrange(HOUR_US), [0]  # the bytes sent in each
         while at_us < utc(4, 1, 3):
-            bytes_sent += rng.choice([0, 0, 10**6, 10**9, 4 * 10**11])
-            counters = tuple(
-                Counter(
-                    copy,
-                    rng.choice(["b1", "b1", "b2"]),
-                    "c1",
-                    rng.choice([0, 0, 0, -1]),
-                    0,
-                    0,
-                    rng.choice([bytes_sent, bytes_sent, bytes_sent // 2]),
-                )
-                for copy in "abc"
-                if rng.random() < 0.5
-            )
+            if rng.random() < 0.1:
+                boots.append(0)
+            boots[-1] += rng.choice([0, 0, 10**6, 10**9, 4 * 10**11])
+            counters = []
+            for copy in "abc":
+                boot = rng.choice([len(boots) - 1, len(boots) - 1, rng.randrange(len(boots))])
+                odd, sent = rng.choice([0, 0, 0, -1]), boots[boot] // rng.choice([1, 1, 2])
+                if rng.random() < 0.5:
+                    counters.append(Counter(copy, f"b{boot}", "c1", odd, 0, 0, sent))
             running = frozenset(copy for copy in "abc" if rng.random() < 0.8)
-            log.append(Heartbeat(at_us, host, rng.choice([30_000, 300_000]), running, counters))
+            beat = Heartbeat(
+                at_us,
+                host,
+                rng.choice([30_000, 300_000]),
+                rng.choice([running, running, None]),
+                tuple(counters),
+                f"b{len(boots) - 1}",
+            )
+            log.append(beat)
             to_the_hour = HOUR_US - at_us % HOUR_US
             at_us += rng.choice([to_the_hour, rng.randrange(1, 20 * MIN), 90 * S, 900 * S])
     if rng.random() < 0.5:
         log.append(CopyEnded(rng.choice(log).at_us + rng.choice([-1, 0, 1]), rng.choice("abc")))
     return log
+
+
+def is_said_to_run(copy: str, beats: Sequence[Heartbeat]) -> bool:
+    """By the last word of the last boot, of heartbeats in order."""
+    of_boot = [said for said in beats if said.boot_id == beats[-1].boot_id]
+    words = [said.running for said in of_boot if said.running is not None]
+    return bool(words) and copy in words[-1]
 
 
 def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], dict[int, int]]:
@@ -771,11 +842,11 @@ def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], di
     time: dict[int, int] = {}
     edges = sorted(cuts)
     for begin, end in pairwise(edges):
-        before = max((at_us for at_us in beats if at_us <= begin), default=None)
-        if before is None or end > max(beats):
+        before = [beats[at_us] for at_us in sorted(beats) if at_us <= begin]
+        if not before or end > max(beats):
             continue
-        said = beats[before]
-        if copy.copy in said.running and end <= before + 3000 * said.interval_ms:
+        seen_us = before[-1].at_us + 3000 * before[-1].interval_ms
+        if is_said_to_run(copy.copy, before) and end <= seen_us:
             hour = begin - begin % HOUR_US
             time[hour] = time.get(hour, 0) + end - begin
     egress: dict[int, int] = {}
