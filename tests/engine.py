@@ -155,6 +155,9 @@ class Engine:
         self.directory = Path(tempfile.mkdtemp(prefix="oi-engine-", dir="/tmp"))
         self.directory.chmod(0o711)
         self.socket = self.directory / "engine.sock"
+        # Its containers' control groups; of cgroup v1 those that count processes.
+        v1, v2 = Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")
+        self.cgroup = (v1 if v1.exists() else v2) / self.directory.name
         if disk_bytes:  # a disk of its own, as a host's engine has one
             (self.directory / "root").mkdir(mode=0o711)
             options = f"--options=size={disk_bytes},mode=0711"
@@ -172,6 +175,14 @@ class Engine:
         argv = ["ctr", f"--address={self.containerd}", "--namespace=moby", "tasks", "list"]
         listed = subprocess.check_output(argv, text=True, stderr=subprocess.DEVNULL)
         return agent_script.parse_tasks(listed)
+
+    def processes(self) -> dict[str, list[int]]:
+        """Those of each container that has any, whatever dockerd knows of it."""
+        found = {}
+        for path in self.cgroup.glob("*/cgroup.procs"):
+            with contextlib.suppress(OSError):  # it is gone
+                found[path.parent.name] = [int(pid) for pid in path.read_text().split()]
+        return {container: pids for container, pids in found.items() if pids}
 
     def enter(self, argv: list[str]) -> list[str]:
         """A command in the namespace; `ip netns exec` would hide mounts from dockerd."""
@@ -211,6 +222,7 @@ class Engine:
             f"--userns-remap={USER}",
         ]
         argv += ["--live-restore", "--log-driver=local", f"--label={self.label}"]
+        argv += [f"--cgroup-parent=/{at.name}", "--exec-opt=native.cgroupdriver=cgroupfs"]
         argv += ["--default-address-pool=base=198.18.0.0/15,size=29"]
         (at / "pid").unlink(missing_ok=True)
         ip = ["ip", "-netns", self.netns.name]
@@ -331,9 +343,10 @@ class Engine:
             self.call("DELETE", f"/networks/{name}")
 
     def _list_processes(self) -> list[int]:
-        """Everything that runs in the namespace or for this directory."""
+        """Everything that runs in the namespace, in a container or for this directory."""
         argv = ["ip", "netns", "pids", self.netns.name]
         found = {int(pid) for pid in subprocess.check_output(argv).split()}
+        found.update(*self.processes().values())
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 if str(self.directory).encode() in path.read_bytes():
@@ -362,6 +375,9 @@ class Engine:
         for mount in self._list_mounts():
             subprocess.run(["umount", "--lazy", mount], check=True)
         assert (self._list_processes(), self._list_mounts()) == ([], [])
+        for group in {self.cgroup, *Path("/sys/fs/cgroup").glob(f"*/{self.cgroup.name}")}:
+            for path in sorted(group.glob("**"), reverse=True):
+                path.rmdir()
         shutil.rmtree(self.directory)
 
 

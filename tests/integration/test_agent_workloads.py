@@ -1693,6 +1693,23 @@ def test_the_bridge_of_the_providers_own_docker_stays() -> None:
             engine.close()
 
 
+def test_a_closed_engine_leaves_nothing() -> None:
+    """Also what a dead dockerd ran, whose processes are in other namespaces."""
+    with make_netns() as netns:
+        engine = Engine(netns)
+        try:
+            image = engine.push("acme/box").partition("@")
+            engine.call("POST", f"/images/create?fromImage={image[0]}&tag={image[2]}")
+            body = {"Image": "".join(image), "Cmd": SLEEP, "HostConfig": {"NetworkMode": "none"}}
+            made = engine.call("POST", "/containers/create", body)[1]["Id"]
+            assert engine.call("POST", f"/containers/{made}/start")[0] == 204
+            engine.kill()
+            assert engine.processes().keys() == {made}
+        finally:
+            engine.close()
+        assert not engine.cgroup.exists()  # the kernel removes none that has a process
+
+
 def test_an_engine_that_is_slow_to_tell_its_version_keeps_the_one_it_told(tmp_path: Path) -> None:
     """A busy machine takes its time for that: it is not without an engine."""
     path = tmp_path / "engine.sock"
