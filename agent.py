@@ -27,8 +27,7 @@ What it does to this machine
   and changes the nft tables `inet openinfra` and `inet openinfra_held` and the endpoint of the
   interface openinfra; where the provider's own Docker drops what workloads forward, it adds two
   rules to its chain DOCKER-USER with `iptables`. It stops the workloads whose time is over when the
-  agent does not, and freezes them while it cannot put the firewall back. `guard --strays` starts
-  `ctr`. Nothing else.
+  agent does not, and freezes them while it cannot put the firewall back. Nothing else.
 
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
@@ -54,7 +53,6 @@ Files (mode)
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
-  /run/openinfra-engine/containerd.sock    `guard --strays` has `ctr` ask there
   /sys/fs/cgroup/openinfra.slice/          `guard` ends and freezes workloads there, `pause` without
                                            an agent ends them; `run` reads whether they are frozen
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
@@ -187,8 +185,8 @@ PROBE_TIMEOUT_S = 3.0
 ENDPOINT_OLD_S = 150
 # The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
 GUARD_OLD_S = 45.0
-# For one answer of the engine and of `ctr`, while what the engine has lost is looked for.
-KNOWS_TIMEOUT_S, CTR_TIMEOUT_S = 10.0, 10.0
+# For one answer of the engine and one end, while what the engine has lost is looked for.
+KNOWS_TIMEOUT_S, STRAY_TIMEOUT_S = 10.0, 10.0
 # A guard that fails tries again, but only while it has not taken so long; systemd gives it 40 s.
 GUARD_TRIES, GUARD_AGAIN_S, GUARD_AGAIN_MAX_S = 3, 2.0, 10.0
 # All workloads, whatever the engine knows of them.
@@ -499,13 +497,7 @@ OPTIONS = (
         "/run/openinfra/engine.sock",
         "the container engine; `none`: this host takes no workload",
     ),
-    Option(
-        "containerd",
-        "--containerd",
-        "",
-        "/run/openinfra-engine/containerd.sock",
-        "what the container engine runs workloads by",
-    ),
+    Option("cgroup", "--cgroup", "", str(WORKLOADS_CGROUP), "holds a group for each workload"),
     Option("limits", "--limits", "", "/etc/openinfra/limits.conf", "what this machine lends"),
 )
 DEFAULTS = {option.name: option.default for option in OPTIONS}
@@ -1649,10 +1641,10 @@ def parse_engine_time(text: str) -> float:
         return 0.0
 
 
-def parse_tasks(listed: str) -> dict[str, int]:
-    """Read what `ctr tasks list` printed: the process of each container that has one."""
-    rows = [line.split() for line in listed.splitlines()[1:]]
-    return {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[2] != "STOPPED"}
+def parse_group(name: str) -> str:
+    """The container that a control group is of, by the drivers systemd and cgroupfs, or none."""
+    match = re.fullmatch(r"docker-([0-9a-f]{64})\.scope|([0-9a-f]{64})", name)
+    return match[1] or match[2] if match else ""
 
 
 def decide_api(minimum: str) -> str:
@@ -4724,57 +4716,47 @@ def end_late(engine: Engine, container: Container) -> str:
     return ""
 
 
-def end_strays(engine: Engine, containerd: Path) -> str:
-    """End what containerd runs although the engine does not know that it runs.
+def end_strays(engine: Engine, cgroup: Path) -> str:
+    """End what has a process in a group of these although the engine does not know that it runs.
 
-    A start that a kill of the engine cut off leaves such a process, which nobody else would ever
-    end. The engine answers for a container only when its start is over: who runs before and after
-    it said "not running" is no start at work. Gives back what kept it from looking at all of them;
-    raises Error and EngineError when it can look at none.
+    A start that a kill of the engine cut off leaves one, of the workload or the `runc init` before
+    it, which nobody else would ever end. The engine answers for a container only when its start is
+    over: who runs before and after it said "not running" is no start at work. Gives back what kept
+    it from looking at all of them; raises OSError and EngineError when it can look at none.
     """
-
-    def ctr(*words: str) -> str:
-        argv = ["ctr", f"--address={containerd}", *words]
-        return run(argv, timeout_s=CTR_TIMEOUT_S, echo=False)
-
     trouble = ""
-    for name in ctr("namespaces", "list", "--quiet").split():
-        if not name.startswith("moby"):
-            continue
-        in_space = functools.partial(ctr, f"--namespace={name}")
-        for each, pid in parse_tasks(in_space("tasks", "list")).items():
-            is_known, why = engine.knows_running(each)
-            why = why if is_known else end_stray(in_space, each, pid)
+    for name in os.listdir(cgroup) if cgroup.exists() else ():
+        container, procs = parse_group(name), str(cgroup / name / "cgroup.procs")
+        pids = read_text(procs).split() if container else []
+        if pids:
+            is_known, why = engine.knows_running(container)
+            why = why if is_known else end_stray(container, procs, pids)
             trouble = why or trouble
     return trouble
 
 
-def end_stray(ctr: Callable[..., str], container: str, pid: int) -> str:
-    """End this process if it is still the container's; gives back what kept it from that."""
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return ""
-    except OSError as error:
-        return f"process {pid}: {error.strerror}"
-    try:
-        if parse_tasks(ctr("tasks", "list")).get(container) != pid:
-            return ""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        if not select.select([process], [], [], CTR_TIMEOUT_S)[0]:
-            return f"process {pid} does not end"
-    finally:
-        os.close(process)
-    log("WARN", "ended what the engine had lost: its start was cut off", container=container)
-    # Their records may keep the engine from a start of this container; it may be quicker with them.
-    # Of one that runs again by now neither can be deleted.
-    until_s = read_boot_s() + CTR_TIMEOUT_S
-    while container in parse_tasks(ctr("tasks", "list")) and read_boot_s() < until_s:
-        time.sleep(0.1)
-    for words in (("tasks", "delete"), ("containers", "delete", "--keep-snapshot")):
-        with contextlib.suppress(Error):
-            ctr(*words, container)
+def end_stray(container: str, procs: str, pids: list[str]) -> str:
+    """End these processes if they are still the container's; gives back what kept it from that."""
+    has_ended = False
+    for pid in pids:
+        try:
+            process = os.pidfd_open(int(pid))
+        except ProcessLookupError:
+            continue
+        except OSError as error:
+            return f"process {pid}: {error.strerror}"
+        try:
+            if pid not in read_text(procs).split():
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                has_ended = True
+            if not select.select([process], [], [], STRAY_TIMEOUT_S)[0]:
+                return f"process {pid} does not end"
+        finally:
+            os.close(process)
+    if has_ended:
+        log("WARN", "ended what the engine had lost: its start was cut off", container=container)
     return ""
 
 
@@ -5176,17 +5158,17 @@ def command_leave(args: argparse.Namespace) -> int:
     return command_pause(args)
 
 
-def command_strays(engine: Engine, containerd: Path) -> int:
+def command_strays(engine: Engine, cgroup: Path) -> int:
     """`guard --strays`; an engine that is not up is looked at when it has started."""
     try:
         engine.read_version(ENGINE_START_S)
-        trouble = end_strays(engine, containerd)
+        trouble = end_strays(engine, cgroup)
     except EngineError as error:
         if error.status == 0:
             return 0
         trouble = str(error)
-    except Error as error:
-        trouble = error.what
+    except OSError as error:
+        trouble = f"{cgroup}: {error.strerror}"
     if trouble:
         what = f"cannot look for what the engine has lost: {trouble}"
         raise Error(what, "sudo systemctl restart openinfra-engine")
@@ -5206,7 +5188,7 @@ def command_guard(args: argparse.Namespace) -> int:
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
     keep = functools.partial(keep_firewall, path, lease_file, engine)
     if args.strays:
-        return command_strays(engine, Path(args.containerd or DEFAULTS["containerd"]))
+        return command_strays(engine, Path(args.cgroup or DEFAULTS["cgroup"]))
     if args.watch:
         watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
     began_s = read_boot_s()

@@ -166,16 +166,6 @@ class Engine:
         self.registry = start_registry(self.directory, REGISTRY, *self.enter([]))
         self.start()
 
-    @property
-    def containerd(self) -> Path:
-        return self.directory / "exec/containerd/containerd.sock"
-
-    def tasks(self) -> dict[str, int]:
-        """The process of each container that has one, whatever dockerd knows of it."""
-        argv = ["ctr", f"--address={self.containerd}", "--namespace=moby", "tasks", "list"]
-        listed = subprocess.check_output(argv, text=True, stderr=subprocess.DEVNULL)
-        return agent_script.parse_tasks(listed)
-
     def processes(self) -> dict[str, list[int]]:
         """Those of each container that has any, whatever dockerd knows of it."""
         found = {}
@@ -194,7 +184,7 @@ class Engine:
             self._mend()
             assert self._has_started(), self.dockerd.log
         if ends_strays:
-            trouble = agent_script.end_strays(agent_script.Engine(self.socket), self.containerd)
+            trouble = agent_script.end_strays(agent_script.Engine(self.socket), self.cgroup)
             assert trouble == ""
 
     def _mend(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import functools
+import http.client
 import itertools
 import json
 import os
@@ -851,6 +852,17 @@ def test_earnings_come_page_by_page(world: World) -> None:
     assert (code, "no assignment" in said, world.plane.asked) == (2, True, [])
 
 
+LOST = "WARN ended what the engine had lost: its start was cut off container={}\n"
+
+
+def end_strays(engine: Engine, cgroup: Path | None = None, *more: str) -> tuple[int, str]:
+    """Run `guard --strays` as its unit does: exit code and words."""
+    argv = [sys.executable, str(ROOT / "agent.py"), "guard", "--strays", *more]
+    argv[4:4] = [f"--engine-socket={engine.socket}", f"--cgroup={cgroup or engine.cgroup}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
 def forget_running(engine: Engine, container: str) -> None:
     """What dockerd's files say after a kill between containerd's start and its own note of it."""
     (path,) = engine.directory.glob(f"root/*/containers/{container}/config.v2.json")
@@ -867,30 +879,91 @@ def test_a_start_that_the_engines_end_cut_off_is_ended(world: World) -> None:
     for each in (made, other):
         world.plane.wait_state(each, "RUNNING")
     ids = [world.container(each)["Id"] for each in (made, other)]
-    before = engine.tasks()
+    before = engine.processes()
     assert before.keys() >= {*ids}
     world.agent.process.stop(signal.SIGKILL)
     engine.kill()
     forget_running(engine, ids[0])
     engine.start(ends_strays=False)
     assert [is_running(world, each) for each in (made, other)] == [False, True]
-    assert engine.tasks() == before
-    argv = [sys.executable, str(ROOT / "agent.py"), "guard", "--strays"]
-    argv += [f"--engine-socket={engine.socket}", f"--containerd={engine.containerd}"]
-    said = [
-        subprocess.run(argv, capture_output=True, text=True, check=True).stderr for _ in range(2)
-    ]
-    lost = f"WARN ended what the engine had lost: its start was cut off container={ids[0]}\n"
-    assert said == [lost, ""]
-    for more, code in (("--engine-socket=/nonexistent", 0), ("--containerd=/nonexistent", 1)):
-        done = subprocess.run([*argv, more], capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        assert ("cannot look for what the engine has lost" in done.stderr) == bool(code)
-    assert engine.tasks() == {key: pid for key, pid in before.items() if key != ids[0]}
-    assert not Path(f"/proc/{before[ids[0]]}").exists()
+    assert engine.processes() == before
+    assert [end_strays(engine) for _ in range(2)] == [(0, LOST.format(ids[0])), (0, "")]
+    assert engine.processes() == {key: pids for key, pids in before.items() if key != ids[0]}
     world.start()
     wait_for("it runs again", lambda: is_running(world, made), 20)
-    assert engine.tasks()[ids[1]] == before[ids[1]]
+    assert engine.processes()[ids[1]] == before[ids[1]]
+
+
+def test_a_start_that_was_cut_off_before_its_program_is_ended(world: World) -> None:
+    """What is left of it waits for ever, and containerd does not list it either."""
+    engine, made = world.engine, world.run(SLEEP)
+    lost = world.container(made)["Id"]
+    world.agent.process.stop(signal.SIGKILL)
+    assert engine.call("POST", f"/containers/{lost}/kill")[0] == 204
+    wait_for("its end", lambda: not is_running(world, made))
+    # `runc create` is held up in its last step, and the end of containerd ends it there.
+    bundle = engine.directory / "exec/containerd/daemon/io.containerd.runtime.v2.task/moby" / lost
+    pid = (engine.directory / "exec/containerd/containerd.pid").read_text()
+    argv = ["strace", "-f", "-qq", f"--attach={pid}", f"--trace-path={bundle}/init.pid"]
+    argv += ["--trace=renameat", "--inject=renameat:delay_enter=60s", "--output=/dev/null"]
+    with ThreadPoolExecutor(1) as worker, subprocess.Popen(argv) as strace:
+        status = Path(f"/proc/{pid}/status")
+        wait_for("strace", lambda: "TracerPid:\t0\n" not in status.read_text())
+        starting = worker.submit(engine.call, "POST", f"/containers/{lost}/start")
+        wait_for("the last step", (bundle / ".init.pid").exists)
+        engine.kill()
+        assert isinstance(starting.exception(), (OSError, http.client.HTTPException))
+        strace.kill()
+    engine.start(ends_strays=False)
+    assert not is_running(world, made)
+    (left,) = engine.processes()[lost]
+    assert Path(f"/proc/{left}/cmdline").read_bytes() == b"runc\0init\0"
+    argv = ["ctr", f"--address={engine.directory}/exec/containerd/containerd.sock"]
+    assert lost not in subprocess.check_output(
+        [*argv, "--namespace=moby", "tasks", "ls"], text=True
+    )
+    time.sleep(2)
+    assert engine.processes()[lost] == [left]
+    assert end_strays(engine) == (0, LOST.format(lost))
+    assert lost not in engine.processes()
+    world.start()
+    wait_for("it runs again", lambda: is_running(world, made), 20)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_strays_are_found_as_systemd_names_their_groups(engine: Engine, is_frozen: bool) -> None:
+    """In real groups of cgroup v2; what the engine has never heard of is ended, frozen or not."""
+    v2 = Path("/sys/fs/cgroup/unified")
+    cgroup = (v2 if v2.exists() else v2.parent) / f"oi-{uuid.uuid4()}.slice"
+    names = [f"docker-{uuid.uuid4().hex * 2}.scope", f"other-{uuid.uuid4().hex * 2}.scope"]
+    children = []
+    try:
+        for name in names:
+            (cgroup / name).mkdir(parents=True)
+            children.append(subprocess.Popen(["sleep", "1000"]))
+            (cgroup / name / "cgroup.procs").write_text(str(children[-1].pid))
+        (cgroup / "cgroup.freeze").write_text(f"{is_frozen:d}")
+        elsewhere = str(cgroup / names[1] / "cgroup.procs")
+        assert agent_script.end_stray("", elsewhere, [str(children[0].pid)]) == ""
+        assert children[0].poll() is None
+        assert end_strays(engine, cgroup) == (0, LOST.format(names[0][7:-6]))
+        assert [child.poll() for child in children] == [-signal.SIGKILL, None]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        for path in (*map(cgroup.joinpath, names), cgroup):
+            path.rmdir()
+
+
+def test_strays_that_cannot_be_looked_for(engine: Engine, tmp_path: Path) -> None:
+    """Of an engine that is not up nothing is lost yet, and without groups nothing runs."""
+    assert end_strays(engine, tmp_path / "none") == (0, "")
+    (tmp_path / "file").touch()
+    code, said = end_strays(engine, tmp_path / "file")
+    assert code == 1
+    assert "cannot look for what the engine has lost: " in said
+    assert end_strays(engine, tmp_path / "file", "--engine-socket=/nonexistent") == (0, "")
 
 
 def test_an_engine_that_is_killed_while_it_removes_a_network_starts_again(world: World) -> None:
@@ -955,7 +1028,7 @@ def test_a_start_at_work_is_no_stray(world: World) -> None:
 
     def look() -> None:
         while time.monotonic() < until:
-            troubles.append(agent_script.end_strays(engine, world.engine.containerd))
+            troubles.append(agent_script.end_strays(engine, world.engine.cgroup))
 
     thread = threading.Thread(target=look)
     thread.start()

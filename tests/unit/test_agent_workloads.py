@@ -1173,21 +1173,20 @@ def test_a_broken_file_of_usage(change: dict[str, Any]) -> None:
         agent.parse_counts(json.dumps([row]).encode())
 
 
-TASKS = """\
-TASK    PID     STATUS
-aa      12      RUNNING
-bb      13      STOPPED
-cc      0       CREATED
-dd      14      PAUSED
-"""
-
-
 @pytest.mark.parametrize(
-    ("listed", "want"),
-    [("", {}), ("TASK PID STATUS\n", {}), (TASKS, {"aa": 12, "cc": 0, "dd": 14})],
+    ("name", "want"),
+    [
+        (f"docker-{'a1' * 32}.scope", "a1" * 32),
+        ("a1" * 32, "a1" * 32),
+        (f"docker-{'a1' * 31}.scope", ""),
+        (f"docker-{'a1' * 32}", ""),
+        (f"{'a1' * 32}.scope", ""),
+        ("cgroup.procs", ""),
+        ("", ""),
+    ],
 )
-def test_tasks_that_have_a_process(listed: str, want: dict[str, int]) -> None:
-    assert agent.parse_tasks(listed) == want
+def test_whose_control_group_it_is(name: str, want: str) -> None:
+    assert agent.parse_group(name) == want
 
 
 @pytest.mark.parametrize(
