@@ -45,7 +45,7 @@ LOOP = ["/bin/sh", "-c", "trap exit TERM; while :; do sleep 1; done"]
 def list_alive() -> dict[str, str]:
     """The containers that have a process, whatever their engines know of it, and what that is.
 
-    Not `runc init`: a start that was cut off before the workload's own program began, and for good.
+    Not `runc init`, whose program has not begun; one that never will is left when wait_all looks.
     """
     found = {}
     for path in Path("/proc").glob("[0-9]*/cgroup"):
@@ -258,7 +258,7 @@ def harm(
 
 
 def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
-    """Wait until each workload runs once, of its present revision."""
+    """Wait until each workload runs once, of its present revision, and nothing else is left."""
     sql = (
         "SELECT count(*) AS n FROM workloads w JOIN assignments a USING (workload_no)"
         " WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND a.state = 'running'"
@@ -269,7 +269,7 @@ def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
         if cp.query(sql)[0]["n"] != WORKLOADS:
             return False
         time.sleep(0.5)
-        return sum(len(home.look(list_alive())) for home in homes) == WORKLOADS
+        return sum(len(home.engine.processes()) for home in homes) == WORKLOADS
 
     try:
         wait_for("all run", is_whole, timeout_s)
@@ -284,5 +284,7 @@ def wait_all(cp: ControlPlane, homes: list[Home], timeout_s: float) -> None:
         of = {h.names[each]: what for h in homes for each, what in alive.items() if each in h.names}
         strays = {name: of[name] for name in there - told}
         odd = [row for row in rows if row["state"] != "running" or row["stop_at"]]
-        said = f"no process: {told - there}; no right: {strays}; {odd}; {cp.query(sql)}"
+        left = {each for home in homes for each in home.engine.processes()} - alive.keys()
+        said = f"no process: {told - there}; no right: {strays}; left: {left}; {odd}"
+        said += f"; {cp.query(sql)}"
         raise AssertionError(f"{error}: {said}") from None
