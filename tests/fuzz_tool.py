@@ -256,8 +256,53 @@ def heartbeat_reply(data: bytes) -> None:
     run_agent(data, agent.beat, registered=True)
 
 
+# Of a container's options, those that differ from one workload to the next.
+FREE = {"Memory", "MemorySwap", "NanoCpus", "NetworkMode", "PortBindings", "Tmpfs"}
+
+
+@functools.cache
+def make_plain(offered: agent.Limits, address: str, secrets: Path) -> dict[str, Any]:
+    """The body of a container that asks for nothing odd."""
+    (wish,), _ = agent.decide_wishes([BARE], offered, address, secrets)
+    return agent.render_container(wish, address, secrets)
+
+
+def check_container(
+    body: dict[str, Any], wish: agent.Wish, offered: agent.Limits, address: str, secrets: Path
+) -> None:
+    """Fails unless a body is the sandbox: of the host there are the wish's own secrets in it."""
+    plain, host = make_plain(offered, address, secrets), dict(body["HostConfig"])
+    source = str(secrets / str(uuid.UUID(wish.assignment_id)))
+    mount = {"Type": "bind", "Source": source, "Target": "/run/secrets", "ReadOnly": True}
+    assert host.pop("Mounts", []) == [mount] * wish.has_secrets
+    for name, _ in wish.secrets:
+        assert (secrets / name).parent == secrets
+        assert name not in ("", ".", "..")
+    # No other option than those of the plain body, and all but a few with its values.
+    assert body.keys() - {"Cmd"} == plain.keys()
+    assert body["Labels"].keys() == plain["Labels"].keys()
+    assert (body["User"], body["Healthcheck"]) == ("65534:65534", {"Test": ["NONE"]})
+    golden = plain["HostConfig"]
+    assert host.keys() == golden.keys()
+    assert {k: host[k] for k in golden.keys() - FREE} == {
+        k: golden[k] for k in golden.keys() - FREE
+    }
+    assert re.fullmatch(r"o[ix]-[0-9a-f]{11}", host["NetworkMode"])
+    assert body["NetworkingConfig"] == {"EndpointsConfig": {host["NetworkMode"]: {}}}
+    assert 0 < host["Memory"] == host["MemorySwap"] <= offered.memory_bytes
+    assert 0 < host["NanoCpus"] <= offered.cpu_milli * 1_000_000
+    for (binding,) in host["PortBindings"].values():
+        assert binding == {"HostIp": address, "HostPort": binding["HostPort"]}
+        assert int(binding["HostPort"]) in range(20_000, 28_192)
+    for path, options in host["Tmpfs"].items():
+        assert options == agent.render_tmpfs(wish)
+        assert re.fullmatch("(/[A-Za-z0-9_.-]+)+/?", path)
+        assert not {".", ".."} & {*path.split("/")}
+        assert not re.match("(/var)?/run/secrets(/|$)", path)
+
+
 def desired(data: bytes) -> None:
-    """What the agent makes of a list: the one mount is the assignment's own directory."""
+    """What the agent makes of a list."""
     try:
         found = pb.Desired.FromString(data)
     except DecodeError:
@@ -267,20 +312,8 @@ def desired(data: bytes) -> None:
     for why in refused.values():
         check_plain(why)
     for wish in wishes:
-        host = agent.render_container(wish, "10.77.16.5", secrets)["HostConfig"]
-        assert not host.keys() & {"Binds", "Devices", "Privileged", "VolumesFrom", "CapAdd"}
-        assert not host.keys() & {"PidMode", "UTSMode", "UsernsMode"}
-        assert (host["IpcMode"], host["CgroupnsMode"]) == ("private", "private")
-        assert re.fullmatch(r"o[ix]-[0-9a-f]{11}", host["NetworkMode"])
-        mounts = host.get("Mounts", [])
-        assert len(mounts) == wish.has_secrets
-        for mount in mounts:
-            assert mount["ReadOnly"] is True
-            assert mount["Source"] == f"/run/openinfra/secrets/{uuid.UUID(wish.assignment_id)}"
-            assert (mount["Type"], mount["Target"]) == ("bind", "/run/secrets")
-        for name, _ in wish.secrets:
-            assert (secrets / name).parent == secrets
-            assert name not in ("", ".", "..")
+        body = agent.render_container(wish, "10.77.16.5", secrets)
+        check_container(body, wish, limits, "10.77.16.5", secrets)
 
 
 def refusal(data: bytes) -> None:
@@ -418,8 +451,12 @@ ASSIGNMENT = pb.Assignment(
     memory_bytes=64 << 20,
     egress=pb.EGRESS_INTERNET,
     restart=pb.RESTART_ALWAYS,
+    ports=[pb.Port(container_port=80, host_port=20_000)],
     secrets={"token": b"hunter2"},
 )
+BARE = pb.Assignment()
+BARE.CopyFrom(ASSIGNMENT)
+BARE.ClearField("secrets")
 TARGETS["desired"] = (
     desired,
     [

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import http.server
 import io
 import json
 import os
+import socketserver
 import stat
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agent
 from agent import Container, Count, Limits, Memory, Past, Reading, Restart, Verb, Wish
 from proto import openinfra_pb2 as pb
+from tests.fuzz_tool import check_container
 
 ID = "3f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f01"
 OTHER = "4f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f02"
@@ -170,6 +175,8 @@ def port(inner: int, outer: int) -> pb.Port:
         ({"env": {"1A": ""}}, "env has a key that is no name: 1A"),
         ({"env": {"A=B": ""}}, "env has a key that is no name: A=B"),
         ({"env": {"": ""}}, "env has a key that is no name"),
+        ({"env": {"--env": ""}}, "env has a key that is no name: --env"),
+        ({"env": {"A\nB": ""}}, "env has a key that is no name: A?B"),
         ({"cpu_milli": 0}, "cpu_milli is under 10"),
         ({"cpu_milli": 9}, "cpu_milli is under 10"),
         ({"cpu_milli": 4001}, "cpu_milli is over the 4000"),
@@ -372,58 +379,107 @@ TEXTS = st.one_of(
 PORTS = st.builds(
     pb.Port,
     container_port=st.sampled_from([0, 22, 80, 65_535]),
-    host_port=st.sampled_from([0, 22, 20_000, 20_001]),
+    host_port=st.sampled_from([0, 22, 20_000, 20_001, 28_191]),
 )
-HOSTILE = st.builds(
-    pb.Assignment,
-    assignment_id=st.one_of(st.just(ID), st.just(ID), TEXTS),
-    fence=st.integers(0, 2**64 - 1),
-    workload_id=st.just(WORKLOAD),
-    image=st.one_of(st.just(IMAGE), st.just(IMAGE), TEXTS),
-    command=st.lists(TEXTS, max_size=3),
-    env=st.dictionaries(st.one_of(TEXTS, st.just("LD_PRELOAD")), TEXTS, max_size=2),
-    cpu_milli=st.sampled_from([0, 10, 4000, 2**32 - 1]),
-    memory_bytes=st.sampled_from([0, 6 << 20, 8 << 30, 2**64 - 1]),
-    ports=st.lists(PORTS, max_size=3),
-    egress=st.integers(0, 3),
-    restart=st.integers(0, 4),
-    secrets=st.dictionaries(
+HOSTILE: dict[str, st.SearchStrategy[Any]] = {
+    "assignment_id": st.one_of(st.just(OTHER), TEXTS),
+    "fence": st.integers(0, 2**64 - 1),
+    "image": TEXTS,
+    "command": st.lists(TEXTS, max_size=3),
+    "env": st.dictionaries(st.one_of(TEXTS, st.just("LD_PRELOAD")), TEXTS, max_size=2),
+    "cpu_milli": st.sampled_from([0, 10, 4000, 2**32 - 1]),
+    "memory_bytes": st.sampled_from([0, 6 << 20, 8 << 30, 2**64 - 1]),
+    "ports": st.lists(PORTS, max_size=3),
+    "egress": st.integers(0, 3),
+    "restart": st.integers(0, 4),
+    "secrets": st.dictionaries(
         st.one_of(TEXTS, st.sampled_from(["token", "..", ".", "../x", "/etc/passwd", "a/b", ".x"])),
         st.binary(max_size=9),
         max_size=3,
     ),
-    secrets_withheld=st.booleans(),
-)
-GOLDEN = agent.render_container(take(), ADDRESS, SECRETS)
+    "secrets_withheld": st.booleans(),
+}
+# One that this host would take, with a few things else: of those made of nothing but what is odd,
+# none is taken, and nothing is seen of what becomes of it.
+ALTERED = st.lists(
+    st.one_of(*(st.tuples(st.just(name), odd) for name, odd in HOSTILE.items())), max_size=4
+).map(lambda changes: make(**dict(changes)))
 
 
-@given(st.lists(HOSTILE, max_size=4))
+@given(st.lists(ALTERED, max_size=4))
 def test_no_assignment_gets_anything_of_the_host(assignments: list[pb.Assignment]) -> None:
     wishes, refused = agent.decide_wishes(assignments, OFFERED, ADDRESS, SECRETS)
     assert all(reason.isprintable() for reason in refused.values())
     for wish in wishes:
         body = json.loads(json.dumps(agent.render_container(wish, ADDRESS, SECRETS)))
-        host = body["HostConfig"]
-        for mount in host.pop("Mounts", ()):  # one, whatever it asked for
-            source = f"/run/openinfra/secrets/{wish.assignment_id}"
-            assert (mount["Type"], mount["Source"], mount["ReadOnly"]) == ("bind", source, True)
-            assert (mount["Target"], len(mount)) == ("/run/secrets", 4)
-            assert agent.UUID_RE.fullmatch(wish.assignment_id)
-        assert all(agent.SECRET_RE.fullmatch(name) for name, _ in wish.secrets)
-        # No other option than those of the golden body, and these with its values.
-        assert body.keys() | {"Cmd"} == GOLDEN.keys()
-        assert host.keys() == GOLDEN["HostConfig"].keys()
-        free = {"Memory", "MemorySwap", "NanoCpus", "NetworkMode", "PortBindings", "Tmpfs"}
-        assert {k: v for k, v in host.items() if k not in free} == {
-            k: v for k, v in GOLDEN["HostConfig"].items() if k not in free
-        }
-        assert body["User"] == "65534:65534"
-        assert host["NetworkMode"][:3] in ("oi-", "ox-")
-        assert 0 < host["Memory"] == host["MemorySwap"] <= OFFERED.memory_bytes
-        assert 0 < host["NanoCpus"] <= OFFERED.cpu_milli * 1_000_000
-        for binding in host["PortBindings"].values():
-            assert [one["HostIp"] for one in binding] == [ADDRESS]
-            assert int(binding[0]["HostPort"]) in range(20_000, 28_192)
+        check_container(body, wish, OFFERED, ADDRESS, SECRETS)
+
+
+class Door(http.server.BaseHTTPRequestHandler):
+    """In an engine's place: it has every image, and notes what it is asked for."""
+
+    config: object = None
+    asked: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        self._answer({"Config": Door.config})
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        Door.asked.append((self.path, json.loads(raw)))
+        self._answer({})
+
+    def _answer(self, what: object) -> None:
+        raw = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[agent.Engine]:
+    path = tmp_path_factory.mktemp("door") / "engine.sock"
+    with socketserver.UnixStreamServer(str(path), Door) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield agent.Engine(path)
+        server.shutdown()
+        thread.join()
+
+
+GOOD_PATHS, BAD_PATHS = ("/data", "/tmp/", "/run", "/var/run"), ("/a/../b", "/a,size=9g", "/x:/y")
+SECRET_PATHS = ("/run/secrets", "/run/secrets/x", "/var/run/secrets/", "/run/./secrets")
+VOLUMES: st.SearchStrategy[dict[str, dict[str, str]]] = st.dictionaries(
+    st.sampled_from([*GOOD_PATHS, *BAD_PATHS, *SECRET_PATHS]), st.just({}), max_size=2
+)
+CONFIGS: st.SearchStrategy[object] = st.one_of(
+    VOLUMES.map(lambda volumes: {"Volumes": volumes, "User": "0", "Privileged": True}),
+    st.dictionaries(TEXTS, st.just({}), max_size=2).map(lambda volumes: {"Volumes": volumes}),
+    st.one_of(st.none(), TEXTS, TEXTS.map(lambda text: {"Volumes": text})),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.booleans(), CONFIGS)
+def test_no_image_gets_anything_of_the_host(
+    door: agent.Engine, has_secrets: bool, config: object
+) -> None:
+    """What goes to the engine, once it was looked at what the image says."""
+    wish = take(secrets={"token": b"one"} if has_secrets else {})
+    Door.config = config
+    Door.asked.clear()
+    with contextlib.suppress(agent.Refuse):
+        door.create(wish, ADDRESS, "", SECRETS)
+    if not Door.asked:
+        return
+    network, container = Door.asked
+    assert network == ("/v1.41/networks/create", agent.render_network(wish))
+    assert container[0] == f"/v1.41/containers/create?name=oi-{wish.assignment_id}"
+    check_container(container[1], wish, OFFERED, ADDRESS, SECRETS)
 
 
 @pytest.mark.parametrize(
