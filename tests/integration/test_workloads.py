@@ -18,9 +18,10 @@ import pytest
 import cp_server
 from proto import openinfra_pb2 as pb
 from tests.bench.fleet import fill
-from tests.harness import Client, ControlPlane, Postgres, facts, race, wait_for
+from tests.harness import Client, ControlPlane, Postgres, facts, race, unchanged, wait_for
 from tests.integration.test_customers import add, mint
 from tests.integration.test_http_api import check_shape
+from tests.unit.test_workload_rules import REFUSED
 
 WORKLOADS = "/api/v1/workloads"
 REGISTRY = "cp.example.com"
@@ -247,6 +248,24 @@ def test_the_same_order_again_changes_nothing(cp: ControlPlane, tenant: Tenant) 
     assert (changed["revision"], changed["workload_id"]) == (2, first["workload_id"])
     tenant.call("DELETE", f"/{first['workload_id']}")
     assert tenant.post()["workload_id"] != first["workload_id"]
+
+
+def test_what_cannot_be_asked_for_is_refused_by_its_field(cp: ControlPlane, tenant: Tenant) -> None:
+    """Over HTTP: each refusal says which, and nothing of it is kept."""
+    said = set()
+    with unchanged(cp):
+        for field, value, _ in REFUSED:
+            order = {
+                key: each for key, each in tenant.order(**{field: value}).items() if each != ...
+            }
+            if isinstance(value, str) and field == "image":
+                order[field] = value.replace("kuma/", f"{tenant.namespace}/")
+            status, answer = tenant.call("POST", "", order)
+            check_shape("Error", answer)
+            assert status in (400, 403), (field, value, answer)
+            assert answer["error"]["field"].partition("[")[0] == field, (value, answer)
+            said.add(status)
+    assert said == {400, 403}
 
 
 def test_one_name_posted_at_once_is_one_workload(cp: ControlPlane, tenant: Tenant) -> None:

@@ -10,15 +10,18 @@ import random
 import re
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import agent
 import cp_server
 from cp_server import Assignment, Copy, Demand, Place, Refusal, Rejections, Workload
 from proto import openinfra_pb2 as pb
+from tests.fuzz_tool import check_container
 
 DIGEST = "sha256:" + "ab" * 32
 WALLET = "7YttLkHDoNj9wyDur5pM1ejNaAvT9X4eqaYcHQqtj2G5"
@@ -86,120 +89,123 @@ def test_an_image_by_its_tag(image: str, kept: str) -> None:
     assert parse(image=image).spec["image"] == kept
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("name", "Web", "is not 1 to 63"),
-        ("name", "-web", "is not 1 to 63"),
-        ("name", "a" * 64, "out of range"),
-        ("name", "web\n", "is not 1 to 63"),
-        ("name", ..., "missing"),
-        ("namespace", "other", "none of your namespaces"),
-        ("namespace", "solana:x", "is not 2 to 40"),
-        ("image", "kuma/web:", "no image"),
-        ("image", "kuma/web:-x", "no image"),
-        ("image", f"kuma/web:{'x' * 129}", "no image"),
-        ("image", "other/web:1", "none of yours"),
-        ("image", f"web@{DIGEST}", "no image of a namespace"),
-        ("image", f"other/web@{DIGEST}", "none of yours"),
-        ("image", f"docker.io/kuma/web@{DIGEST}", "registry docker.io"),
-        ("image", f"localhost/kuma/web@{DIGEST}", "registry localhost"),
-        ("image", f"cp.example.com:443/kuma/web@{DIGEST}", "registry cp.example.com:443"),
-        ("image", f"kuma/web@{DIGEST[:-1]}", "no image"),
-        ("image", f"kuma/web@{DIGEST.upper()}", "no image"),
-        ("image", f"kuma/../web@{DIGEST}", "no image"),
-        ("image", f"--privileged/kuma/web@{DIGEST}", "no image"),
-        ("image", f" kuma/web@{DIGEST}", "no image"),
-        ("image", f"kuma/{'a' * 200}@{DIGEST}", "out of range"),
-        ("image", 7, "wrong type"),
-        ("command", "sh", "wrong type"),
-        ("command", [1], "wrong type"),
-        ("command", ["a\0b"], "NUL"),
-        ("command", ["\ud800"], "broken one"),
-        ("command", ["x"] * 65, "out of range"),
-        ("command", ["x" * 4097], "out of range"),
-        ("env", ["A=1"], "wrong type"),
-        ("env", {"A": 1}, "wrong type"),
-        ("env", {"--env": "x"}, "none of a variable"),
-        ("env", {"A=B": "x"}, "none of a variable"),
-        ("env", {"": "x"}, "none of a variable"),
-        ("env", {"A\n": "x"}, "none of a variable"),
-        ("env", {"A": "\0"}, "NUL"),
-        ("env", {f"A{n}": "x" * 4096 for n in range(5)}, "larger than"),
-        ("cpu_milli", ..., "missing"),
-        ("cpu_milli", 0, "out of range"),
-        ("cpu_milli", -500, "out of range"),
-        ("cpu_milli", 1.5, "wrong type"),
-        ("cpu_milli", True, "wrong type"),
-        ("cpu_milli", "500", "wrong type"),
-        ("cpu_milli", 10**30, "out of range"),
-        ("memory_bytes", 1 << 20, "out of range"),
-        ("memory_bytes", 1 << 50, "out of range"),
-        ("replicas", -1, "out of range"),
-        ("replicas", 21, "out of range"),
-        ("ports", [0], "out of range"),
-        ("ports", [65_536], "out of range"),
-        ("ports", [80, 80], "twice"),
-        ("ports", ["80/tcp"], "wrong type"),
-        ("ports", list(range(1, 10)), "out of range"),
-        ("egress", "lan", "no known value"),
-        ("restart", "unless-stopped", "no known value"),
-        ("arch", "riscv64", "no known value"),
-        ("provider", "kuma", "no namespace of a provider"),
-        ("provider", "solana:x", "not a Solana address"),
-        ("labels", ["region=eu"], "wrong type"),
-        ("labels", {"region": 1}, "wrong type"),
-        ("labels", {"region": ""}, "out of range"),
-        ("labels", {"": "eu"}, "no label"),
-        ("labels", {"Region": "eu"}, "no label"),
-        ("labels", {"region": "eu west"}, "no label"),
-        ("labels", {"region": "-eu"}, "no label"),
-        ("labels", {"region\n": "eu"}, "no label"),
-        ("labels", {"a" * 64: "eu"}, "no label"),
-        ("labels", {str(n): "x" for n in range(17)}, "out of range"),
-        *[
-            (name, True, "unknown field")
-            for name in (
-                *("privileged", "Privileged", "cap_add", "CapAdd", "devices", "volumes", "mounts"),
-                *(
-                    "network_mode",
-                    "host_network",
-                    "pid",
-                    "ipc",
-                    "HostConfig",
-                    "user",
-                    "security_opt",
-                ),
-                *("binds", "runtime", "sysctls", "host_ip", "host_port"),
-            )
-        ],
-        ("secrets", True, "wrong type"),
-        ("secrets", None, "wrong type"),
-        ("secrets", {"a": 1}, "secrets[a] has the wrong type"),
-        ("secrets", {str(n): "" for n in range(17)}, "send 0 to 16 of them"),
-        *(
-            ("secrets", {name: ""}, "none of a file")
-            for name in (
-                "",
-                ".",
-                "..",
-                ".x",
-                "-x",
-                "a/b",
-                "/a",
-                "a\\b",
-                "a b",
-                "é",
-                "a\n",
-                "a" * 64,
-            )
-        ),
-        ("secrets", {"a": "\ud800"}, "broken character"),
-        ("secrets", {"a": "x" * 16_321}, "secrets[a] is out of range"),
-        ("secrets", {"a": "x" * 8192, "b": "x" * 8191}, "larger than 16384 bytes"),
-        ("secrets", {"a": "é" * 5000, "b": "é" * 3192}, "larger than 16384 bytes"),
+# Each with its field, which the refusal names; also over HTTP.
+REFUSED: list[tuple[str, Any, str]] = [
+    ("name", "Web", "is not 1 to 63"),
+    ("name", "-web", "is not 1 to 63"),
+    ("name", "a" * 64, "out of range"),
+    ("name", "web\n", "is not 1 to 63"),
+    ("name", ..., "missing"),
+    ("namespace", "other", "none of your namespaces"),
+    ("namespace", "solana:x", "is not 2 to 40"),
+    ("image", "kuma/web:", "no image"),
+    ("image", "kuma/web:-x", "no image"),
+    ("image", f"kuma/web:{'x' * 129}", "no image"),
+    ("image", "other/web:1", "none of yours"),
+    ("image", f"web@{DIGEST}", "no image of a namespace"),
+    ("image", f"other/web@{DIGEST}", "none of yours"),
+    ("image", f"docker.io/kuma/web@{DIGEST}", "registry docker.io"),
+    ("image", f"localhost/kuma/web@{DIGEST}", "registry localhost"),
+    ("image", f"cp.example.com:443/kuma/web@{DIGEST}", "registry cp.example.com:443"),
+    ("image", f"kuma/web@{DIGEST[:-1]}", "no image"),
+    ("image", f"kuma/web@{DIGEST.upper()}", "no image"),
+    ("image", f"kuma/../web@{DIGEST}", "no image"),
+    ("image", f"--privileged/kuma/web@{DIGEST}", "no image"),
+    ("image", f" kuma/web@{DIGEST}", "no image"),
+    ("image", f"kuma/{'a' * 200}@{DIGEST}", "out of range"),
+    ("image", 7, "wrong type"),
+    ("command", "sh", "wrong type"),
+    ("command", [1], "wrong type"),
+    ("command", ["a\0b"], "NUL"),
+    ("command", ["\ud800"], "broken one"),
+    ("command", ["x"] * 65, "out of range"),
+    ("command", ["x" * 4097], "out of range"),
+    ("env", ["A=1"], "wrong type"),
+    ("env", {"A": 1}, "wrong type"),
+    ("env", {"--env": "x"}, "none of a variable"),
+    ("env", {"A=B": "x"}, "none of a variable"),
+    ("env", {"": "x"}, "none of a variable"),
+    ("env", {"A\n": "x"}, "none of a variable"),
+    ("env", {"A": "\0"}, "NUL"),
+    ("env", {f"A{n}": "x" * 4096 for n in range(5)}, "larger than"),
+    ("cpu_milli", ..., "missing"),
+    ("cpu_milli", 0, "out of range"),
+    ("cpu_milli", -500, "out of range"),
+    ("cpu_milli", 1.5, "wrong type"),
+    ("cpu_milli", True, "wrong type"),
+    ("cpu_milli", "500", "wrong type"),
+    ("cpu_milli", 10**30, "out of range"),
+    ("memory_bytes", 1 << 20, "out of range"),
+    ("memory_bytes", 1 << 50, "out of range"),
+    ("replicas", -1, "out of range"),
+    ("replicas", 21, "out of range"),
+    ("ports", [0], "out of range"),
+    ("ports", [65_536], "out of range"),
+    ("ports", [80, 80], "twice"),
+    ("ports", ["80/tcp"], "wrong type"),
+    ("ports", list(range(1, 10)), "out of range"),
+    ("egress", "lan", "no known value"),
+    ("restart", "unless-stopped", "no known value"),
+    ("arch", "riscv64", "no known value"),
+    ("provider", "kuma", "no namespace of a provider"),
+    ("provider", "solana:x", "not a Solana address"),
+    ("labels", ["region=eu"], "wrong type"),
+    ("labels", {"region": 1}, "wrong type"),
+    ("labels", {"region": ""}, "out of range"),
+    ("labels", {"": "eu"}, "no label"),
+    ("labels", {"Region": "eu"}, "no label"),
+    ("labels", {"region": "eu west"}, "no label"),
+    ("labels", {"region": "-eu"}, "no label"),
+    ("labels", {"region": "--privileged"}, "no label"),
+    ("labels", {"--privileged": "eu"}, "no label"),
+    ("labels", {"region\n": "eu"}, "no label"),
+    ("labels", {"a" * 64: "eu"}, "no label"),
+    ("labels", {str(n): "x" for n in range(17)}, "out of range"),
+    *[
+        (name, True, "unknown field")
+        for name in (
+            *("privileged", "Privileged", "cap_add", "CapAdd", "devices", "volumes", "mounts"),
+            *(
+                "network_mode",
+                "host_network",
+                "pid",
+                "ipc",
+                "HostConfig",
+                "user",
+                "security_opt",
+            ),
+            *("binds", "runtime", "sysctls", "host_ip", "host_port"),
+        )
     ],
-)
+    ("secrets", True, "wrong type"),
+    ("secrets", None, "wrong type"),
+    ("secrets", {"a": 1}, "secrets[a] has the wrong type"),
+    ("secrets", {str(n): "" for n in range(17)}, "send 0 to 16 of them"),
+    *(
+        ("secrets", {name: ""}, "none of a file")
+        for name in (
+            "",
+            ".",
+            "..",
+            ".x",
+            "-x",
+            "a/b",
+            "/a",
+            "a\\b",
+            "a b",
+            "é",
+            "a\n",
+            "a" * 64,
+        )
+    ),
+    ("secrets", {"a": "\ud800"}, "broken character"),
+    ("secrets", {"a": "x" * 16_321}, "secrets[a] is out of range"),
+    ("secrets", {"a": "x" * 8192, "b": "x" * 8191}, "larger than 16384 bytes"),
+    ("secrets", {"a": "é" * 5000, "b": "é" * 3192}, "larger than 16384 bytes"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "said"), REFUSED)
 def test_what_cannot_be_asked_for(field: str, value: Any, said: str) -> None:
     with pytest.raises(Refusal) as refused:
         parse(**{field: value})
@@ -250,12 +256,36 @@ json_values = st.recursive(
 )
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from([field.name for field in cp_server.WORKLOAD_FIELDS]), json_values
-    )
+WORDS = st.one_of(
+    st.text(max_size=9),
+    st.sampled_from(["--privileged", "-v=/:/host", "$(id)", "host", "ALL", "/run/docker.sock:/s"]),
 )
-def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(body: dict[str, Any]) -> None:
+VARIABLES = st.sampled_from(["A", "_", "LD_PRELOAD", "DOCKER_HOST"])
+# What may be asked for, the oddest of it.
+GOOD: dict[str, st.SearchStrategy[Any]] = {
+    "command": st.lists(WORDS, max_size=3),
+    "env": st.dictionaries(VARIABLES, WORDS, max_size=2),
+    "secrets": st.dictionaries(st.sampled_from(["token", "a.b", "_"]), WORDS, max_size=2),
+    "cpu_milli": st.sampled_from([10, 64_000]),
+    "memory_bytes": st.sampled_from([16 << 20, 1 << 40]),
+    "replicas": st.integers(0, 20),
+    "ports": st.lists(st.sampled_from([1, 22, 80, 65_535]), max_size=4, unique=True),
+    "egress": st.sampled_from(cp_server.EGRESSES),
+    "restart": st.sampled_from(cp_server.RESTARTS),
+    "arch": st.sampled_from(cp_server.ARCHS),
+    "labels": st.dictionaries(st.sampled_from(["region", "a.b"]), st.just("eu"), max_size=2),
+}
+NAMES = [field.name for field in cp_server.WORKLOAD_FIELDS]
+FIELDS = [st.tuples(st.just(name), values) for name, values in GOOD.items()]
+ODD = st.tuples(st.sampled_from(NAMES), json_values)
+
+
+@given(st.lists(st.one_of(*FIELDS), max_size=6), st.lists(ODD, max_size=1))
+def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(
+    good: list[tuple[str, Any]], odd: list[tuple[str, Any]]
+) -> None:
+    """And its host takes that too, and makes the sandbox of it and nothing else."""
+    body = dict([*good, *odd])
     refused = None
     try:
         order = parse(**body)
@@ -268,14 +298,52 @@ def test_no_body_breaks_the_check_and_what_passes_fits_the_contract(body: dict[s
     row = {
         "spec": json.loads(json.dumps(dict(order.spec))),
         "port_slot": 1023,
-        "assignment_id": uuid.UUID(int=1),
+        "assignment_id": uuid.UUID(int=1, version=4),
         "assignment_no": 1,
-        "workload_id": uuid.UUID(int=2),
+        "workload_id": uuid.UUID(int=2, version=4),
         "state": "running",
-        "secrets": None,
+        "secrets": json.dumps(order.secrets) if order.secrets else None,
     }
     made = cp_server.render_assignment(row, "cp.example.com")
     assert pb.Assignment.FromString(made.SerializeToString()) == made
+    offered, place = agent.Limits(64_000, 1 << 40), ("10.77.16.5", Path("/run/openinfra/secrets"))
+    (wish,), host_refused = agent.decide_wishes([made], offered, *place)
+    assert host_refused == {}
+    check_container(agent.render_container(wish, *place), wish, offered, *place)
+
+
+WISHES_OF_POWER = st.sampled_from(
+    [
+        *("privileged", "cap_add", "cap-drop", "devices", "pid", "ipc", "uts", "userns_mode"),
+        *("network", "security_opt", "volumes", "binds", "mounts", "tmpfs", "read_only", "user"),
+        *("host config", "entrypoint", "sysctls", "ulimits", "cgroup_parent", "runtime", *NAMES),
+    ]
+)
+SPELLINGS = st.sampled_from(
+    [
+        *(str, str.upper, str.title, lambda text: text.title().replace("_", "")),
+        *(lambda text: text.replace("_", "-"), lambda text: f"--{text}", lambda text: f" {text}"),
+        *(
+            lambda text: f"HostConfig.{text}",
+            lambda text: f"{text}\0",
+            lambda text: f"{text}\u200b",
+        ),
+        lambda text: "".join(chr(ord(one) + 0xFEE0) if one > " " else one for one in text),
+    ]
+)
+
+
+@given(
+    st.one_of(st.builds(lambda how, text: how(text), SPELLINGS, WISHES_OF_POWER), st.text()),
+    json_values,
+)
+def test_no_field_is_taken_by_another_name(name: str, value: Any) -> None:
+    assume(name not in NAMES)
+    with pytest.raises(Refusal, match="unknown field") as refused:
+        parse(**{name: value})
+    shown = name[:40].encode("ascii", "replace").decode()
+    assert (refused.value.code, refused.value.field) == ("BAD_REQUEST", shown)
+    assert str(refused.value).isprintable()
 
 
 def test_an_assignment_as_its_host_gets_it() -> None:
