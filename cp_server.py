@@ -374,7 +374,6 @@ LOG_LINES_MAX = 1_000
 LOG_BYTES = 32_768  # of all copies that are asked of one host at once: a heartbeat has twice that
 LOG_S = 5.0  # the longest that a customer waits for hosts; an agent answers in one or two
 LOG_READERS_MAX = 2  # customers that wait at once, each for one answer: each takes an HTTP worker
-SESSION_NEW_S = 60  # a batch with a heartbeat of the session before takes less
 USAGE_GRACE_S = 300  # after a full hour its windows are closed; what comes later is another one
 USAGE_S = 60.0  # between two looks for hours that are over
 USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
@@ -3737,7 +3736,8 @@ GRANT UPDATE (secrets_key_sha256) ON cp_state TO @ROLE@;
         11,
         "usage, rate cards, the ledger, invoices",
         """
-ALTER TABLE liveness ADD seen_us bigint NOT NULL DEFAULT 0;
+ALTER TABLE liveness ADD seen_us bigint NOT NULL DEFAULT 0, ADD session_at timestamptz;
+COMMENT ON COLUMN liveness.session_at IS 'When the session began that seq is of';
 COMMENT ON COLUMN liveness.seen_us IS
   'Microseconds that its heartbeats covered so far: the clock of what is billed';
 
@@ -4138,7 +4138,7 @@ GRANT SELECT ON usage_hours, usage_runs, usage_counters, usage_egress, rate_card
   usage_lines, usage_totals, ledger_accounts, ledger_transactions, ledger_entries, invoices
   TO @ROLE@;
 GRANT USAGE ON SEQUENCE ledger_numbers TO @ROLE@;
-GRANT UPDATE (seen_us) ON liveness TO @ROLE@;
+GRANT UPDATE (seen_us, session_at) ON liveness TO @ROLE@;
 GRANT INSERT, UPDATE (seen_us) ON usage_hours TO @ROLE@;
 GRANT UPDATE (closed_hour, closed_us, is_closed) ON usage_runs TO @ROLE@;
 GRANT INSERT, UPDATE (cpu_ns, memory_byte_s, rx_bytes, tx_bytes, at) ON usage_counters TO @ROLE@;
@@ -4485,6 +4485,12 @@ INSERT INTO sessions (session_sha256, host_no, opened_by)
 VALUES (%(session_sha256)s, %(host_no)s, %(opened_by)s)
 """
 
+SQL_SESSION_AGAIN = """
+-- a session that its host asks for again: it counts its heartbeats from 1 again
+UPDATE liveness l SET session_at = NULL FROM sessions s WHERE l.host_no = s.host_no
+  AND s.session_sha256 = %(session_sha256)s AND l.session_at = s.started_at
+"""
+
 # What `decide_reasons` finds nothing in, once a host is online; most hosts of a fleet are so.
 HOST_IS_PLAIN = """h.payout_pubkey IS NOT NULL AND h.requested_payout_pubkey IS NULL
     AND n.approved_at IS NOT NULL AND h.unready = '' AND h.drained_at IS NULL"""
@@ -4494,15 +4500,14 @@ SEEN_US = """coalesce(least(greatest(
       (extract(epoch FROM {at} - {before}.last_heartbeat_at) * 1000000)::bigint, 0),
       %(intervals)s * 1000 * {before}.interval_ms::bigint), 0)"""
 
-# That a heartbeat is older than the last one, of its own session and of a right clock.
-IS_LATE = f"""(good.seq < b.seq AND b.last_heartbeat_at <= now()
-      AND b.last_heartbeat_at > good.started_at + interval '{SESSION_NEW_S} s')"""
+# That a heartbeat is older than the last one, which was of the same session.
+IS_LATE = "(good.seq < b.seq AND good.started_at = b.session_at)"
 
 SQL_HEARTBEATS = f"""
 -- accept a batch of heartbeats: liveness, the time that they cover and where it stood at a full
 -- hour, status; after a boot nothing runs until the host says so. One that is missing was refused.
--- Late is one with a smaller number than the last of its session. Just after that was opened the
--- last may be one of the session before, committed meanwhile: then none is late
+-- Late is one with a smaller number than the last of its session. The last of all may be of the
+-- session before, committed after this one was opened: by that none is late
 WITH beat AS (
   SELECT * FROM unnest(%(session_sha256)s::bytea[], %(peer)s::inet[], %(interval_ms)s::integer[],
     %(seq)s::bigint[], %(boot_id)s::uuid[], %(status)s::text[]) WITH ORDINALITY
@@ -4517,7 +4522,7 @@ WITH beat AS (
     AND (NOT %(peer_check)s OR h.wg_ip = beat.peer)
 ), alive AS (
   UPDATE liveness l SET last_heartbeat_at = now(), interval_ms = good.interval_ms,
-    seq = CASE WHEN {IS_LATE} THEN b.seq ELSE good.seq END,
+    seq = CASE WHEN {IS_LATE} THEN b.seq ELSE good.seq END, session_at = good.started_at,
     boot_id = good.boot_id, seen_us = l.seen_us + {SEEN_US.format(before="l", at="now()")}
   FROM good JOIN liveness b USING (host_no) WHERE l.host_no = good.host_no
   RETURNING l.host_no, l.desired_revision, b.last_heartbeat_at, b.interval_ms, b.seen_us,
@@ -6206,9 +6211,10 @@ async def _claim_session(
 
 
 async def _open_session(tx: Transaction, host_no: int, session: bytes, opened_by: str) -> None:
-    """Make this the host's live session; a repeated request changes nothing; raises Refusal."""
+    """Make this the host's live session, or go on with it when it is; raises Refusal."""
     known = await tx.one(SQL_SESSION_FIND, session_sha256=session)
     if known is not None and known["host_no"] == host_no and known["live"]:
+        await tx.execute(SQL_SESSION_AGAIN, session_sha256=session)
         return
     if known is not None and known["host_no"] == host_no:
         raise superseded()

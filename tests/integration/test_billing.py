@@ -270,7 +270,7 @@ def test_a_copy_without_right_is_not_billed_whatever_its_host_says(books: Books,
 
 
 def test_what_comes_late_opens_no_run(books: Books) -> None:
-    """A number below the session's last; the same number is a repeat, a new session begins at 1."""
+    """A number below the session's last, from its first moment on; a new session begins at 1."""
     add_fleet(books, WEB)
 
     async def say(db: cp_server.Database, seq: int, at_s: int, state: str) -> tuple[str, int]:
@@ -278,29 +278,56 @@ def test_what_comes_late_opens_no_run(books: Books) -> None:
         running = frozenset("a" if state == "running" else "")
         event = oracle.Heartbeat(T, "h1", 30_000, running, ())
         beat = dataclasses.replace(books.beat(event), seq=seq)
+        if not state:  # as the agent says it when nothing changed since an answer
+            beat = dataclasses.replace(beat, observed=None)
         answers, _ = await cp_server.record_heartbeats(db, [beat], peer_check=False)
         assert [type(each) for each in answers.values()] == [cp_server.Accepted]
         (row,) = books.query("SELECT state, seq FROM assignments JOIN liveness USING (host_no)")
         return row["state"], row["seq"]
 
+    def open_session(number: int) -> None:
+        """As a resume does: the session before has ended, and no heartbeat is of the new one."""
+        books.hosts["h1"] = bytes([number] * 32)
+        books.query("UPDATE sessions SET ended_at = clock.now() WHERE ended_at IS NULL RETURNING 1")
+        books.query(
+            "INSERT INTO sessions (session_sha256, host_no, opened_by, started_at)"
+            " SELECT %s, host_no, 'resume', clock.now() FROM hosts RETURNING 1",
+            books.hosts["h1"],
+        )
+
     async def work(db: cp_server.Database) -> None:
-        books.query("UPDATE sessions SET started_at = '2026-03-01' RETURNING 1")
-        assert await say(db, 7, 0, "running") == ("running", 7)
-        assert await say(db, 8, 30, "waiting") == ("waiting", 8)
-        assert await say(db, 7, 31, "running") == ("waiting", 8)
-        assert await say(db, 8, 60, "running") == ("running", 8)
-        books.query("UPDATE sessions SET started_at = clock.now() RETURNING 1")
-        assert await say(db, 1, 61, "waiting") == ("waiting", 1)
-        # What is stored was of the session before, whose last one was committed meanwhile.
-        books.query("UPDATE liveness SET seq = 9 RETURNING 1")
-        assert await say(db, 2, 62, "running") == ("running", 2)
-        # The clock was a year ahead when the last one came.
-        books.query("UPDATE liveness SET seq = 9, last_heartbeat_at = '2027-01-01' RETURNING 1")
-        assert await say(db, 3, 90, "waiting") == ("waiting", 3)
+        # The second try of the first heartbeat came, then the first one.
+        assert await say(db, 2, 5, "waiting") == ("waiting", 2)
+        assert await say(db, 1, 6, "running") == ("waiting", 2)
+        for number in range(3, 120):
+            assert await say(db, number, 30 * number, "") == ("waiting", number)
+        assert books.query("SELECT 1 FROM usage_runs") == []
+        assert await say(db, 907, 3600, "running") == ("running", 907)
+        assert await say(db, 908, 3630, "waiting") == ("waiting", 908)
+        assert await say(db, 907, 3631, "running") == ("waiting", 908)
+        assert await say(db, 908, 3660, "running") == ("running", 908)  # a repeat
+        # The last one is of the session before.
+        open_session(7)
+        assert await say(db, 1, 3661, "waiting") == ("waiting", 1)
+        assert await say(db, 3, 3662, "running") == ("running", 3)
+        assert await say(db, 2, 3663, "waiting") == ("running", 3)
+        # And by a clock that was a year ahead.
+        year = 365 * 86_400
+        assert await say(db, 909, year, "running") == ("running", 909)
+        books.set_time(T + 3690 * S)
+        open_session(8)
+        assert await say(db, 1, 3690, "waiting") == ("waiting", 1)
+        # It could not save that it had this session, was started again, and asks for it again.
+        assert await say(db, 50, 3691, "waiting") == ("waiting", 50)
+        (host,) = books.query("SELECT host_no FROM hosts")
+        async with db.transaction() as tx:
+            await cp_server._open_session(tx, host["host_no"], books.hosts["h1"], "resume")
+        assert await say(db, 1, 3692, "running") == ("running", 1)
+        assert await say(db, 2, 3693, "waiting") == ("waiting", 2)
 
     in_database(books, work)
     runs = books.query("SELECT (to_us - from_us) / 1000000 AS s FROM usage_runs ORDER BY run_no")
-    assert [row["s"] for row in runs] == [30, 1, 0]
+    assert [row["s"] for row in runs] == [30, 1, 91, 1]
 
 
 def test_hours_are_cut_in_many_small_transactions(

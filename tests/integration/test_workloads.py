@@ -159,7 +159,6 @@ def test_an_older_heartbeat_changes_nothing_that_a_newer_one_said(
     machine.beat()
     wait_placed(tenant, tenant.post())
     (key,) = machine.beat()
-    cp.postgres.force(cp.database, "UPDATE sessions SET started_at = now() - interval '1 day'")
 
     def say(seq: int, state: str, after_s: float) -> object:
         time.sleep(after_s)
