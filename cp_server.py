@@ -11681,14 +11681,26 @@ def command_invoices(args: argparse.Namespace, settings: Settings) -> int:
 
 def command_usage(args: argparse.Namespace, settings: Settings) -> int:
     """List what copies used in a month and hosts counted in all; or one copy's hours."""
+    found: Row = {"month": args.month, "currency": settings.currency}
     if args.assignment:
         which = (check_uuid(args.assignment, "assignment"), parse_month(args.month))
         windows = asyncio.run(with_database(settings.dsn_file, lambda db: read_windows(db, *which)))
-        print(render_windows(windows))
+        found["windows"] = [render_bill_line("statement", window) for window in windows]
+        print(json.dumps(found, indent=1) if args.json else render_windows(windows))
         return 0
     bills = read_invoices(args, settings)
-    counted = asyncio.run(with_database(settings.dsn_file, lambda db: read_counted(db, bills)))
-    print(render_usage(bills, counted))
+    copies = asyncio.run(with_database(settings.dsn_file, lambda db: read_counted(db, bills)))
+    found["lines"] = [
+        {
+            **render_bill_line("statement", line),
+            **render_counted(copies[line.assignment_id]),
+            "customer": bill.whose,
+            "customer_id": bill.whose_id,
+        }
+        for bill in bills
+        for line in bill.lines
+    ]
+    print(json.dumps(found, indent=1) if args.json else render_usage(bills, copies))
     return 0
 
 
@@ -12151,9 +12163,10 @@ def add_billing_commands(add: Callable[..., Any]) -> None:
     usage = add("usage", command_usage)
     usage.add_argument("--customer-id", help="of this customer only")
     usage.add_argument("--assignment", help="the hours of this copy, with what its provider gets")
-    usage.add_argument("--month", required=True, help="like 2026-11")
-    for command in (invoices, statements):
+    usage.add_argument("--json", action="store_true", help="print one JSON object")
+    for command in (invoices, statements, usage):
         command.add_argument("--month", required=True, help="like 2026-11")
+    for command in (invoices, statements):
         command.add_argument("--out", help="directory for HTML, CSV and JSON files")
 
 

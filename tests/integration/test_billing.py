@@ -8,6 +8,7 @@ import dataclasses
 import datetime as dt
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -661,6 +662,80 @@ def test_a_customer_reads_what_its_hosts_counted(books: Books, counted: ControlP
     # Not by asking for it, nor at a page's end.
     assert get("kuma", f"&assignment_id={books.ids['b']}")[0]["copies"] == []
     assert len(get("kuma", "&limit=1")[0]["copies"]) == 1 < len(body["copies"])
+
+
+def read_usage(cp: ControlPlane, *words: str) -> Any:
+    """What `usage` prints for March: JSON, or the rows of its table by the names of columns."""
+    done = cp.command("usage", "--month=2026-03", *words)
+    assert done.returncode == 0, done.stderr
+    if "--json" in words:
+        found = json.loads(done.stdout)
+        assert (found.pop("month"), found.pop("currency")) == ("2026-03", "EUR")
+        ((_, rows),) = found.items()
+        return rows
+    head, *lines = (re.split(" {2,}", row) for row in done.stdout.splitlines())
+    return [dict(zip(head, row, strict=False)) for row in lines]
+
+
+def test_the_operator_sees_what_customers_see(books: Books, counted: ControlPlane) -> None:
+    """What each copy used, and what its host counted, as a table and as JSON."""
+    lines, rows = read_usage(counted, "--json"), read_usage(counted)
+    assert sorted(line["customer"] for line in lines) == ["gull", "kuma", "kuma"]
+    for line, row in zip(lines, rows, strict=True):
+        key = counted.command("mint-key", line["customer_id"]).stdout.strip()
+        query = f"month=2026-03&assignment_id={line['assignment_id']}"
+        _, body = counted.call("GET", f"/api/v1/usage?{query}", token=key)
+        (copy,) = body["copies"]
+        assert copy == {name: line[name] for name in copy}
+        for name in ("billed_us", "egress_bytes", "cpu_micros", "memory_micros", "egress_micros"):
+            assert sum(window[name] for window in body["windows"]) == line[name]
+        hours = line["billed_us"] / 3.6e9
+        assert row == {
+            "CUSTOMER": line["customer"],
+            "WORKLOAD": f"{line['workload']}/{line['replica']}",
+            "HOST": "h1",
+            "ASSIGNMENT": line["assignment_id"],
+            "HOURS": f"{hours:.6f}",
+            "CPU-HOURS": f"{line['cpu_milli'] / 1000 * hours:.6f}",
+            "GB-HOURS": f"{line['memory_bytes'] / 1e9 * hours:.6f}",
+            "EGRESS-GB": f"{line['egress_bytes'] / 1e9:.6f}",
+            "COUNTED-CPU-HOURS": f"{copy['counted_cpu_ns'] // 3_600_000 / 1e6:.6f}",
+            "COUNTED-GB-HOURS": f"{copy['counted_memory_byte_s'] // 3_600_000 / 1e6:.6f}",
+            "COUNTED-EGRESS-GB": f"{copy['counted_tx_bytes'] / 1e9:.6f}",
+            "OF-HOURS": "1.000000",
+            **({"NOTE": copy["note"]} if copy["doubtful"] else {}),
+        }
+    kuma = f"--customer-id={books.customers['kuma']}"
+    assert [row["CUSTOMER"] for row in read_usage(counted, kuma)] == ["kuma"] * 2
+
+
+def test_the_operator_sees_the_hours_of_a_copy(books: Books, counted: ControlPlane) -> None:
+    """The windows that the API has, and with them what the provider gets."""
+    only = f"--assignment={books.ids['b']}"
+    (line,) = (each for each in read_usage(counted, "--json") if each["customer"] == "gull")
+    key = counted.command("mint-key", str(books.customers["gull"])).stdout.strip()
+    (theirs,) = counted.call("GET", "/api/v1/usage?month=2026-03", token=key)[1]["windows"]
+    (window,) = read_usage(counted, only, "--json")
+    both = theirs.keys() & window.keys() - {"workload"}
+    assert {name: window[name] for name in both} == {name: theirs[name] for name in both}
+    assert window["share_micros"] == line["share_micros"] == line["charge_micros"] * 85 // 100
+    assert read_usage(counted, only) == [
+        {
+            "HOUR": "2026-03-31T20:00Z",
+            "PART": "1",
+            "CARD": str(line["card_no"]),
+            "HOURS": "1.000000",
+            "CPU-HOURS": "1.000000",
+            "GB-HOURS": "1.000000",
+            "EGRESS-GB": "450.000000",
+            "CHARGE": cp_server.render_money(line["charge_micros"]),
+            "SHARE": "85 %",
+            "OWED": cp_server.render_money(line["share_micros"]),
+        }
+    ]
+    for words in (("--month=2026-13",), ("--month=2026-03", "--assignment=web"), ()):
+        done = counted.command("usage", *words)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
 
 
 def test_without_credit_a_customer_is_told_and_then_stopped(
