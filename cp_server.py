@@ -393,7 +393,7 @@ GB_HOUR = 10**9 * HOUR_US  # bytes times microseconds,
 GB = 10**9  # and bytes
 INT64_MAX = 2**63 - 1
 COUNTED_MAX_BYTES = 2**62
-NUMBERS = ("replica", "card", "quantity", "price", "charge", "share", "owed")  # columns of a bill
+BILL_CLASSES = {"workload": "w", "host": "w", "assignment": "w", "what": "t", "unit": "t"}
 EGRESS_MAX_BYTES = 1_000 * EGRESS_MAX_BYTES_PER_US * HOUR_US  # counted for a copy in an hour
 PRICE_MAX = 10**12  # micro-units for one hour or GB
 TAKEOVERS_MAX = 3  # more than these within TAKEOVER_WINDOW_S: quarantine
@@ -3106,13 +3106,14 @@ def render_bill_line(kind: str, line: BillLine) -> Row:
 
 
 BILL_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 70rem;
+body { font: 14px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 2rem auto; max-width: 80rem;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } p { margin: .2rem 0; } .note { color: #8a4b00; }
 table { border-collapse: collapse; width: 100%; margin-top: 1.2rem; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd;
-  overflow-wrap: break-word; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd; }
+td { white-space: nowrap; } td.w, p { white-space: normal; overflow-wrap: anywhere; }
+td[data-name=assignment] { font-size: .8em; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
 tfoot td { font-weight: 600; border-top: 2px solid #1a1a1a; border-bottom: 0; }
 thead { display: table-header-group; } tr { break-inside: avoid; }
 @media print {
@@ -3122,8 +3123,9 @@ thead { display: table-header-group; } tr { break-inside: avoid; }
 @media screen and (max-width: 48rem) {
   table, tbody, tr, td, tfoot { display: block; } thead { display: none; }
   tr { border-bottom: 1px solid #ddd; padding: .5rem 0; } tfoot tr { border: 0; }
-  td { border: 0; padding: .1rem 0; display: flex; justify-content: space-between; gap: 1rem; }
-  td::before { content: attr(data-name); color: #666; }
+  td { border: 0; padding: .1rem 0; display: flex; justify-content: space-between; gap: 1rem;
+    text-align: right; }
+  td::before { content: attr(data-name); color: #666; flex: none; }
 }
 """
 
@@ -3146,7 +3148,7 @@ def render_bill_html(bill: Bill, currency: str) -> Iterator[str]:
         yield '<p class="note">Preliminary: the month is not over, or not all of it is booked.</p>'
     rows = list_bill_rows(bill)
     head = next(rows)
-    classes = [' class="n"' if each in NUMBERS else "" for each in head]
+    classes = [f' class="{BILL_CLASSES.get(each, "n")}"' for each in head]
     yield "<table><thead><tr>"
     yield "".join(f"<th{c}>{each}" for c, each in zip(classes, head, strict=True))
     yield "</thead><tbody>\n"
