@@ -14,6 +14,7 @@ import http.client
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,13 +32,24 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import DecodeError
 
 import agent as agent_script
 from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
 from tests.cis import list_broken
 from tests.engine import REGISTRY, Engine
-from tests.harness import ROOT, Agent, Netns, change_scripts, inside, make_netns, wait_for
+from tests.fuzz_tool import mutate
+from tests.harness import (
+    ROOT,
+    Agent,
+    Netns,
+    change_scripts,
+    inside,
+    make_netns,
+    read_seed,
+    wait_for,
+)
 
 BODY = "oi1_abcdefghij234567_" + "A" * 43
 TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
@@ -1428,6 +1440,75 @@ def test_what_this_host_cannot_run_is_rejected_with_the_reason(world: World) -> 
     assert world.plane.wait_state(program, "FAILED").exit_code == 127
     assert list(world.engine.containers()) == [f"oi-{program.assignment_id}"]
     assert len(world.engine.networks()) == 1
+
+
+# What follows an assignment on the wire is of it: the last of a value counts, lists grow.
+FORGED: list[tuple[bytes | dict[str, Any], str]] = [
+    (b"\xa0\x06\x01", "fields unknown here"),
+    (b"\xa2\x06\x0aPrivileged", "fields unknown here"),
+    ({"assignment_id": "../../etc"}, "assignment_id is no UUID"),
+    ({"image": "alpine:latest"}, "image is not <registry>"),
+    ({"memory_bytes": 1 << 40}, "memory_bytes is over"),
+    ({"env": {"--memory": "-1"}}, "env has a key that is no name: --memory"),
+    ({"ports": [pb.Port(host_port=22, container_port=22)]}, "ports has host_port 22"),
+    ({"egress": 7}, "egress is none that is known"),
+    ({"secrets": {"../../x": b""}}, "secrets have a name that is none of a file"),
+]
+TAKEN: list[dict[str, Any]] = [
+    {"command": ["--privileged", "-v=/:/host"], "env": {"A": "--cap-add=ALL", "DOCKER_HOST": "x"}},
+    {"fence": 2**64 - 1, "egress": pb.EGRESS_NONE, "cpu_milli": 10, "memory_bytes": 64 << 20},
+    {"ports": [pb.Port(host_port=28_191, container_port=22)], "secrets": {"shadow": b"root::0:"}},
+]
+
+
+def test_what_was_altered_on_the_wire_gets_nothing_of_the_host(world: World) -> None:
+    """It is refused with the reason, or runs in the sandbox; and the agent goes on."""
+    source, plane, ran = random.Random(read_seed()), world.plane, set[str]()
+    port = [pb.Port(container_port=80, host_port=20_009)]
+    good = [world.assignment(LOOP, ports=port, secrets={"a": b"b"}), world.assignment(SLEEP)]
+    whole = pb.Desired(assignments=good).SerializeToString()
+
+    def post(altered: pb.Desired) -> None:
+        altered.revision = plane.desired.revision + 1
+        plane.desired = altered
+        plane.nudge()
+        wait_for("the list", lambda: plane.observed.revision == altered.revision, 30)
+
+    def check() -> None:
+        for name, seen in world.engine.containers().items():
+            made = seen["Config"]["Labels"][agent_script.LABEL]
+            mounts = [each["Source"] for each in seen["Mounts"]]
+            assert name == f"oi-{uuid.UUID(made)}"
+            assert mounts in ([], [str(world.agent.secrets_dir / made)])
+            broken = ["5.6 no directory of the host is mounted"] * len(mounts)  # but this one
+            assert list_broken(seen) == broken, seen
+            ran.add(seen["Id"])
+
+    for more, said in FORGED:
+        raw = more if isinstance(more, bytes) else pb.Assignment(**more).SerializeToString()
+        one = pb.Assignment.FromString(good[1].SerializeToString() + raw)
+        post(pb.Desired(assignments=[one]))
+        (refused,) = plane.observed.assignments
+        assert refused.state == pb.ASSIGNMENT_STATE_REJECTED
+        assert said in refused.reason
+        assert world.engine.containers() == {}
+    odd = [world.assignment(LOOP) for _ in TAKEN]
+    for each, more in zip(odd, TAKEN, strict=True):
+        each.MergeFrom(pb.Assignment(**more))
+    plane.post(*odd)
+    for each in odd:
+        plane.wait_state(each, "RUNNING", 30)
+    check()
+    assert len(ran) == len(odd)
+    for _ in range(12):
+        with contextlib.suppress(DecodeError):
+            post(pb.Desired.FromString(mutate(whole, source)))
+            time.sleep(1)
+        check()
+    plane.post(*good)
+    for made in good:
+        plane.wait_state(made, "RUNNING", 30)
+    check()
 
 
 def test_nothing_starts_while_the_firewall_is_not_known_to_be_in_place(world: World) -> None:

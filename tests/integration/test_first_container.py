@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,10 @@ class Fleet:
             return found if is_right else None
 
         return wait_for(f"{count} containers", probe, 20) if count else self.gone()
+
+    def list_past(self, workload: dict[str, Any]) -> list[dict[str, Any]]:
+        """Its copies that have ended."""
+        return [each for each in self.tenant.get(workload)["assignments"] if each["ended_at"]]
 
     def gone(self) -> list[dict[str, Any]]:
         wait_for("no container", lambda: not self.engine.containers() or None, 20)
@@ -203,6 +208,14 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
     hog = fleet.post(name="hog", command=["/bin/sh", "-c", hungry], restart="never")
     gone = fleet.post(name="gone", image=f"{fleet.tenant.namespace}/no@sha256:{'0' * 64}")
     loop = fleet.post(name="loop", command=["/bin/sh", "-c", "exit 1"])
+    with inside(fleet.engine.netns):
+        other = socket.create_server(("127.0.0.1", 20_000))
+    with other:
+        taken = fleet.post(name="taken", ports=[8080])
+        wait_for("a port in use", lambda: fleet.list_past(taken), 30)
+    (past, *_) = fleet.list_past(taken)
+    said = "a port is taken on this host (it asks for 20000)"
+    assert (past["state"], past["reason"]) == ("rejected", said)
     assert "exit code 3" in fleet.tenant.wait(ends, "failed")["reasons"][0]
     assert "memory" in fleet.tenant.wait(hog, "failed")["reasons"][0]
     assert fleet.tenant.get(hog)["assignments"][0]["exit_code"] == 137
@@ -213,9 +226,11 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
         return "a host could not run it" in str(fleet.tenant.get(gone)["reasons"])
 
     wait_for("rejected", probe, 30)
-    past = [each for each in fleet.tenant.get(gone)["assignments"] if each["ended_at"]]
-    assert past[0]["state"] == "rejected"
-    assert past[0]["reason"]
+    (past, *_) = fleet.list_past(gone)
+    assert past["state"] == "rejected"
+    assert past["reason"]
+    # The port is free again: in its turn it runs there.
+    wait_for("a place", lambda: fleet.tenant.get(taken)["state"] == "running" or None, 60)
 
 
 def read_logs(fleet: Fleet, workload: dict[str, Any], query: str = "") -> dict[str, Any]:
