@@ -1009,9 +1009,11 @@ def test_a_lease_is_of_one_boot() -> None:
     assert agent.parse_lease(older, "boot", 1000) == agent.Lease(7.0, frozenset({ID}))
     newer = raw.replace(b"true]", b"true, 1, 2, 3, 4, 5, 6, 7, 8]")
     assert agent.parse_lease(newer, "boot", 1000) == read
-    broken = raw.replace(b'{"%s": [' % ID.encode(), b"[[")
-    for other in (raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999, broken):
-        assert agent.parse_lease(other, "boot", 1000).until_s == 0.0
+    odd: tuple[Any, ...] = ([], 7, None, {ID: 7}, {ID: None})
+    broken = [json.dumps({**json.loads(raw), "pasts": each}).encode() for each in odd]
+    broken += [raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999]
+    for each in broken:
+        assert agent.parse_lease(each, "boot", 1000) == agent.Lease()
     # What the firewall has is right after a boot too, until the agent says other.
     firewall = agent.Lease(ports=lease.ports, seen=lease.seen)
     assert agent.parse_lease(raw, "another", 1000) == firewall
