@@ -245,7 +245,7 @@ LABEL = "openinfra.assignment"
 # The host stops this much before the control plane may place a workload elsewhere.
 LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
-PAST_KEPT = 8
+PAST_KEPT = 8  # of the first fields of Past
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
 # Its time is when workloads were told to end last; what ended so soon after it ended by that.
