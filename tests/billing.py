@@ -22,8 +22,9 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 import cp_server
+from proto import openinfra_pb2 as pb
 from tests import billing_oracle as oracle
-from tests.harness import Postgres
+from tests.harness import ControlPlane, Postgres
 
 CLOCK = """
 CREATE SCHEMA clock;
@@ -102,11 +103,12 @@ class Books:
         self.dsn = postgres.dsn(self.database, "openinfra")
         self.copies: dict[str, oracle.Copy] = {}
         self.ids: dict[str, uuid.UUID] = {}
+        self.replicas: dict[str, int] = {}
         self.customers: dict[str, uuid.UUID] = {}
+        self.sessions: dict[str, bytes] = {}
         self.hosts: dict[str, bytes] = {}
         self.cards: list[oracle.RateCard] = []
         self.events: list[oracle.Event] = []
-        self.running: dict[str, set[str]] = {}
 
     def connect(self) -> None:
         """The superuser's connection; again after the server was killed."""
@@ -118,6 +120,11 @@ class Books:
     def close(self) -> None:
         """Let its connection go."""
         self.owner.close()
+
+    def attach(self, cp: ControlPlane) -> None:
+        """Let this be the database of a control plane that does not serve yet."""
+        cp.database = self.database
+        cp.set_dsn(self.dsn)
 
     def database_of(self, size: int = 4) -> cp_server.Database:
         """The control plane's own way to it."""
@@ -135,7 +142,8 @@ class Books:
     def add_host(self, host: str, provider: str) -> None:
         """A host of this provider, online."""
         name = namespace_of(provider)
-        session = hashlib.sha256(host.encode()).digest()
+        secret = hashlib.sha256(host.encode()).digest()
+        session = cp_server.hash_session(secret)
         host_id = uuid.uuid5(uuid.NAMESPACE_DNS, host)
         self.owner.execute(
             "INSERT INTO namespaces (namespace, approved_at, approved_by)"
@@ -159,7 +167,7 @@ class Books:
             " SELECT host_no, %s FROM hosts WHERE host_id = %s",
             (self.interval_ms, host_id),
         )
-        self.hosts[host], self.running[host] = session, set()
+        self.sessions[host], self.hosts[host] = secret, session
 
     def add_customer(self, customer: str, **columns: object) -> None:
         """A customer with a namespace and one workload of each name of its copies."""
@@ -176,6 +184,10 @@ class Books:
         """A copy that its host has, and that does not run yet."""
         self.copies[copy.copy], self.ids[copy.copy] = copy, uuid.uuid4()
         workload_id = uuid.uuid5(uuid.NAMESPACE_DNS, f"{copy.customer}/{copy.workload}")
+        self.replicas[copy.copy] = sum(
+            (each.customer, each.workload) == (copy.customer, copy.workload)
+            for each in list(self.copies.values())[:-1]
+        )
         self.owner.execute(
             "INSERT INTO workloads (workload_id, namespace, name, replicas, spec, created_by)"
             " VALUES (%s, %s, %s, 20, %s, 'test') ON CONFLICT DO NOTHING",
@@ -187,7 +199,7 @@ class Books:
             " FROM workloads, hosts h WHERE workload_id = %s AND h.hostname = %s",
             (
                 self.ids[copy.copy],
-                len(self.copies),
+                self.replicas[copy.copy],
                 SPEC,
                 copy.cpu_milli,
                 copy.memory_bytes,
@@ -211,44 +223,41 @@ class Books:
         )
         self.cards.append(card)
 
-    def beat(self, event: oracle.Heartbeat) -> cp_server.Beat:
-        """A heartbeat as the edge hands it on: with all that the host has, if it says it."""
+    def request(self, event: oracle.Heartbeat, seq: int = 1) -> pb.HeartbeatRequest:
+        """A heartbeat as its host sends it: with all that it has, if it says it."""
         mine = [copy for copy in self.copies.values() if copy.host == event.host]
-        observed = None
-        if event.running is not None:
-            states = {
-                copy.copy: "running" if copy.copy in event.running else "waiting" for copy in mine
-            }
-            observed = cp_server.Observed(
-                0,
-                tuple(
-                    cp_server.Observation(str(self.ids[name]), state, "", 0, None)
-                    for name, state in states.items()
-                ),
-            )
-        return cp_server.Beat(
-            session_sha256=self.hosts[event.host],
-            peer="10.77.0.2",
-            seq=1,
+        request = pb.HeartbeatRequest(
+            session=self.sessions[event.host],
+            seq=seq,
             boot_id=boot_id_of(event.boot_id),
-            status="online",
-            interval_ms=event.interval_ms,
-            facts=None,
             desired_revision=1,
-            observed=observed,
-            counters=tuple(
-                cp_server.Counter(
-                    str(self.ids[each.copy]),
-                    boot_id_of(each.boot_id),
-                    hashlib.sha256(each.container_id.encode()).digest(),
-                    each.cpu_ns,
-                    each.memory_byte_s,
-                    each.rx_bytes,
-                    each.tx_bytes,
+            usage=[
+                pb.UsageCounter(
+                    assignment_id=str(self.ids[each.copy]),
+                    boot_id=boot_id_of(each.boot_id),
+                    container_id=hashlib.sha256(each.container_id.encode()).digest(),
+                    cpu_ns=each.cpu_ns,
+                    memory_byte_s=each.memory_byte_s,
+                    rx_bytes=each.rx_bytes,
+                    tx_bytes=each.tx_bytes,
                 )
                 for each in event.counters
-            ),
+            ],
         )
+        if event.running is not None:
+            request.observed.SetInParent()
+            for copy in mine:
+                state = pb.ASSIGNMENT_STATE_WAITING
+                if copy.copy in event.running:
+                    state = pb.ASSIGNMENT_STATE_RUNNING
+                request.observed.assignments.add(
+                    assignment_id=str(self.ids[copy.copy]), state=state
+                )
+        return request
+
+    def beat(self, event: oracle.Heartbeat) -> cp_server.Beat:
+        """The same as the edge hands it on."""
+        return cp_server.parse_heartbeat(self.request(event), "10.77.0.2", event.interval_ms)
 
     async def apply(self, db: cp_server.Database, event: oracle.Event) -> None:
         """Let it happen, and note it for the oracle once it is committed."""
@@ -317,7 +326,7 @@ class Books:
             copy, card = self.copies[line.copy], cards.get(line.card or "", free)
             row = {
                 "workload": f"{copy.customer}/{copy.workload}",
-                "replica": list(self.copies).index(line.copy) + 1,
+                "replica": self.replicas[line.copy],
                 "assignment_id": str(self.ids[line.copy]),
                 "hostname": copy.host,
                 "cpu_milli": copy.cpu_milli,

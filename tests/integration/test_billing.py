@@ -218,8 +218,7 @@ def test_what_is_issued_is_what_the_oracle_says(
     assert {month for month, _ in due} == set(months)
     numbers = {key: number for number, key in enumerate(due, 1)}
     cp = make_cp(start=False)
-    cp.database = books.database
-    cp.set_dsn(books.dsn)
+    books.attach(cp)
     issued_us = int(dt.datetime(2026, 5, 2, tzinfo=dt.timezone.utc).timestamp()) * S + 1
     books.set_time(issued_us)
     cp.start()
@@ -554,8 +553,7 @@ def test_a_customer_reads_what_it_pays(books: Books, make_cp: Callable[..., Cont
     add_fleet(books, WEB, gull)
     run(books, beats("h1", T, T + HOUR, {"a", "b"}), is_closed=False)
     cp = make_cp(start=False)
-    cp.database = books.database
-    cp.set_dsn(books.dsn)
+    books.attach(cp)
     cp.start()
     done = cp.command("mint-key", str(books.customers["kuma"]))
     key = done.stdout.strip()
@@ -744,8 +742,7 @@ def test_without_credit_a_customer_is_told_and_then_stopped(
     """By the control plane that serves: notice, no new copies, the stop, and a payment."""
     add_fleet(books, WEB)
     cp = make_cp("--registry=registry.invalid", start=False)
-    cp.database = books.database
-    cp.set_dsn(books.dsn)
+    books.attach(cp)
     kuma = str(books.customers["kuma"])
     assert cp.command("credit-limit", kuma, "0").returncode == 0
     assert cp.command("add-payment", kuma, "0.03", "--reference=one").returncode == 0

@@ -52,8 +52,7 @@ class World:
         self.now_us = T
         books.set_time(T)
         in_database(books, lambda db: books.add_card(db, CARD))
-        cp.database = books.database
-        cp.set_dsn(books.dsn)
+        books.attach(cp)
         cp.start()
         self.tenant = Tenant(cp)
         (row,) = books.query("SELECT customer_id, name FROM customers")
