@@ -32,6 +32,8 @@ What it does to this machine
 Files (mode)
   /etc/openinfra/agent.env           0600  read; after the first accepted heartbeat the token in it
                                            is replaced by `oi1_<id>_used`, all else is kept
+  /etc/openinfra/installer/install.json    read: where this agent came from; images are of there,
+                                           unless limits.conf says REGISTRY=host:port
   /etc/openinfra/limits.conf               read: what is lent to workloads, CPUS=1.5 and MEMORY=2G;
                                            absent: all cores but one and 70 % of the memory
   /etc/wireguard/openinfra.pub             read: this host's WireGuard public key
@@ -659,10 +661,11 @@ class Refuse(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the provider lends; never more than the machine has."""
+    """What the provider lends, never more than the machine has; and whose images it takes."""
 
     cpu_milli: int
     memory_bytes: int
+    registry: str = ""  # any, where no installer was
 
 
 class Restart(enum.IntEnum):
@@ -1357,7 +1360,18 @@ def decide_error(
     return Error(refusal.what, refusal.todo, IDENTITY, **pairs)
 
 
-def parse_limits(text: str, name: str, cpu_count: int, memory_bytes: int) -> Limits:
+def parse_installed(text: str) -> str:
+    """The registry, from install.json: it is where this agent came from."""
+    try:
+        match = re.match(r"https?://([^/?#]+)", str(json.loads(text)["url"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return match[1].lower() if match else ""
+
+
+def parse_limits(
+    text: str, name: str, cpu_count: int, memory_bytes: int, registry: str = ""
+) -> Limits:
     """Read limits.conf; what it does not say is all cores but one, and 70 % of the memory."""
     cpu_milli = max(500, (cpu_count - 1) * 1000)
     lent_bytes = int(memory_bytes * LEND_MEMORY)
@@ -1373,10 +1387,12 @@ def parse_limits(text: str, name: str, cpu_count: int, memory_bytes: int) -> Lim
             cpu_milli = round(float(value) * 1000)
         elif key == "MEMORY" and size and int(size[1]) > 0 and key not in seen:
             lent_bytes = int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+        elif key == "REGISTRY" and re.fullmatch(r"[a-z0-9.:-]+", value) and key not in seen:
+            registry = value
         else:
             raise Error(f"{name}:{number}: line is no limit, or a second one", todo, USAGE)
         seen.add(key)
-    return Limits(min(cpu_milli, cpu_count * 1000), min(lent_bytes, memory_bytes))
+    return Limits(min(cpu_milli, cpu_count * 1000), min(lent_bytes, memory_bytes), registry)
 
 
 def parse_assignment(assignment: pb.Assignment, offered: Limits) -> Wish:
@@ -1397,6 +1413,8 @@ def parse_assignment(assignment: pb.Assignment, offered: Limits) -> Wish:
     check_fits("workload_id is no UUID", UUID_RE.fullmatch(assignment.workload_id))
     is_named = IMAGE_RE.fullmatch(image) and len(image.partition("@")[0]) <= 255
     check_fits("image is not <registry>/<namespace>/<name>@<digest>", is_named)
+    of = f"image is of another registry than {offered.registry}"
+    check_fits(of, offered.registry in ("", image.partition("/")[0]))
     check_fits("command has a NUL", not any("\0" in word for word in command))
     for key, value in env:
         shown = parse_line(key, NAMED_MAX)
@@ -1484,7 +1502,10 @@ def decide_wishes(
             refused[name] = str(why)
             continue
         if not wish.is_done:
-            left = Limits(left.cpu_milli - wish.cpu_milli, left.memory_bytes - wish.memory_bytes)
+            memory_bytes = left.memory_bytes - wish.memory_bytes
+            left = replace(
+                left, cpu_milli=left.cpu_milli - wish.cpu_milli, memory_bytes=memory_bytes
+            )
         ports |= {*outer(wish)}
         sha256 = render_container(wish, address, secrets_dir)["Labels"]["openinfra.wish"]
         wishes[name] = replace(wish, sha256=sha256)
@@ -2932,7 +2953,7 @@ def read_text(path: str) -> str:
 
 
 def read_limits(path: Path) -> Limits:
-    """Read what this machine lends."""
+    """Read what this machine lends; beside it is the installer's directory."""
     try:
         raw, _ = read_small(path, FILE_MAX_BYTES)
     except FileNotFoundError:
@@ -2941,7 +2962,9 @@ def read_limits(path: Path) -> Limits:
         raise Error(f"cannot read {path}: {error.strerror}", "mend or remove it", USAGE) from None
     memory_bytes = parse_memory_bytes(read_text("/proc/meminfo"))
     cpu_count = len(os.sched_getaffinity(0))
-    return parse_limits(raw.decode("ascii", "replace"), str(path), cpu_count, memory_bytes)
+    registry = parse_installed(read_text(str(path.parent / "installer/install.json")))
+    text = raw.decode("ascii", "replace")
+    return parse_limits(text, str(path), cpu_count, memory_bytes, registry)
 
 
 def read_unready(agent: Agent) -> tuple[str, str]:

@@ -1030,6 +1030,36 @@ def test_the_largest_lease_is_one_that_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("installed", "limits", "registry"),
+    [
+        ('{"url": "https://CP.example.com"}', "", "cp.example.com"),
+        ('{"url": "https://cp.example.com:8443/x"}', "", "cp.example.com:8443"),
+        ('{"url": "https://cp.example.com"}', "REGISTRY=r.example:5000", "r.example:5000"),
+        (None, "", ""),  # by hand
+        ('{"url": ""}', "", ""),
+        ("[" * 9999, "", ""),
+    ],
+)
+def test_only_images_of_its_own_registry_are_taken(
+    installed: str | None, limits: str, registry: str, tmp_path: Path
+) -> None:
+    (tmp_path / "installer").mkdir()
+    if installed is not None:
+        (tmp_path / "installer/install.json").write_text(installed)
+    (tmp_path / "limits.conf").write_text(limits)
+    lent = agent.read_limits(tmp_path / "limits.conf")
+    assert lent.registry == registry
+    offered = dataclasses.replace(OFFERED, registry=registry)
+    digest = "@sha256:" + "ab" * 32
+    for other in ("r.example:5000", "cp.example.com", "cp.example.com:8443", "x.cp.example.com"):
+        own = make(image=f"{registry or other}/kuma/web{digest}", assignment_id=OTHER, ports=[])
+        order = make(image=f"{other}/kuma/web{digest}")
+        _, refused = agent.decide_wishes([own, order], offered, ADDRESS, SECRETS)
+        why = f"image is of another registry than {registry}"
+        assert refused == ({} if registry in ("", other) else {ID: why})
+
+
+@pytest.mark.parametrize(
     ("leaving", "engine", "firewall", "lease", "offered", "said", "todo"),
     [
         (True, "none answers", "", "", OFFERED, "its provider is leaving", "unpause"),
