@@ -158,7 +158,7 @@ class Customer:
 
         def look() -> Any:
             found = self.call("GET", f"/{workload['workload_id']}")
-            return found if found["state"] == state else None
+            return found if found.get("state") == state else None  # it may say: try again
 
         try:
             return wait_calmly(state, look, timeout_s)
