@@ -1,4 +1,4 @@
-"""What is billed when the control plane or a host is away, to the second, while one serves.
+"""Outages, partitions and copied disks while a control plane serves: what is billed, exactly.
 
 Placer, sweep and biller are those of `serve`, at a quicker pace; the database's clock is the
 test's. Hosts are clients by hand, so that they say at known times what a test wants them to say.
@@ -6,7 +6,9 @@ test's. Hosts are clients by hand, so that they say at known times what a test w
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
+import hashlib
 import signal
 import time
 import uuid
@@ -22,11 +24,13 @@ from proto import openinfra_pb2 as pb
 from tests import billing_oracle as oracle
 from tests.billing import Books, at
 from tests.harness import (
+    BOOT_ID,
     OTHER_WALLET,
     WALLET,
     ControlPlane,
     Postgres,
     change_scripts,
+    check_refused,
     wait_for,
 )
 from tests.integration.test_billing import in_database
@@ -141,27 +145,49 @@ class World:
 
 
 class Home(Machine):
-    """A host whose accepted heartbeats are in the oracle's log."""
+    """A host whose accepted heartbeats are in the oracle's log; each tells all that it counted."""
 
     def __init__(self, world: World, name: str, wallet: str = WALLET) -> None:
         self.world, self.name, self.wallet = world, name, wallet
-        self.asked_ms = 0
+        self.boot_id, self.asked_ms = BOOT_ID, 0
+        self.usage: tuple[pb.UsageCounter, ...] = ()
         super().__init__(world.cp, hostname=name)
         self.beat()
+
+    def copy_disk(self) -> Home:
+        """Another machine, with all that this one knows by now."""
+        other = copy.copy(self)
+        other.boot_id, other.revision, other.wanted = str(uuid.uuid4()), 0, {}
+        return other
 
     def register(self, token: str, **changes: Any) -> pb.RegisterReply:
         return super().register(token, payout_pubkey=self.wallet, **changes)
 
+    def count(self, key: str, tx_bytes: int) -> None:
+        """Its container of this copy has sent so much since this machine booted."""
+        container = hashlib.sha256(key.encode()).digest()
+        mine = pb.UsageCounter(
+            assignment_id=key, boot_id=self.boot_id, container_id=container, tx_bytes=tx_bytes
+        )
+        before = [each for each in self.usage if each.boot_id != self.boot_id]
+        self.usage = (*before, mine)
+
     def heartbeat(self, **changes: Any) -> pb.HeartbeatReply:
-        reply = super().heartbeat(**changes)
+        reply = super().heartbeat(boot_id=self.boot_id, usage=self.usage, **changes)
         self.asked_ms = reply.next_heartbeat_ms
         running = frozenset(
             each.assignment_id
             for each in changes["observed"].assignments
             if each.state == pb.ASSIGNMENT_STATE_RUNNING
         )
-        event = oracle.Heartbeat(self.world.now_us, self.name, self.asked_ms, running, ())
-        self.world.books.events.append(event)
+        counters = tuple(
+            oracle.Counter(each.assignment_id, each.boot_id, "the one", 0, 0, 0, each.tx_bytes)
+            for each in self.usage
+        )
+        now_us = self.world.now_us
+        self.world.books.events.append(
+            oracle.Heartbeat(now_us, self.name, self.asked_ms, running, counters, self.boot_id)
+        )
         return reply
 
     def run(self, *keys: str) -> dict[str, pb.Assignment]:
@@ -306,3 +332,82 @@ def test_a_host_that_is_cut_off_for_a_day(world: World) -> None:
     assert seconds == {copy["key"]: 1_200, moved["key"]: 86_340}
     world.check_once()
     assert -world.books.balances()["customer", world.customer] == 87_540 * SECOND_MICROS
+
+
+def run_on(world: World, home: Home, key: str, first_us: int, last_us: int) -> None:
+    """It says each minute that it runs this copy, which has sent half a GB at the end."""
+    for time_us in range(first_us, last_us + 1, MIN):
+        world.pass_to(time_us)
+        home.count(key, 5 * 10**8 * (time_us - first_us) // (last_us - first_us))
+        home.run(key)
+
+
+def check_no_word(world: World, old: Home, key: str) -> None:
+    """What the older session says that it runs and has sent counts nowhere."""
+    stored = "SELECT * FROM usage_counters ORDER BY assignment_no, boot_id"
+    before = world.books.query(stored)
+    old.count(key, 9 * 10**9)
+    check_refused("SESSION_SUPERSEDED", old.run, key)
+    assert world.books.query(stored) == before
+
+
+def test_a_copied_disk_that_goes_on_where_the_first_was(world: World) -> None:
+    """It knows the live session, so that for the control plane the agent was started again.
+
+    The first ran the copy for 600 s; half a minute later the other says that it does not yet: so
+    much more is between two heartbeats of the assignment. It runs it for 600 s from the twelfth
+    minute on. 1,230 s, and half a GB of either machine.
+    """
+    first = Home(world, "h1")
+    (row,) = world.order()
+    key = row["key"]
+    run_on(world, first, key, T, T + 10 * MIN)
+    second = first.copy_disk()
+    world.pass_to(T + 10 * MIN + 30 * S)
+    second.resume()
+    assert second.beat(**{key: "waiting"}).keys() == {key}
+    check_no_word(world, first, key)
+    run_on(world, second, key, T + 12 * MIN, T + 22 * MIN)
+    check_no_word(world, first, key)
+    first.channel.close()
+    assert world.bill() == {key: 1_230}
+    assert -world.books.balances()["customer", world.customer] == 1_230 * SECOND_MICROS + 10_000
+
+
+def test_a_copied_disk_that_takes_over(world: World) -> None:
+    """It does not know the live session: no copy of the first may run beside its own (section 8).
+
+    The first ran its copy for 600 s and sent half a GB; what the other repeats of that from the
+    disk is the same half. Nobody may run the replica until 630 s after the first one's last
+    heartbeat; half a minute later the other has it, for 900 s and half a GB.
+    """
+    first = Home(world, "h1")
+    (row,) = world.order()
+    old = row["key"]
+    second = first.copy_disk()
+    first.resume()  # a new session, which is on the first disk only
+    first.revision = 0
+    cut_us = T + 10 * MIN
+    run_on(world, first, old, T, cut_us)
+    second.usage = first.usage
+    world.pass_to(cut_us + 30 * S)
+    second.resume()
+    for time_us in range(cut_us + MIN, cut_us + RIGHT_US, MIN):
+        world.pass_to(time_us)
+        check_no_word(world, first, old)
+        assert second.run(old) == {}  # its disk says so, and it has no right to it
+    for late_us in (0, 1):
+        assert len(world.copies()) == 1
+        world.pass_to(cut_us + RIGHT_US + late_us)
+        world.wait_looks()
+    lost, moved = world.copies()
+    assert (lost["state"], lost["ended_us"]) == ("lost", world.now_us)
+    new = moved["key"]
+    assert second.beat().keys() == {new}
+    run_on(world, second, new, cut_us + RIGHT_US + 30 * S, cut_us + RIGHT_US + 930 * S)
+    for key in (old, new):
+        check_no_word(world, first, key)
+    first.channel.close()
+    assert world.bill() == {old: 600, new: 900}
+    world.check_once()
+    assert -world.books.balances()["customer", world.customer] == 1_500 * SECOND_MICROS + 10_000
