@@ -500,10 +500,10 @@ def test_a_changed_wish_replaces_and_a_stranger_is_left_alone(world: World) -> N
 
 
 def test_an_agent_that_was_killed_adopts_what_runs(world: World) -> None:
-    made = world.run(LOOP)
+    made = world.run(LOOP, ports=[pb.Port(container_port=8080, host_port=20_000)])
     before = world.container(made)
     lease = json.loads(world.agent.lease_file.read_text())
-    assert lease["assignments"] == [made.assignment_id]
+    assert (lease["assignments"], lease["ports"]) == ([made.assignment_id], [20_000])
     assert world.agent.lease_file.stat().st_mode & 0o777 == 0o600
     world.agent.process.stop(signal.SIGKILL)
     world.plane.is_silent = True  # the right of the lease file is enough
@@ -511,6 +511,8 @@ def test_an_agent_that_was_killed_adopts_what_runs(world: World) -> None:
     wait_for("trouble", lambda: "cannot take requests now" in world.agent.log)
     time.sleep(2)
     assert world.container(made)["State"] == before["State"]
+    # Nor does its port close, which the guard opens by that file.
+    assert json.loads(world.agent.lease_file.read_text()) == lease
     world.plane.is_silent = False
     beats = len(world.plane.beats)
     wait_for("a heartbeat", lambda: len(world.plane.beats) > beats)
