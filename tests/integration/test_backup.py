@@ -557,7 +557,7 @@ def test_an_older_schema_is_restored_and_migrated(
         "DROP INDEX audit_log_wg_key",
         f"DROP TABLE {tables}",
         f"ALTER TABLE hosts {', '.join(f'DROP {fact}' for fact in facts)}",
-        "ALTER TABLE liveness DROP desired_revision, DROP seen_us",
+        "ALTER TABLE liveness DROP desired_revision, DROP seen_us, DROP session_at",
         "ALTER TABLE cp_state DROP restored_at, DROP secrets_key_sha256, DROP currency",
         "DROP FUNCTION secrets_key_sha256, seal_secrets, open_secrets, are_secrets_lost",
         "DROP FUNCTION prune_secrets, prune_hours, note_run, check_entries, check_transactions",
