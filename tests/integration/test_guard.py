@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+import agent
 from tests.harness import ROOT, Netns, Process, make_netns, wait_for
 from tests.hub import start_wireguard
 
@@ -924,8 +925,8 @@ def test_the_copy_follows_what_changes_and_ends_with_the_watch(
         assert reach(first, INTERNET) == HOME_LAN
         assert reach(first, BRIDGE) == ""
         # Published ports, as many as there can be, by the timer's run.
-        ports = list(range(20_000, 21_600))
-        lease.write_text(json.dumps({"ports": ports}))
+        ports = tuple(range(20_000, 21_600))
+        lease.write_bytes(agent.render_lease("boot", agent.Lease(ports=ports)))
         assert home.guard(f"--lease-file={lease}").returncode == 0
         wait_for("ports", lambda: "21599" in list_held(home) or None)
         # Its holder dies: another one holds it.
