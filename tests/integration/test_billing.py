@@ -287,7 +287,8 @@ def test_what_comes_late_opens_no_run(books: Books) -> None:
 
     def open_session(number: int) -> None:
         """As a resume does: the session before has ended, and no heartbeat is of the new one."""
-        books.hosts["h1"] = bytes([number] * 32)
+        secret = bytes([number] * 32)
+        books.sessions["h1"], books.hosts["h1"] = secret, cp_server.hash_session(secret)
         books.query("UPDATE sessions SET ended_at = clock.now() WHERE ended_at IS NULL RETURNING 1")
         books.query(
             "INSERT INTO sessions (session_sha256, host_no, opened_by, started_at)"

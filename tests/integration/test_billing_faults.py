@@ -253,7 +253,8 @@ def test_the_ledger_is_the_oracles_after_all_of_it(
     )
     assert sender.made >= DELIVERIES
     assert sender.sent > 2 * DELIVERIES
-    assert sender.refused > 0
+    # Whether a call is refused depends on where a crash falls; that they were felt does not.
+    assert "database gave no answer" in cp.log
     expected = books.check()
     assert sum(each.cpu_micros for each in expected.windows) > 0
     assert sum(each.egress_micros for each in expected.windows) > 0
