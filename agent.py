@@ -50,7 +50,8 @@ Files (mode)
   /etc/wireguard/openinfra.conf            `guard` reads it: the control plane's endpoint
   /run/openinfra/agent.sock          0600  the control socket, one JSON line each way
   /run/openinfra/guard.json          0600  what `guard` found at its last run
-  /run/openinfra/lease.json          0600  which workloads may run, until when, and their crashes
+  /run/openinfra/lease.json          0600  which workloads may run, until when, their ports and
+                                           crashes; this home's address as the hub sees it
   /run/openinfra/guard.lock          0600  held while a guard is at work
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
@@ -5053,11 +5054,8 @@ async def serve(
         moved_s=loop.time(),
     )
     lease, workloads = read_lease(config.lease_file, agent.boot_id), agent.workloads
-    workloads.ports, workloads.seen, workloads.memory.pasts = (
-        lease.ports,
-        lease.seen,
-        {**lease.pasts},
-    )
+    workloads.ports, workloads.seen = lease.ports, lease.seen
+    workloads.memory.pasts = {**lease.pasts}
     ensure_lease(agent, lease.until_s, lease.kept)
     note_pause(agent)
     agent.workloads.counts = read_counts(config.data_dir)
