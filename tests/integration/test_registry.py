@@ -303,29 +303,30 @@ def test_docker_says_why(registry: Registry) -> None:
     assert f"the namespace {theirs.namespace} is not yours".encode() in done.stderr
 
 
-AWAY = "203.0.113.9"
 # What asks Caddy comes from there: this machine itself is not counted.
-AWAY_NFT = f"""
-table ip away {{
-  chain source {{
+AWAY_NFT = """
+table ip away {
+  chain source {
     type nat hook postrouting priority 100;
-    ip daddr {HOST} tcp dport 443 snat to {AWAY}
-  }}
-}}
+    ip daddr HOST tcp dport 443 snat to AWAY
+  }
+}
 """
+AWAY = (f"203.0.113.{last}" for last in range(1, 255))
 
 
 @pytest.fixture
-def from_away(registry: Registry) -> Iterator[None]:
-    """All who ask the registry have an address, and it is the same one."""
-    nft = ["nft", "-f", "-"]
+def from_away(registry: Registry) -> Iterator[str]:
+    """All who ask the registry have one address, which asked nothing in another test."""
+    nft, away = ["nft", "-f", "-"], next(AWAY)
+    table = AWAY_NFT.replace("HOST", HOST).replace("AWAY", away)
     with inside(registry.engine.netns):
-        subprocess.run(["ip", "addr", "add", f"{AWAY}/32", "dev", "lo"], check=True)
-        subprocess.run(nft, input=AWAY_NFT.encode(), check=True)
-    yield
+        subprocess.run(["ip", "addr", "add", f"{away}/32", "dev", "lo"], check=True)
+        subprocess.run(nft, input=table.encode(), check=True)
+    yield away
     with inside(registry.engine.netns):
         subprocess.run(nft, input=b"delete table ip away", check=True)
-        subprocess.run(["ip", "addr", "del", f"{AWAY}/32", "dev", "lo"], check=True)
+        subprocess.run(["ip", "addr", "del", f"{away}/32", "dev", "lo"], check=True)
 
 
 def make_image(tag: str, count: int) -> bytes:
@@ -377,19 +378,18 @@ def test_an_image_of_many_layers_meets_no_limit(registry: Registry) -> None:
     assert count_refused(registry) == before
 
 
-@pytest.mark.usefixtures("from_away")
-def test_who_guesses_keys_is_as_slow_as_ever(registry: Registry) -> None:
+def test_who_guesses_keys_is_as_slow_as_ever(registry: Registry, from_away: str) -> None:
     """Whoever has a right key too: only that one is asked for more often."""
     tenant = Tenant(registry.cp)
     assert registry.ask("GET", "/v2/", tenant.key)[0] == 200
     wrong = tenant.key[:-1] + ("A" if tenant.key[-1] != "A" else "B")
     began = time.monotonic()
-    statuses = ask_at_once(registry, wrong, 300)
+    statuses = ask_at_once(registry, wrong, from_away, 300)
     looked = cp_server.HTTP_BURST + cp_server.HTTP_CALLS_S * (time.monotonic() - began) + 1
     assert statuses[401] <= looked
     assert statuses[429] >= 300 - looked
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # one after the other is slower
-        flood = pool.submit(ask_at_once, registry, wrong, 1_000)
+        flood = pool.submit(ask_at_once, registry, wrong, from_away, 1_000)
         answers = (registry.ask("GET", "/v2/", wrong) for _ in range(100))
         status, headers, told = next(answer for answer in answers if answer[0] != 401)
         assert flood.result()[429] > 100
@@ -401,32 +401,31 @@ def test_who_guesses_keys_is_as_slow_as_ever(registry: Registry) -> None:
     key_id = tenant.key.split("_")[1]
     assert registry.cp.command("revoke-key", key_id).returncode == 0
     assert registry.ask("GET", "/v2/", tenant.key)[0] == 401
-    assert ask_at_once(registry, tenant.key, 300)[429] > 100
+    assert ask_at_once(registry, tenant.key, from_away, 300)[429] > 100
 
 
-@pytest.mark.usefixtures("from_away")
-def test_a_right_key_has_its_limit_too(registry: Registry) -> None:
+def test_a_right_key_has_its_limit_too(registry: Registry, from_away: str) -> None:
     """What is asked at once has one as well, so that others find room in the queue."""
     tenant, other = Tenant(registry.cp), Tenant(registry.cp)
     for each in (tenant, other):
         assert registry.ask("GET", "/v2/", each.key)[0] == 200
-    socks = [send_question(registry, tenant.key) for _ in range(60)]
+    socks = [send_question(registry, tenant.key, from_away) for _ in range(60)]
     assert registry.ask("GET", "/v2/", other.key)[0] == 200
     with concurrent.futures.ThreadPoolExecutor(60) as pool:  # who does not close is waited for
         statuses = collections.Counter(pool.map(read_status, socks))
     assert statuses.keys() == {200, 503}
     assert cp_server.REGISTRY_ROOM <= statuses[200] < 60
-    statuses = ask_at_once(registry, tenant.key, 1_500)
+    statuses = ask_at_once(registry, tenant.key, from_away, 1_500)
     assert statuses[200] >= cp_server.REGISTRY_BURST - 60
     assert statuses.keys() <= {200, 429, 503}
     assert registry.ask("GET", "/v2/", other.key)[0] == 200
 
 
-def send_question(registry: Registry, key: str) -> socket.socket:
+def send_question(registry: Registry, key: str, away: str) -> socket.socket:
     """Ask as Caddy does."""
     word = base64.b64encode(f"any:{key}".encode()).decode()
     lines = [f"GET {cp_server.REGISTRY_AUTH} HTTP/1.1", "Host: cp", f"Authorization: Basic {word}"]
-    lines += [f"X-Forwarded-For: {AWAY}", "X-Forwarded-Method: GET", "X-Forwarded-Uri: /v2/"]
+    lines += [f"X-Forwarded-For: {away}", "X-Forwarded-Method: GET", "X-Forwarded-Uri: /v2/"]
     with inside(registry.engine.netns):
         sock = socket.create_connection((HOST, registry.cp.http_port), 10)
     sock.sendall("\r\n".join([*lines, "", ""]).encode())
@@ -439,8 +438,8 @@ def read_status(sock: socket.socket) -> int:
     return int(answer[9:12])
 
 
-def ask_at_once(registry: Registry, key: str, count: int) -> collections.Counter[int]:
+def ask_at_once(registry: Registry, key: str, away: str, count: int) -> collections.Counter[int]:
     """Questions, sixteen at a time: how often each status came."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        asked = pool.map(lambda _: read_status(send_question(registry, key)), range(count))
+        asked = pool.map(lambda _: read_status(send_question(registry, key, away)), range(count))
         return collections.Counter(asked)
