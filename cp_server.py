@@ -22,7 +22,7 @@ What it does
   backup    writes one encrypted file with the database, the hub's key, signing keys and settings
   restore   takes such a file on a new machine: every host comes back by itself
   pilot     all of it on this one machine, for a newcomer: own PostgreSQL, CP, one agent, and a
-            plain process in place of a customer's container, which it bills
+            container in its Docker (or a plain process in its place), which it bills
 
 Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/cp.env                    settings, KEY=value, each also a flag; `restore` writes
@@ -34,6 +34,7 @@ Files (mode; under systemd the secrets come from $CREDENTIALS_DIRECTORY instead)
   /etc/openinfra/release/key.pem     0600  signs releases; `dist`, `backup` read, `restore` writes
   /etc/…/*.before-restore                  beside each of these: what `restore` found
   /var/lib/openinfra-pilot/          0711  pilot: all it has; ~/.local/share/… for a user, or --dir
+  /run/docker.sock                         pilot: an image, a network, a container, gone at its end
   /tmp/openinfra-gpg-*/              0700  backup, restore: gpg's home; they remove what stayed
   ~/.cache/openinfra/cp-<hash>/      0755  pilot: its Python packages; beside it a .lock file
 Ports
@@ -44,8 +45,8 @@ It runs as an ordinary user, without capabilities; root runs dist, backup, resto
 may, which then installs packages (it says so first). For a tag's digest it asks the registry at
 REGISTRY_URL (127.0.0.1:5000).
 Runs, but not in `serve`: openssl (dist); pg_dump, pg_restore, psql, gpg, gpgconf, wg, wg-quick
-  (backup, restore); apt-get, python3 -m venv, pip, setpriv, initdb, postgres, agent.py and, as
-  nobody where root runs it, sh (pilot).
+  (backup, restore); apt-get, python3 -m venv, pip, setpriv, initdb, postgres, agent.py, ldd and,
+  as nobody where root runs it, sh (pilot).
 Needs: Python 3.10, PostgreSQL 15 or newer; packages grpcio, protobuf, psycopg, psycopg-pool.
 Exit codes: 0; 1 error; 2 usage; 3 refused to protect data; 75 try later (database not there).
 
@@ -9983,6 +9984,11 @@ PILOT_PRICES = {
     "provider_share_ppm": 800_000,
 }
 STAND_IN_USER = 65534  # nobody; what the workload is when root runs the pilot
+STAND_IN = "a plain process that stands in for a container"
+DOCKER_SOCKET = "/run/docker.sock"
+DOCKER_LABEL = "openinfra.pilot"  # on all that a pilot makes there, with a name of its directory
+DOCKER_TIMEOUT_S = 20.0
+PILOT_PROGRAMS = ("/bin/sh", "/bin/sleep")  # of this machine: what the workload's image has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9996,6 +10002,7 @@ class PilotPlan:
     http_port: int
     heartbeat_s: float
     currency: str
+    docker: str  # its socket; where none answers, a plain process stands in
 
     @property
     def cluster(self) -> Path:
@@ -10051,6 +10058,10 @@ class PilotPlan:
         ]
         return self.bound(argv)
 
+    def engine_argv(self) -> list[str]:
+        argv: list[str | Path] = [sys.executable, Path(__file__).resolve(), "pilot-engine"]
+        return self.bound([*argv, f"--docker={self.docker}", f"--dir={self.root}"])
+
     def agent_argv(self, command: str) -> list[str]:
         script = Path(__file__).resolve().parent / "agent.py"
         return [sys.executable, str(script), command, f"--socket={self.agent_dir / 'agent.sock'}"]
@@ -10069,24 +10080,20 @@ class PilotPlan:
         return self.bound([*self.agent_argv("run"), *flags])
 
 
-class StandIn:
-    """In the pilot a workload is a plain process, without a sandbox: this is its container engine.
+class EngineDoor:
+    """Where the pilot's agent finds its container engine: part of Docker's Engine API."""
 
-    It answers what the agent asks of Docker's Engine API, runs the pilot's own image and no other.
-    One thread makes all the processes: when it ends, the kernel ends them.
-    """
+    server: socketserver.UnixStreamServer | None = None
 
-    def __init__(self, path: Path) -> None:
-        self.rows: dict[str, Row] = {}
-        self.networks: list[Row] = []
-        self.children: dict[str, subprocess.Popen[bytes]] = {}
+    def open(self, path: Path) -> None:
+        """Answer on a socket from now on."""
         path.unlink(missing_ok=True)
         self.server = socketserver.UnixStreamServer(str(path), self._make_handler())
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True)
         self.thread.start()
 
     def _make_handler(self) -> type[http.server.BaseHTTPRequestHandler]:
-        stand_in = self
+        door = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             timeout = 5
@@ -10097,13 +10104,14 @@ class StandIn:
                 words = re.sub("^/v[0-9.]+", "", url.path).strip("/").split("/")
                 query = dict(urllib.parse.parse_qsl(url.query))
                 body = json.loads(raw) if raw else {}
-                status, answer = stand_in.answer(self.command, words, query, body)
-                text = b"" if status == 204 else json.dumps(answer).encode()
+                status, answer = door.answer(self.command, words, query, body)
+                text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
+                if status != 204:
+                    self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the agent may be gone by now
-                    self.wfile.write(text)
+                    self.wfile.write(b"" if status == 204 else text)
 
             do_POST = do_DELETE = do_GET
 
@@ -10115,7 +10123,33 @@ class StandIn:
     def answer(
         self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
     ) -> tuple[int, object]:
-        """Status and JSON for one request; 204 has none."""
+        """Status and JSON (or bytes) for one request; 204 has none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+
+
+class StandIn(EngineDoor):
+    """Without an engine the pilot's workload is a plain process, in no sandbox.
+
+    This runs the pilot's own image and no other. One thread makes all the processes: when it ends,
+    the kernel ends them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[str, Row] = {}
+        self.networks: list[Row] = []
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self.open(path)
+
+    def answer(
+        self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
+    ) -> tuple[int, object]:
+        """Answer as an engine does that has one image."""
         match (method, *words):
             case ("GET", "version"):
                 return 200, {"Version": "stand-in", "MinAPIVersion": "1.41"}
@@ -10177,11 +10211,123 @@ class StandIn:
 
     def close(self) -> None:
         """End it, and the processes with it."""
-        self.server.shutdown()
-        self.server.server_close()
+        super().close()
         for child in self.children.values():
             child.kill()
             child.wait()
+
+
+class DockerDoor(EngineDoor):
+    """Between the pilot's agent and this machine's Docker, of which it shows only what is ours.
+
+    The workload's image is made from two programs of this machine. What is made there carries a
+    label, is removed at the end, and what an earlier run left there is removed at the start.
+    """
+
+    def __init__(self, docker: Path, name: str) -> None:
+        self.docker, self.name, self.image = docker, name, ""
+        self.label = f"{DOCKER_LABEL}={name}"
+
+    def open(self, path: Path) -> None:
+        """Begin with nothing of an earlier run there, and with the image; raises Error."""
+        self.sweep()
+        self.image = self._import_image()
+        super().open(path)
+
+    def ask(self, method: str, path: str, body: object = None, **query: str) -> tuple[int, bytes]:
+        """One request to Docker, in its own version of the API; raises Error."""
+        connection = http.client.HTTPConnection("docker", timeout=DOCKER_TIMEOUT_S)
+        kind = "application/x-tar" if isinstance(body, bytes) else "application/json"
+        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection.sock:
+            try:
+                connection.sock.settimeout(DOCKER_TIMEOUT_S)
+                connection.sock.connect(str(self.docker))
+                target = f"{path}?{urllib.parse.urlencode(query)}"
+                connection.request(method, target, raw, {"Content-Type": kind} if raw else {})
+                answer = connection.getresponse()
+                return answer.status, answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                what = f"no Docker answers at {self.docker}: {error}"
+                raise Error(what, "give the path of another socket, or --docker=") from None
+
+    def read_ours(self, path: str) -> list[Row]:
+        """The rows of a list that carry our label."""
+        filters = json.dumps({"label": [self.label]})
+        status, raw = self.ask("GET", path, None, filters=filters, all="1")
+        if status != 200:
+            raise Error(f"Docker's {path} got {status}: {raw[:200]!r}", "run it with --docker=")
+        found: list[Row] = json.loads(raw)
+        return found
+
+    def sweep(self) -> None:
+        """Remove what pilots of this directory made there."""
+        for kind, listed in (("containers", "/json"), ("networks", ""), ("images", "/json")):
+            for row in self.read_ours(f"/{kind}{listed}"):
+                self.ask("DELETE", f"/{kind}/{row['Id']}", None, force="1")
+
+    def _import_image(self) -> str:
+        image = make_pilot_image(PILOT_PROGRAMS)
+        query = {"fromSrc": "-", "repo": "openinfra-pilot", "tag": self.name}
+        query["changes"] = f"LABEL {self.label}"
+        status, raw = self.ask("POST", "/images/create", image, **query)
+        found = re.findall(rb'"status": *"(sha256:[0-9a-f]{64})"', raw)
+        if status != 200 or not found:
+            raise Error(f"Docker takes no image: {raw[:200]!r}", "run it with --docker=")
+        return str(found[-1].decode())
+
+    def answer(
+        self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
+    ) -> tuple[int, object]:
+        """Pass on what is about the pilot's own containers and networks, and nothing else."""
+        match (method, *words):
+            case ("GET", "images", *name, "json") if "/".join(name) == PILOT_IMAGE:
+                return 200, {"Config": {}}
+            case ("GET", "version" | "info"):
+                pass
+            case ("GET", "containers", "json") | ("GET", "networks"):
+                query = {**query, "filters": json.dumps({"label": [self.label]})}
+            case ("POST", "containers" | "networks", "create"):
+                body = {**body, "Labels": {**body["Labels"], DOCKER_LABEL: self.name}}
+                if words[0] == "containers":
+                    body["Image"] = self.image
+            case (_, "containers", name, *_) if name in self._list("/containers/json", "Id"):
+                pass
+            case ("DELETE", "networks", name) if name in self._list("/networks", "Name"):
+                pass
+            case _:
+                return 404, {"message": "no such image, container or call"}
+        try:
+            return self.ask(method, "/" + "/".join(words), body or None, **query)
+        except Error as error:
+            return 503, {"message": error.what}
+
+    def _list(self, path: str, key: str) -> set[str]:
+        try:
+            return {row[key] for row in self.read_ours(path)}
+        except Error:
+            return set()
+
+    def close(self) -> None:
+        """Answer no more, and leave nothing there."""
+        super().close()
+        self.sweep()
+
+
+def make_pilot_image(programs: Sequence[str]) -> bytes:
+    """A tar of programs with the libraries they need (ldd(1)), as `docker import` takes it."""
+    paths = set(programs)
+    for program in programs:
+        done = subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
+        paths |= set(re.findall(r"(?:=> |^\s*)(/\S+) \(0x", done.stdout, re.MULTILINE))
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for path in sorted(paths):
+            raw = Path(path).read_bytes()
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.size, entry.mode = len(raw), 0o755
+            tar.addfile(entry, io.BytesIO(raw))
+    return made.getvalue()
 
 
 def read_process_stats(pid: int) -> Row:
@@ -10197,16 +10343,17 @@ def read_process_stats(pid: int) -> Row:
 
 
 class Pilot:
-    """Runs PostgreSQL, the control plane and one agent as children, and ends them in order."""
+    """Runs PostgreSQL, control plane, engine and one agent as children, and ends them in order."""
 
-    def __init__(self, root: Path, heartbeat_s: float, currency: str) -> None:
+    def __init__(self, plan: PilotPlan) -> None:
         self.began = time.monotonic()
         self.since = dt.datetime.now(dt.timezone.utc).date()
         self.cp_ready_s = 0.0
-        self.plan = plan_pilot(root, heartbeat_s, currency)
+        self.plan = plan
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.stand_in: StandIn | None = None
         self.token = self.key = self.workload = ""
+        self.kind = STAND_IN
 
     def say(self, text: str) -> None:
         """Print progress with the seconds since the start."""
@@ -10298,7 +10445,7 @@ class Pilot:
         write_file(plan.cp_dir / "admin.jwt", self.token.encode() + b"\n", 0o600)
         began = time.monotonic()
         self.start("control-plane", plan.cp_argv())
-        self.wait_for("the control plane", lambda: self.get("/readyz"))
+        self.wait_for("the control plane", lambda: self.get("/readyz") and self._own())
         self.cp_ready_s = time.monotonic() - began
         self.say(f"control plane is ready: {self.url('')}")
 
@@ -10319,9 +10466,25 @@ class Pilot:
             write_file(environment, text.encode(), 0o600)
             self.say(f"invite minted: {invite['id']}")
             write_file(plan.agent_dir / "limits.conf", b"CPUS=0.5\nMEMORY=128M\n", 0o644)
-        if self.stand_in is None:
-            self.stand_in = StandIn(plan.agent_dir / "engine.sock")
         self.start("agent", plan.agent_run_argv())
+
+    def start_engine(self) -> None:
+        """A door to this machine's Docker; without one, a plain process stands in."""
+        plan, door = self.plan, self.plan.agent_dir / "engine.sock"
+        door.unlink(missing_ok=True)
+        why = f"no Docker is at {plan.docker}" if plan.docker else "without Docker"
+        if Path(plan.docker).is_socket():
+            self.start("engine", plan.engine_argv())
+            try:
+                self.wait_for("the door to Docker", lambda: door.is_socket() or None)
+            except Error as error:
+                self.stop("engine")
+                why = error.what
+            else:
+                self.kind = f"a container of the Docker at {plan.docker}"
+                return
+        self.say(f"{why}: the workload will be {STAND_IN}")
+        self.stand_in = StandIn(door)
 
     def wait_online(self) -> Row:
         """The pilot's host, online by a heartbeat to this run's control plane."""
@@ -10340,7 +10503,7 @@ class Pilot:
         made: Row = self.request("POST", "/api/v1/workloads", PILOT_ORDER, self.key)
         self.workload = f"/api/v1/workloads/{made['workload_id']}"
         self.wait_for("the workload", lambda: self.get_workload("running"))
-        self.say("a workload runs: a plain process that stands in for a container")
+        self.say(f"a workload runs: {self.kind}")
         return made
 
     def get_workload(self, state: str) -> Row | None:
@@ -10357,7 +10520,7 @@ class Pilot:
         self.wait_for("the workload's end", lambda: self.get_workload("deleted"))
         read = functools.partial(read_pilot_bills, since=self.since)
         bills = asyncio.run(with_database(self.plan.cp_dir / "dsn", read))
-        print("\nwhat the workload used, a plain process that stands in for a container:")
+        print(f"\nwhat the workload used, {self.kind}:")
         invoices = [bill for bill in bills if bill.kind == "invoice"]
         counted = functools.partial(read_counted, bills=invoices)
         print(render_usage(invoices, asyncio.run(with_database(self.plan.cp_dir / "dsn", counted))))
@@ -10368,6 +10531,10 @@ class Pilot:
     def _online(self) -> Row | None:
         hosts = (self.get("/api/v1/admin/hosts?status=online") or {"hosts": []})["hosts"]
         return hosts[0] if hosts else None
+
+    def _own(self) -> Any:
+        """Another control plane, quicker at the same port, does not take our token."""
+        return self.get("/api/v1/admin/hosts")
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.plan.http_port}{path}"
@@ -10447,7 +10614,7 @@ def free_port(wanted: int) -> int:
     raise Error("no port of 127.0.0.1 is free", "end a program that listens: ss -ltnp")
 
 
-def plan_pilot(root: Path, heartbeat_s: float, currency: str) -> PilotPlan:
+def plan_pilot(root: Path, heartbeat_s: float, currency: str, docker: str) -> PilotPlan:
     """Lay out the pilot's directory, choose user and ports; a later run keeps its ports."""
     ensure_packages(want_venv=False)
     postgres_bin = find_postgres()
@@ -10466,15 +10633,17 @@ def plan_pilot(root: Path, heartbeat_s: float, currency: str) -> PilotPlan:
         if user:
             shutil.chown(path, user, user)
     saved = root / "ports.json"
-    ports = json.loads(saved.read_text()) if saved.exists() else {"grpc": 9092, "http": 8080}
+    is_default = root == default_pilot_dir()
+    ports = {"grpc": 9092, "http": 8080} if is_default else {"grpc": 0, "http": 0}
+    ports = json.loads(saved.read_text()) if saved.exists() else ports
     chosen = {name: free_port(port) for name, port in ports.items()}
     if saved.exists() and chosen != ports:
         busy = next(ports[name] for name in ports if chosen[name] != ports[name])
         what = f"port {busy} of 127.0.0.1, which this pilot used before, is taken"
         raise Error(what, f"end what has it (ss -ltnp), or remove {root} to start anew")
     write_file(saved, json.dumps(chosen).encode() + b"\n", 0o644)
-    ports = (chosen["grpc"], chosen["http"])
-    return PilotPlan(root, postgres_bin, user, *ports, heartbeat_s, currency)
+    pair = (chosen["grpc"], chosen["http"])
+    return PilotPlan(root, postgres_bin, user, *pair, heartbeat_s, currency, docker)
 
 
 @contextlib.contextmanager
@@ -10499,24 +10668,24 @@ def default_pilot_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "openinfra-pilot"
 
 
-def run_pilot(root: Path, heartbeat_s: float, currency: str) -> None:
+def run_pilot(plan: PilotPlan) -> None:
     """Bring everything up and keep it up until Ctrl-C or SIGTERM; bill the workload at the end."""
-    pilot = Pilot(root, heartbeat_s, currency)
+    pilot = Pilot(plan)
     try:
         bring_up(pilot)
         pilot.order()
         here = Path(__file__).resolve()
         print(
             f"""
-The pilot runs: no tunnel, no encryption and no sandbox (its one workload is a plain process), for
-this machine only. Ctrl-C stops all of it, with an invoice for the workload.
+The pilot runs, for this machine only: no tunnel and no encryption, and its one workload is
+{pilot.kind}. Ctrl-C stops all of it, with an invoice for the workload.
   what the agent says   {shlex.join(pilot.plan.agent_argv("status"))}
   the hosts             curl -sS {pilot.url("/api/v1/admin/hosts")} \\
                           -H "Authorization: Bearer $(cat {pilot.plan.cp_dir / "admin.jwt"})"
   the workload          curl -sS {pilot.url(pilot.workload)} \\
                           -H "Authorization: Bearer $(cat {pilot.plan.cp_dir / "customer.key"})"
   another invite        {sys.executable} {here} invite --dsn-file {pilot.plan.cp_dir / "dsn"}
-  logs and data         {root}
+  logs and data         {plan.root}
 """,
             flush=True,
         )
@@ -10535,19 +10704,20 @@ this machine only. Ctrl-C stops all of it, with an invoice for the workload.
 
 
 def bring_up(pilot: Pilot) -> Row:
-    """PostgreSQL, control plane, agent; give back the host once it is online."""
+    """PostgreSQL, control plane, engine, agent; give back the host once it is online."""
     pilot.start_postgres()
     pilot.start_cp()
+    pilot.start_engine()
     pilot.start_agent()
     return pilot.wait_online()
 
 
-def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
+def check_pilot(plan: PilotPlan) -> Row:
     """Bring everything up, with a workload; restart the agent once, bill, take everything down.
 
     Gives back the figures.
     """
-    pilot = Pilot(root, heartbeat_s, currency)
+    pilot = Pilot(plan)
     try:
         host = bring_up(pilot)
         online_s = time.monotonic() - pilot.began
@@ -10566,7 +10736,9 @@ def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
         known = pilot.request("GET", "/api/v1/admin/hosts")["hosts"]
         resumed = line in said.splitlines() and [h["host_id"] for h in known] == [host["host_id"]]
         if not resumed:
-            raise Error("the agent did not resume as the same host", f"read {root}/log/agent.log")
+            raise Error(
+                "the agent did not resume as the same host", f"read {pilot.log_path('agent')}"
+            )
         bills, files = pilot.bill()
         ran_s = time.monotonic() - ran
         violations = asyncio.run(with_database(pilot.plan.cp_dir / "dsn", find_violations))
@@ -10581,6 +10753,7 @@ def check_pilot(root: Path, heartbeat_s: float, currency: str) -> Row:
         "resumed": resumed,
         "resume_s": round(resumed_s, 2),
         "ran_s": round(ran_s, 2),
+        "workload": pilot.kind,
         **{
             kind: render_money(sum(bill.total_micros for bill in bills if bill.kind == kind))
             for kind in ("invoice", "statement")
@@ -12008,15 +12181,29 @@ def command_pilot(args: argparse.Namespace, settings: Settings) -> int:
     if not args.check:
         root = Path(args.dir).resolve() if args.dir else default_pilot_dir()
         with hold_pilot(root):
-            run_pilot(root, heartbeat_s, settings.currency)
+            run_pilot(plan_pilot(root, heartbeat_s, settings.currency, args.docker))
         return 0
     root = Path(args.dir or tempfile.mkdtemp(prefix="openinfra-pilot-")).resolve()
     with hold_pilot(root):
-        figures = check_pilot(root, heartbeat_s, settings.currency)
+        figures = check_pilot(plan_pilot(root, heartbeat_s, settings.currency, args.docker))
     if not args.dir:
         shutil.rmtree(root)
     print(json.dumps(figures))
     return 0
+
+
+def command_pilot_engine(args: argparse.Namespace, _settings: Settings) -> int:
+    """The pilot starts it: its agent's door to this machine's Docker."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    root = Path(args.dir)
+    door = DockerDoor(Path(args.docker), hashlib.sha256(os.fsencode(root)).hexdigest()[:12])
+    try:
+        door.open(root / "agent" / "engine.sock")
+        while True:
+            signal.pause()
+    finally:
+        door.close()
 
 
 def cli_actor() -> Actor:
@@ -12097,10 +12284,24 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--passphrase-file", required=True, help="one line, mode 0600")
         command.add_argument("--wg-conf", default="/etc/wireguard/wg0.conf", help="empty: no hub")
         command.add_argument("--release-key", default=RELEASE_KEY, help="if it is on this machine")
+    add_pilot_commands(add)
+    return parser
+
+
+def add_pilot_commands(add: Callable[..., Any]) -> None:
+    """The pilot, and the part of it that is a process of its own."""
     pilot = add("pilot", command_pilot)
     pilot.add_argument("--dir", help="its directory (default: /var/lib/openinfra-pilot for root)")
     pilot.add_argument("--check", action="store_true", help="try it all, take it down, say figures")
-    return parser
+    engine = add("pilot-engine", command_pilot_engine)
+    engine.add_argument("--dir", required=True, help="the pilot's directory")
+    for command in (pilot, engine):
+        command.add_argument(
+            "--docker",
+            default=DOCKER_SOCKET,
+            help=f"socket of the Docker that runs the workload (default: {DOCKER_SOCKET}); where"
+            " there is none, a plain process stands in",
+        )
 
 
 def add_host_commands(add: Callable[..., Any]) -> None:
