@@ -2028,6 +2028,8 @@ def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
     observed = pb.Observed(revision=workloads.seen_revision)
     memory, found = workloads.memory, {}
     for each in workloads.containers:
+        if not UUID_RE.fullmatch(each.assignment_id):
+            continue  # it is ended, but no assignment
         if each.assignment_id not in found or each.name == f"oi-{each.assignment_id}":
             found[each.assignment_id] = each
     wished = {wish.assignment_id: wish for wish in workloads.wishes or ()}

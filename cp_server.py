@@ -376,7 +376,8 @@ LOG_BYTES = 32_768  # of all copies that are asked of one host at once: a heartb
 LOG_S = 5.0  # the longest that a customer waits for hosts; an agent answers in one or two
 LOG_READERS_MAX = 2  # customers that wait at once, each for one answer: each takes an HTTP worker
 USAGE_GRACE_S = 300  # after a full hour its windows are closed; what comes later is another one
-USAGE_S = 60.0  # between two looks for hours that are over
+USAGE_S = 60.0  # between two looks for hours that are over, and at balances
+CREDIT_LOOKS = 500  # open copies that a look takes at one go, for others wait meanwhile
 USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
 COUNTERS_MAX = 64  # in one heartbeat
 COUNTERS_KEPT = 1_000  # containers of one copy
@@ -892,6 +893,7 @@ class Counted:
     memory_byte_s: int
     rx_bytes: int
     tx_bytes: int
+    egress_bytes: int | None  # of tx_bytes what was possible when it was heard; None: not billed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3028,7 +3030,8 @@ def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
     """What a host counted of a copy, capped by what is possible; and whether it was more.
 
     Possible is what is reserved, for as long as it was seen to run, the open hour included; a
-    tenth and two minutes more are no reason to doubt a host, which looks once a minute.
+    tenth and two minutes more are no reason to doubt a host, which looks once a minute. What was
+    sent is also capped each time that a host is heard.
     """
     most = {
         "cpu_ns": copy.cpu_milli * copy.life_us,
@@ -3038,6 +3041,7 @@ def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
     }
     life_us = copy.life_us * 11 // 10 + COUNTERS_SLACK_US
     doubt = any(getattr(copy, n) * copy.life_us > most[n] * life_us for n in most if copy.life_us)
+    doubt = doubt or (copy.egress_bytes is not None and copy.tx_bytes > copy.egress_bytes)
     return {name: min(getattr(copy, name), cap) for name, cap in most.items()}, doubt
 
 
@@ -3049,7 +3053,7 @@ def render_counted(copy: Counted) -> Row:
         "life_us": copy.life_us,
         **{f"counted_{name}": value for name, value in counted.items()},
         "doubtful": doubt,
-        "note": "its host counted more than is possible" if doubt else "",
+        "note": "its host counted more than its billed time allows" if doubt else "",
     }
 
 
@@ -3065,16 +3069,23 @@ def list_shares(line: BillLine) -> tuple[int, int, int]:
     return shares[0], shares[1], shares[2]
 
 
-def render_bill_csv(bill: Bill) -> Iterator[str]:
-    """A bill for a spreadsheet (RFC 4180), a line at a time, all quoted.
+def render_state(bill: Bill) -> str:
+    """An invoice's number, or whether a bill may change yet."""
+    return "preliminary" if bill.is_preliminary else str(bill.number or "final")
+
+
+def render_bill_csv(bill: Bill, currency: str) -> Iterator[str]:
+    """A bill for a spreadsheet (RFC 4180), a line at a time, all quoted; of which bill it is last.
 
     No word of others begins a formula there.
     """
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_ALL)
+    which = ["month", "number", "currency"]
     for row in list_bill_rows(bill):
         words = ["'" + cell if cell[:1] in tuple("=+-@\t\r") else cell for cell in row[:3]]
-        writer.writerow([*words, *row[3:]])
+        writer.writerow([*words, *row[3:], *which])
+        which = [f"{bill.month:%Y-%m}", render_state(bill), currency]
         yield out.getvalue()
         out.seek(0)
         out.truncate()
@@ -3739,8 +3750,7 @@ GRANT UPDATE (secrets_key_sha256) ON cp_state TO @ROLE@;
         11,
         "usage, rate cards, the ledger, invoices",
         """
-ALTER TABLE liveness ADD seen_us bigint NOT NULL DEFAULT 0, ADD session_at timestamptz;
-COMMENT ON COLUMN liveness.session_at IS 'When the session began that seq is of';
+ALTER TABLE liveness ADD seen_us bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN liveness.seen_us IS
   'Microseconds that its heartbeats covered so far: the clock of what is billed';
 
@@ -3850,9 +3860,6 @@ COMMENT ON COLUMN usage_egress.assignment_no IS 'The copy';
 COMMENT ON COLUMN usage_egress.hour_at IS 'The hour, UTC, in which the control plane heard of it';
 COMMENT ON COLUMN usage_egress.bytes IS 'By how much';
 COMMENT ON COLUMN usage_egress.closed_bytes IS 'What of it is in windows';
-
-ALTER TABLE cp_state ADD currency text;
-COMMENT ON COLUMN cp_state.currency IS 'What amounts are in; final once there are any';
 
 CREATE TABLE rate_cards (
   card_no integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -4066,6 +4073,7 @@ CREATE TABLE invoices (
   total_micros bigint NOT NULL,
   issued_at timestamptz NOT NULL,
   customer_name text NOT NULL,
+  currency text NOT NULL,
   UNIQUE (customer_no, month)
 );
 COMMENT ON TABLE invoices IS 'What was issued; its lines are the usage_lines of that month';
@@ -4075,6 +4083,7 @@ COMMENT ON COLUMN invoices.month IS 'First day of the month';
 COMMENT ON COLUMN invoices.total_micros IS 'Sum of its lines';
 COMMENT ON COLUMN invoices.issued_at IS 'When; usage that comes later is on a later one';
 COMMENT ON COLUMN invoices.customer_name IS 'Its name then';
+COMMENT ON COLUMN invoices.currency IS 'What amounts were in then';
 CREATE FUNCTION check_invoice() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
 BEGIN
@@ -4141,13 +4150,12 @@ GRANT SELECT ON usage_hours, usage_runs, usage_counters, usage_egress, rate_card
   usage_lines, usage_totals, ledger_accounts, ledger_transactions, ledger_entries, invoices
   TO @ROLE@;
 GRANT USAGE ON SEQUENCE ledger_numbers TO @ROLE@;
-GRANT UPDATE (seen_us, session_at) ON liveness TO @ROLE@;
+GRANT UPDATE (seen_us) ON liveness TO @ROLE@;
 GRANT INSERT, UPDATE (seen_us) ON usage_hours TO @ROLE@;
 GRANT UPDATE (closed_hour, closed_us, is_closed) ON usage_runs TO @ROLE@;
 GRANT INSERT, UPDATE (cpu_ns, memory_byte_s, rx_bytes, tx_bytes, at) ON usage_counters TO @ROLE@;
 GRANT INSERT (assignment_no, hour_at, bytes), UPDATE (bytes, closed_bytes)
   ON usage_egress TO @ROLE@;
-GRANT UPDATE (currency) ON cp_state TO @ROLE@;
 GRANT INSERT (customer_no, valid_from, cpu_hour_micros, gb_hour_micros, egress_gb_micros,
   provider_share_ppm, created_by) ON rate_cards TO @ROLE@;
 GRANT INSERT ON usage_windows, invoices TO @ROLE@;
@@ -4159,6 +4167,32 @@ GRANT INSERT (transaction_no, kind, window_no, reference, note, actor, at)
   ON ledger_transactions TO @ROLE@;
 GRANT INSERT (transaction_no, account_no, amount_micros) ON ledger_entries TO @ROLE@;
 GRANT UPDATE (credit_limit_micros, out_of_credit_at) ON customers TO @ROLE@;
+""",
+    ),
+    (
+        12,
+        "sessions of heartbeats, one currency, egress by what is possible",
+        """
+ALTER TABLE liveness ADD session_at timestamptz;
+COMMENT ON COLUMN liveness.session_at IS 'When the session began that seq is of';
+
+ALTER TABLE cp_state ADD currency text;
+COMMENT ON COLUMN cp_state.currency IS 'What amounts are in; final once there are any';
+UPDATE cp_state SET currency = (SELECT currency FROM invoices ORDER BY invoice_no DESC LIMIT 1);
+ALTER TABLE invoices DROP currency;
+
+ALTER TABLE usage_egress ADD since timestamptz NOT NULL DEFAULT now();
+UPDATE usage_egress SET since = hour_at;
+COMMENT ON COLUMN usage_egress.since IS 'When the copy was last heard of before that';
+
+CREATE TRIGGER usage_lines_final BEFORE DELETE ON usage_lines FOR EACH ROW
+  EXECUTE FUNCTION refuse_change('usage_lines are kept');
+CREATE TRIGGER usage_lines_whole BEFORE TRUNCATE ON usage_lines FOR EACH STATEMENT
+  EXECUTE FUNCTION refuse_change('usage_lines are kept');
+
+GRANT UPDATE (session_at) ON liveness TO @ROLE@;
+GRANT UPDATE (currency) ON cp_state TO @ROLE@;
+GRANT INSERT (since) ON usage_egress TO @ROLE@;
 """,
     ),
 )
@@ -4970,20 +5004,25 @@ WHERE a.host_no = t.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
   AND a.assignment_id <> ALL(%(assignment_id)s::uuid[])
 """
 
-SQL_USAGE_COUNT = """
--- counters as hosts say them: what is greater counts, and by how much tx_bytes grew in this hour;
--- gives back how many count for nothing.
+USAGE_SENDS = "(a.spec->>'egress' <> 'none' OR a.spec->'ports' <> '[]')"
+USAGE_POSSIBLE = """least((extract(epoch FROM now() - {since}) + %(slack_s)s) * %(bytes_s)s,
+    %(most)s)::bigint"""
+
+SQL_USAGE_COUNT = f"""
+-- counters as hosts say them: what is greater counts, and by how much tx_bytes grew in this hour,
+-- up to what is possible since the copy was last heard of; gives back how many count for nothing.
 -- The hosts' rows of liveness are locked by their heartbeat, so that none is counted twice
 WITH said AS (
   SELECT a.assignment_no, s.boot_id, s.container_id, max(s.cpu_ns) AS cpu_ns,
     max(s.memory_byte_s) AS memory_byte_s, max(s.rx_bytes) AS rx_bytes, max(s.tx_bytes) AS tx_bytes,
-    coalesce(a.ended_at <= now() - make_interval(secs => %(late_s)s), false) AS is_late
+    coalesce(a.ended_at <= now() - make_interval(secs => %(late_s)s), false) AS is_late,
+    a.created_at, {USAGE_SENDS} AS sends
   FROM unnest(%(host_no)s::integer[], %(assignment_id)s::uuid[], %(boot_id)s::uuid[],
     %(container_id)s::bytea[], %(cpu_ns)s::bigint[], %(memory_byte_s)s::bigint[],
     %(rx_bytes)s::bigint[], %(tx_bytes)s::bigint[]) AS s (host_no, assignment_id, boot_id,
     container_id, cpu_ns, memory_byte_s, rx_bytes, tx_bytes)
   JOIN assignments a ON a.assignment_id = s.assignment_id AND a.host_no = s.host_no
-  GROUP BY a.assignment_no, a.ended_at, s.boot_id, s.container_id
+  GROUP BY a.assignment_no, a.ended_at, a.created_at, a.spec, s.boot_id, s.container_id
 ), known AS (
   SELECT said.*, c.tx_bytes AS old_bytes FROM said
   LEFT JOIN usage_counters c USING (assignment_no, boot_id, container_id)
@@ -5003,12 +5042,17 @@ WITH said AS (
     greatest(c.cpu_ns, EXCLUDED.cpu_ns), greatest(c.memory_byte_s, EXCLUDED.memory_byte_s),
     greatest(c.rx_bytes, EXCLUDED.rx_bytes), greatest(c.tx_bytes, EXCLUDED.tx_bytes))
 ), sent AS (
-  INSERT INTO usage_egress AS e (assignment_no, hour_at, bytes)
-  SELECT assignment_no, date_trunc('hour', now(), 'UTC'),
-    least(sum(tx_bytes - coalesce(old_bytes, 0)), %(most)s)::bigint
-  FROM known WHERE tx_bytes > coalesce(old_bytes, 0) GROUP BY assignment_no
-  ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = least(
-    e.bytes::numeric + EXCLUDED.bytes, %(most)s)::bigint
+  INSERT INTO usage_egress AS e (assignment_no, hour_at, since, bytes)
+  SELECT assignment_no, date_trunc('hour', now(), 'UTC'), since,
+    least(bytes, {USAGE_POSSIBLE.format(since="since")})
+  FROM (
+    SELECT assignment_no, sum(tx_bytes - coalesce(old_bytes, 0)) AS bytes,
+      least(now(), coalesce((SELECT max(k.at) FROM usage_counters k
+        WHERE k.assignment_no = known.assignment_no), created_at)) AS since
+    FROM known WHERE sends AND tx_bytes > coalesce(old_bytes, 0)
+    GROUP BY assignment_no, created_at) grown
+  ON CONFLICT (assignment_no, hour_at) DO UPDATE SET bytes = greatest(e.bytes,
+    least(e.bytes::numeric + EXCLUDED.bytes, {USAGE_POSSIBLE.format(since="e.since")})::bigint)
 )
 SELECT count(*) FILTER (WHERE is_late) AS late,
   count(*) FILTER (WHERE NOT is_late) - (SELECT count(*) FROM known) AS too_many FROM said
@@ -5287,16 +5331,19 @@ SELECT {LINE_COLUMNS}, l.hour_at, l.part FROM (
 ORDER BY l.hour_at, l.part
 """
 
-SQL_COUNTED = """
+SQL_COUNTED = f"""
 -- what hosts counted of these copies, and how long they ran until now
 SELECT a.assignment_id, a.cpu_milli, a.memory_bytes,
-  coalesce(t.billed_us, 0) + o.open_us AS life_us, k.*
+  coalesce(t.billed_us, 0) + o.open_us AS life_us, k.*, g.egress_bytes
 FROM assignments a LEFT JOIN usage_totals t USING (assignment_no), LATERAL (
   SELECT least(coalesce(sum(cpu_ns), 0), %(most)s)::bigint AS cpu_ns,
     least(coalesce(sum(memory_byte_s), 0), %(most)s)::bigint AS memory_byte_s,
     least(coalesce(sum(rx_bytes), 0), %(most)s)::bigint AS rx_bytes,
     least(coalesce(sum(tx_bytes), 0), %(most)s)::bigint AS tx_bytes
   FROM usage_counters u WHERE u.assignment_no = a.assignment_no) k, LATERAL (
+  SELECT CASE WHEN {USAGE_SENDS} THEN coalesce(t.counted_bytes, 0) + coalesce(
+    sum(bytes - closed_bytes), 0)::bigint END AS egress_bytes
+  FROM usage_egress g WHERE g.assignment_no = a.assignment_no AND bytes > closed_bytes) g, LATERAL (
   SELECT coalesce(sum(coalesce(r.to_us, v.seen_us) - r.closed_us), 0)::bigint AS open_us
   FROM usage_runs r JOIN liveness v USING (host_no)
   WHERE r.assignment_no = a.assignment_no AND NOT r.is_closed) o
@@ -5427,13 +5474,15 @@ WITH due AS (
 )
 SELECT {METER_COLUMNS}, due.due_us, due.due_bytes FROM due {METER_TABLES}
 JOIN customers c ON c.customer_no = n.customer_no WHERE c.credit_limit_micros IS NOT NULL
+  AND (%(customer_nos)s::integer[] IS NULL OR c.customer_no = ANY(%(customer_nos)s::integer[]))
 """
 
 SQL_CREDIT_SET = """
--- since when these have no credit; all others have some
+-- since when these have no credit; all others that were looked at have some
 UPDATE customers SET out_of_credit_at =
   CASE WHEN customer_no = ANY(%(customer_nos)s) THEN coalesce(out_of_credit_at, now()) END
 WHERE (out_of_credit_at IS NOT NULL) <> (customer_no = ANY(%(customer_nos)s))
+  AND (%(looked_at)s::integer[] IS NULL OR customer_no = ANY(%(looked_at)s::integer[]))
 RETURNING customer_id, name, out_of_credit_at
 """
 
@@ -6393,6 +6442,8 @@ async def _record_counters(tx: Transaction, accepted: Sequence[tuple[Row, Beat]]
     ]
     if each:
         limits = {"late_s": USAGE_LATE_S, "kept": COUNTERS_KEPT, "most": EGRESS_MAX_BYTES}
+        limits["slack_s"] = COUNTERS_SLACK_US // 1_000_000
+        limits["bytes_s"] = EGRESS_MAX_BYTES_PER_US * 1_000_000
         dropped = await tx.the(SQL_USAGE_COUNT, **columns_of(each, *each[0]), **limits)
         if any(dropped.values()):
             log("WARN", "counters dropped: they are too late, or of too many containers", **dropped)
@@ -7061,6 +7112,7 @@ async def add_payment(
         await tx.execute(SQL_PAYMENT_INSERT, number=number, **words)
         detail = {"amount_micros": amount_micros, "reference": reference}
         await audit(tx, actor, "payment.add", str(customer_id), **detail)
+        await _check_credit(tx, [customer.customer_no])
     return number, True
 
 
@@ -7074,7 +7126,9 @@ async def set_credit_limit(
             await audit(
                 tx, actor, "customer.credit_limit", str(customer_id), credit_limit_micros=micros
             )
-        return await _get_customer(tx, customer_id)
+        customer = await _get_customer(tx, customer_id)
+        await _check_credit(tx, [customer.customer_no])
+        return customer
 
 
 async def verify_ledger(db: Database) -> tuple[list[str], Row]:
@@ -7433,19 +7487,31 @@ async def list_usage(
 async def check_credit(db: Database) -> list[Row]:
     """Look whose balance is used up, with what is in no window yet; give back what changed."""
     async with db.transaction() as tx:
-        limits = await tx.dicts(SQL_BALANCES, customer_nos=None)
-        cards = sort_cards(await tx.rows(SQL_CARD_LIST, RateCard)) if limits else {}
-        now = (await tx.the("SELECT now() AS now"))["now"]
-        left = {
-            row["customer_no"]: row["credit_limit_micros"] + row["balance_micros"] for row in limits
-        }
-        for row in await tx.dicts(SQL_USAGE_OPEN) if limits else []:
-            due, meter = {now: Due(row.pop("due_us"), row.pop("due_bytes"))}, Meter(**row)
-            if meter.customer_no in left:  # else it has a limit since a moment ago
-                _, windows, _ = decide_windows(meter, due, cards, {}, {}, frozenset(), now)
-                left[meter.customer_no] -= sum(one.usage.charge_micros for one in windows)
-        out = [customer_no for customer_no, micros in left.items() if micros <= 0]
-        return await tx.dicts(SQL_CREDIT_SET, customer_nos=out)
+        return await _check_credit(tx, None)
+
+
+async def _check_credit(tx: Transaction, customer_nos: list[int] | None) -> list[Row]:
+    """The same of these customers, or of all."""
+    limits = [
+        row
+        for row in await tx.dicts(SQL_BALANCES, customer_nos=customer_nos)
+        if row["credit_limit_micros"] is not None
+    ]
+    cards = sort_cards(await tx.rows(SQL_CARD_LIST, RateCard)) if limits else {}
+    now = (await tx.the("SELECT now() AS now"))["now"]
+    left = {
+        row["customer_no"]: row["credit_limit_micros"] + row["balance_micros"] for row in limits
+    }
+    opened = await tx.dicts(SQL_USAGE_OPEN, customer_nos=customer_nos) if limits else []
+    for number, row in enumerate(opened):
+        if number % CREDIT_LOOKS == 0:
+            await asyncio.sleep(0)  # heartbeats are answered in between
+        due, meter = {now: Due(row.pop("due_us"), row.pop("due_bytes"))}, Meter(**row)
+        if meter.customer_no in left:  # else it has a limit since a moment ago
+            _, windows, _ = decide_windows(meter, due, cards, {}, {}, frozenset(), now)
+            left[meter.customer_no] -= sum(one.usage.charge_micros for one in windows)
+    out = [customer_no for customer_no, micros in left.items() if micros <= 0]
+    return await tx.dicts(SQL_CREDIT_SET, customer_nos=out, looked_at=customer_nos)
 
 
 async def count_lost_secrets(db: Database) -> int:
@@ -7854,7 +7920,7 @@ class Placer:
 
 
 class Biller:
-    """Closes hours that are over, issues invoices, and looks whose balance is used up."""
+    """Closes hours that are over and issues invoices; beside it looks whose balance is used up."""
 
     def __init__(self, db: Database, metrics: Metrics) -> None:
         self._db = db
@@ -7870,9 +7936,14 @@ class Biller:
             if is_whole:
                 await self._try("issuing invoices", self._issue)
                 await self._try("forgetting marks", self._prune)
-            await self._try("looking at credit", self._check_credit)
             if is_whole:
                 self._metrics.set("openinfra_billed_time_seconds", time.time())
+            await asyncio.sleep(USAGE_S)
+
+    async def check_forever(self) -> None:
+        """Look at balances again and again, also while many hours are closed."""
+        while True:
+            await self._try("looking at credit", self._check_credit)
             await asyncio.sleep(USAGE_S)
 
     async def _try(self, what: str, work: Callable[[], Awaitable[T]]) -> T | None:
@@ -9882,7 +9953,8 @@ async def run_server(cp: ControlPlane) -> None:
     await server.start()
     threading.Thread(target=web.serve_forever, args=(0.1,), name="http-accept").start()
     flusher = asyncio.create_task(cp.flush_forever())
-    loops = (cp.sweep_forever, cp.placer.place_forever, cp.biller.bill_forever)
+    loops = [cp.sweep_forever, cp.placer.place_forever]
+    loops += [cp.biller.bill_forever, cp.biller.check_forever]
     keepers = [*(asyncio.create_task(each()) for each in loops), *cp.peers.loops()]
     ended = asyncio.create_task(server.wait_for_termination())  # without being told to
     stop = catch_signals(loop)
@@ -10252,12 +10324,16 @@ class DockerDoor(EngineDoor):
                 raise Error(what, "give the path of another socket, or --docker=") from None
 
     def read_ours(self, path: str) -> list[Row]:
-        """The rows of a list that carry our label."""
+        """The rows of a list that carry our label, whatever Docker makes of the filter."""
         filters = json.dumps({"label": [self.label]})
         status, raw = self.ask("GET", path, None, filters=filters, all="1")
+        try:
+            rows: list[Row] = json.loads(raw) if status == 200 else []
+            found = [row for row in rows if (row["Labels"] or {}).get(DOCKER_LABEL) == self.name]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            status = 502
         if status != 200:
             raise Error(f"Docker's {path} got {status}: {raw[:200]!r}", "run it with --docker=")
-        found: list[Row] = json.loads(raw)
         return found
 
     def sweep(self) -> None:
@@ -10280,33 +10356,36 @@ class DockerDoor(EngineDoor):
         self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
     ) -> tuple[int, object]:
         """Pass on what is about the pilot's own containers and networks, and nothing else."""
+        try:
+            return self._pass_on(method, words, query, body)
+        except Error as error:
+            return 503, {"message": error.what}
+
+    def _pass_on(
+        self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
+    ) -> tuple[int, object]:
+        path = "/" + "/".join(words)
         match (method, *words):
             case ("GET", "images", *name, "json") if "/".join(name) == PILOT_IMAGE:
                 return 200, {"Config": {}}
+            case ("GET", "containers", "json") | ("GET", "networks"):
+                return 200, self.read_ours(path)
             case ("GET", "version" | "info"):
                 pass
-            case ("GET", "containers", "json") | ("GET", "networks"):
-                query = {**query, "filters": json.dumps({"label": [self.label]})}
             case ("POST", "containers" | "networks", "create"):
                 body = {**body, "Labels": {**body["Labels"], DOCKER_LABEL: self.name}}
                 if words[0] == "containers":
                     body["Image"] = self.image
-            case (_, "containers", name, *_) if name in self._list("/containers/json", "Id"):
+            case (_, "containers", name, *_) if self._has("/containers/json", "Id", name):
                 pass
-            case ("DELETE", "networks", name) if name in self._list("/networks", "Name"):
+            case ("DELETE", "networks", name) if self._has("/networks", "Name", name):
                 pass
             case _:
                 return 404, {"message": "no such image, container or call"}
-        try:
-            return self.ask(method, "/" + "/".join(words), body or None, **query)
-        except Error as error:
-            return 503, {"message": error.what}
+        return self.ask(method, path, body or None, **query)
 
-    def _list(self, path: str, key: str) -> set[str]:
-        try:
-            return {row[key] for row in self.read_ours(path)}
-        except Error:
-            return set()
+    def _has(self, path: str, key: str, value: str) -> bool:
+        return any(row[key] == value for row in self.read_ours(path))
 
     def close(self) -> None:
         """Answer no more, and leave nothing there."""
@@ -10411,7 +10490,8 @@ class Pilot:
             if found is not None:
                 return found
             time.sleep(0.05)
-        raise Error(f"{what} did not come up in {PILOT_START_S:g} s", f"read {self.log_path('')}")
+        todo = f"read what is in {self.plan.root / 'log'}"
+        raise Error(f"{what} did not come up in {PILOT_START_S:g} s", todo)
 
     def start_postgres(self) -> None:
         """Make the cluster once, start it, make database, roles and schema."""
@@ -10502,7 +10582,13 @@ class Pilot:
         self.key = key_file.read_text().strip()
         made: Row = self.request("POST", "/api/v1/workloads", PILOT_ORDER, self.key)
         self.workload = f"/api/v1/workloads/{made['workload_id']}"
-        self.wait_for("the workload", lambda: self.get_workload("running"))
+        try:
+            self.wait_for("the workload", lambda: self.get_workload("running"))
+        except Error as error:
+            found = self.request("GET", self.workload, key=self.key)
+            reasons = {each["reason"] for each in found["assignments"] if each["reason"]}
+            what = f"{error.what}: {'; '.join(sorted(reasons)) or found['state']}"
+            raise Error(what, f"{error.todo}, or run it with --docker=") from None
         self.say(f"a workload runs: {self.kind}")
         return made
 
@@ -11759,7 +11845,10 @@ def command_rate_cards(args: argparse.Namespace, settings: Settings) -> int:
 def command_add_rate_card(args: argparse.Namespace, settings: Settings) -> int:
     """Add prices, from a full hour on, for all customers or for one."""
     customer_id = parse_id(args.customer_id) if args.customer_id else None
-    share = parse_money(args.provider_share) * 1_000_000 // 100_000_000
+    share, rest = divmod(parse_money(args.provider_share), 100)
+    if rest:
+        what = "the provider's share has more than four decimals"
+        raise Error(what, "give a percentage like 80 or 66.6667", USAGE)
     prices = [parse_money(each) for each in (args.cpu_hour, args.gb_hour, args.egress_gb)]
     if min(prices) < 0 or max(prices) > PRICE_MAX:
         raise Error("a price is out of range", "give 0 to 1000000", USAGE)
@@ -11797,7 +11886,8 @@ def command_add_payment(args: argparse.Namespace, settings: Settings) -> int:
     micros = parse_money(args.amount)
     if micros == 0:
         raise Error("the amount is zero", "give what was paid", USAGE)
-    values = parse_fields(PAYMENT_FIELDS, {"reference": args.reference, "note": args.note})
+    reference = " ".join(args.reference.split())  # else a space more is another payment
+    values = parse_fields(PAYMENT_FIELDS, {"reference": reference, "note": args.note})
     customer_id = parse_id(args.customer_id)
 
     async def work(db: Database) -> tuple[int, bool]:
@@ -11960,8 +12050,7 @@ def write_bills(bills: Sequence[Bill], directory: Path, currency: str) -> list[P
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for bill in bills:
-        state = "preliminary" if bill.is_preliminary else bill.number or "final"
-        stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}-{state}"
+        stem = f"{bill.kind}-{bill.month:%Y-%m}-{bill.whose_id}-{render_state(bill)}"
         for suffix, parts in render_files(bill, currency).items():
             path = directory / f"{stem}.{suffix}"
             write_file(path, "".join(parts).encode(), 0o600)
@@ -11973,9 +12062,10 @@ def render_bills(bills: Sequence[Bill], currency: str) -> str:
     """One line for each bill."""
     rows = [("NUMBER", "WHOSE", "MONTH", "LINES", "TOTAL")]
     for bill in bills:
-        number = "preliminary" if bill.is_preliminary else str(bill.number or "-")
         total = f"{render_money(bill.total_micros)} {currency}"
-        rows.append((number, bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total))
+        rows.append(
+            (render_state(bill), bill.whose, f"{bill.month:%Y-%m}", str(len(bill.lines)), total)
+        )
     return render_table(rows)
 
 
@@ -11983,7 +12073,7 @@ def render_files(bill: Bill, currency: str) -> dict[str, Iterable[str]]:
     """A bill as the files that it is given out as, by suffix."""
     return {
         "html": render_bill_html(bill, currency),
-        "csv": render_bill_csv(bill),
+        "csv": render_bill_csv(bill, currency),
         "json": [json.dumps(render_bill_json(bill, currency), indent=1), "\n"],
     }
 

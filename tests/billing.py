@@ -194,13 +194,15 @@ class Books:
             (workload_id, copy.customer, copy.workload, SPEC),
         )
         self.owner.execute(
-            "INSERT INTO assignments (assignment_id, workload_no, revision, replica, host_no, spec,"
-            " cpu_milli, memory_bytes) SELECT %s, workload_no, 1, %s, h.host_no, %s, %s, %s"
+            "INSERT INTO assignments (assignment_id, workload_no, revision, replica, host_no,"
+            " created_at, spec, cpu_milli, memory_bytes)"
+            " SELECT %s, workload_no, 1, %s, h.host_no, %s, %s, %s, %s"
             " FROM workloads, hosts h WHERE workload_id = %s AND h.hostname = %s",
             (
                 self.ids[copy.copy],
                 self.replicas[copy.copy],
-                SPEC,
+                at(copy.made_us),
+                SPEC if copy.sends else SPEC.replace('"internet"', '"none"'),
                 copy.cpu_milli,
                 copy.memory_bytes,
                 workload_id,

@@ -16,6 +16,7 @@ SECOND_US = 1_000_000
 HOUR_US = 3600 * SECOND_US
 SEEN_INTERVALS = 3  # after a heartbeat a host counts as seen for at most so many intervals
 EGRESS_BYTES_PER_US = 125  # 1 Gbit/s
+SLACK_US = 120 * SECOND_US
 LATE_US = 7 * 24 * HOUR_US  # counters are heard for so long after a copy's end
 COUNTER_MAX = 2**63 - 1
 MILLION = 10**6
@@ -54,6 +55,8 @@ class Copy:
     provider: str
     cpu_milli: int
     memory_bytes: int
+    made_us: int = 0  # when it got its host
+    sends: bool = True  # it has a way out, or ports
 
 
 @dataclass(frozen=True)
@@ -270,21 +273,41 @@ def is_sound(counter: Counter) -> bool:
     return all(0 <= value <= COUNTER_MAX for value in values)
 
 
-def egress_by_hour(copy: str, beats: Sequence[Heartbeat]) -> dict[int, int]:
-    """Bytes per hour by which heartbeats raised the greatest tx_bytes of the copy's containers."""
+def egress_by_hour(copy: Copy, beats: Sequence[Heartbeat]) -> dict[int, int]:
+    """Bytes per hour by which heartbeats raised the greatest tx_bytes of the copy's containers.
+
+    An hour's sum, and what a heartbeat adds to it, is at most what 1 Gbit/s allows, and two minutes
+    of it more, since anything of the copy's counters grew last: before the hour's first growth, or
+    before that heartbeat. Before the first growth of all that is since the copy was made.
+    """
     hours: dict[int, int] = {}
-    greatest: dict[tuple[str, str], int] = {}
+    since: dict[int, int] = {}
+    heard_us = copy.made_us
+    greatest: dict[tuple[str, str], tuple[int, ...]] = {}
     for beat in beats:
+        added, has_grown = 0, False
         for counter in beat.counters:
-            if counter.copy != copy or not is_sound(counter):
+            if counter.copy != copy.copy or not is_sound(counter):
                 continue
             container = (counter.boot_id, counter.container_id)
-            added = counter.tx_bytes - greatest.get(container, 0)
-            if added > 0:
-                greatest[container] = counter.tx_bytes
-                hour = hour_of(beat.at_us)
-                hours[hour] = hours.get(hour, 0) + added
+            old = greatest.get(container, (-1, -1, -1, 0))
+            said = (counter.cpu_ns, counter.memory_byte_s, counter.rx_bytes, counter.tx_bytes)
+            new = tuple(map(max, old, said))
+            added += new[3] - old[3]
+            has_grown = has_grown or new != old
+            greatest[container] = new
+        if added and copy.sends:
+            hour = hour_of(beat.at_us)
+            begun = since.setdefault(hour, heard_us)
+            before = hours.get(hour, 0)
+            more = min(added, possible_egress(beat.at_us - heard_us))
+            hours[hour] = max(before, min(before + more, possible_egress(beat.at_us - begun)))
+        heard_us = beat.at_us if has_grown else heard_us
     return hours
+
+
+def possible_egress(span_us: int) -> int:
+    return EGRESS_BYTES_PER_US * (span_us + SLACK_US)
 
 
 def capped_egress(time: dict[int, int], egress: dict[int, int]) -> dict[int, int]:
@@ -409,7 +432,7 @@ def bill(cards: Sequence[RateCard], copies: Sequence[Copy], events: Iterable[Eve
             beats = [beat for beat in beats if beat.at_us <= ends[copy.copy]]
             heard = [beat for beat in heard if beat.at_us < ends[copy.copy] + LATE_US]
         time = time_by_hour(common(seen_spans(beats), run_spans(copy.copy, beats)))
-        one = bill_copy(copy, cards, time, egress_by_hour(copy.copy, heard))
+        one = bill_copy(copy, cards, time, egress_by_hour(copy, heard))
         windows += one.windows
         lines += one.lines
     windows.sort(key=lambda window: (window.copy, window.hour_us))

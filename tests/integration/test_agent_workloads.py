@@ -717,6 +717,15 @@ def test_answers_go_out_as_far_as_there_is_room() -> None:
     assert asyncio.run(pop(10, 5_020, -1, 20_020)) == [[], [3], [], [2]]
 
 
+def test_what_carries_our_label_and_no_assignment_is_not_told() -> None:
+    """The control plane would refuse the whole heartbeat, again and again."""
+    workloads = make_workloads(Path("none"))
+    row = {"Id": "1", "Names": ["/x"], "Labels": {agent_script.LABEL: "x"}, "State": "running"}
+    workloads.containers = (agent_script.parse_container(row, None),)
+    assert not agent_script.render_observed(workloads, "").assignments
+    workloads.threads.shutdown()
+
+
 def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
     """A start may be under way, or the list may be newer than what was seen of the engine."""
     path = tmp_path / "engine.sock"

@@ -222,6 +222,15 @@ INSERT INTO audit_log (actor, action, subject, detail) VALUES
 """
 
 
+BILLED = """
+INSERT INTO customers (customer_id, name, created_by) VALUES (gen_random_uuid(), 'kuma', 'x');
+INSERT INTO invoices (invoice_no, customer_no, month, currency, total_micros, issued_at,
+  customer_name) SELECT 1, customer_no, '2026-03-01', 'CHF', 0, now(), 'kuma' FROM customers;
+INSERT INTO audit_log (actor, action, subject, detail)
+  SELECT 'x', 'customer.add', customer_id::text, '{}' FROM customers;
+"""
+
+
 def owner_flag(cp: ControlPlane, role: str = "postgres") -> str:
     """A flag that names the database as its owner connects to it."""
     path = cp.directory / "owner-dsn"
@@ -258,6 +267,8 @@ def test_a_database_of_each_earlier_version_is_upgraded(bare: ControlPlane) -> N
         done = old.command("invite", "--note=of before")
         assert (done.returncode, f"needs {NEWEST}" in done.stderr) == (1, True), done.stderr
         old.postgres.execute(old.database, FLEET)
+        if version == 11:  # it had a currency on each invoice
+            old.postgres.execute(old.database, BILLED)
         done = old.command("migrate", owner_flag(old))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("applied") == NEWEST - version
@@ -271,6 +282,8 @@ def test_a_database_of_each_earlier_version_is_upgraded(bare: ControlPlane) -> N
         assert old.command("invite", "--note=of now").returncode == 0
         old.check_invariants()
         assert [host["hostname"] for host in old.hosts()] == ["lab"]
+        currency = [{"currency": "CHF" if version == 11 else None}]
+        assert old.query("SELECT currency FROM cp_state") == currency
 
 
 def test_two_migrations_at_once(bare: ControlPlane) -> None:

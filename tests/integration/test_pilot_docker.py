@@ -6,7 +6,9 @@ and what somebody else has there is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import json
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import socket
 import socketserver
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,8 @@ def theirs(engine: Engine) -> Iterator[str]:
 
 
 def find_container(engine: Engine) -> dict[str, Any]:
-    (found,) = engine.containers(LABEL).values()
+    """The workload's, once it is there."""
+    (found,) = wait_for("a container", lambda: engine.containers(LABEL) or None, 20).values()
     return found
 
 
@@ -123,6 +127,68 @@ def find_doors(root_dir: Path) -> list[int]:
     return found
 
 
+@contextlib.contextmanager
+def between(engine: Engine, path: Path, makes: bool = True) -> Iterator[str]:
+    """A Docker that knows no filter and, if so wanted, makes nothing; gives back the flag."""
+    real = cp_server.DockerDoor(engine.socket, "")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            query = dict(urllib.parse.parse_qsl(url.query))
+            query.pop("filters", None)
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            is_json = "json" in self.headers.get("Content-Type", "")
+            body = json.loads(raw) if is_json else raw or None
+            if url.path.endswith("/containers/create") and not makes:
+                status, answer = 500, b'{"message": "no control groups here"}'
+            else:
+                status, answer = real.ask(self.command, url.path, body, **query)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    with serving(Handler, path):
+        yield f"--docker={path}"
+
+
+@contextlib.contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler], path: Path) -> Iterator[None]:
+    """An HTTP server on a socket."""
+    with socketserver.ThreadingUnixStreamServer(str(path), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.1,))
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("theirs")
+def test_only_what_is_ours_is_removed_though_the_filter_is_ignored(
+    engine: Engine, start: Start, tmp_path: Path
+) -> None:
+    with between(engine, tmp_path / "docker.sock") as docker:
+        pilot = start_pilot(start, docker)
+        assert find_container(engine)["State"]["Running"]
+        assert pilot.stop(signal.SIGINT) == 0
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_docker_that_makes_nothing_is_named_with_its_reason(
+    engine: Engine, start: Start, tmp_path: Path
+) -> None:
+    with between(engine, tmp_path / "docker.sock", makes=False) as docker:
+        pilot = start(docker)
+        assert pilot.child.wait(60) == 1
+    words = r"^ERROR the workload did not come up in 30 s: .*no control groups"
+    assert re.search(words, pilot.log, re.MULTILINE)
+    assert "or run it with --docker=" in pilot.log
+
+
 def test_what_is_no_docker_gets_a_stand_in(start: Start, tmp_path: Path) -> None:
     """A socket without a server, and one behind which is something else."""
     path = tmp_path / "docker.sock"
@@ -137,11 +203,7 @@ def test_what_is_no_docker_gets_a_stand_in(start: Start, tmp_path: Path) -> None
     class Other(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
 
-    with socketserver.UnixStreamServer(str(path), Other) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.1,))
-        thread.start()
+    with serving(Other, path):
         pilot = start_pilot(start, f"--docker={path}")
         assert "Docker's /containers/json got 404: " in pilot.log
         assert pilot.stop(signal.SIGINT) == 0
-        server.shutdown()
-        thread.join()

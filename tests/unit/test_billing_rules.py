@@ -275,7 +275,7 @@ def test_a_bill_line_by_line() -> None:
 def test_each_line_of_a_bill_leads_to_its_windows(kind: str, how: str) -> None:
     """By what it has in common with them, in each of its files; the page says where they are."""
     bill = make_bill(kind, make_line(HOURS), make_line(HOURS, card_no=4))
-    head, *rows = csv.reader("".join(cp_server.render_bill_csv(bill)).splitlines())
+    head, *rows = csv.reader("".join(cp_server.render_bill_csv(bill, "EUR")).splitlines())
     names = ["workload", "replica", "host", "assignment", "card"]
     assert head[:5] == names
     which = ["kuma/web", "0", "attic", str(uuid.UUID(int=1))]
@@ -299,13 +299,29 @@ EVIL = "-1+1;=cmd|' /C calc'!A0"
 @pytest.mark.parametrize("hostname", [EVIL, "=1", "+1", "@x", "\tx", '"', "a,b\nc"])
 def test_a_strange_host_name_is_no_formula_and_no_cell(hostname: str) -> None:
     text = "".join(
-        cp_server.render_bill_csv(make_bill("invoice", make_line(HOURS, hostname=hostname)))
+        cp_server.render_bill_csv(make_bill("invoice", make_line(HOURS, hostname=hostname)), "EUR")
     )
     rows = list(csv.reader(text.splitlines(keepends=True)))
-    assert {len(row) for row in rows} == {10}
+    assert {len(row) for row in rows} == {13}
     assert rows[1][2].removeprefix("'") == hostname
     assert rows[1][2][0] not in "=+-@\t"
-    assert text.count('"') >= 2 * 10 * 3
+    assert text.count('"') >= 2 * 13 * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"number": 7}, "7"),
+        ({"number": None, "is_preliminary": True}, "preliminary"),
+        ({"kind": "statement", "number": None}, "final"),
+    ],
+)
+def test_each_row_of_a_sheet_says_of_which_bill_it_is(changes: dict[str, Any], state: str) -> None:
+    bill = dataclasses.replace(make_bill("invoice", make_line(HOURS)), **changes)
+    head, *rows = csv.reader("".join(cp_server.render_bill_csv(bill, "CHF")).splitlines())
+    assert head[-3:] == ["month", "number", "currency"]
+    assert [row[-3:] for row in rows] == [["2026-03", state, "CHF"]] * len(rows)
+    assert rows
 
 
 def test_a_page_shows_words_as_they_are() -> None:

@@ -1696,6 +1696,21 @@ def test_the_schema_version_must_be_the_programs() -> None:
         cp_server.check_schema_version(cp_server.SCHEMA_VERSION + 1)
 
 
+RELEASED = """
+c2b3592670276bfa ea8c58bf4646670b 37a8866151a1910c 72be6d2fd74f6aa4 9c77cc62b8f0ab2e
+4b67677c95d245a6 cfa09f0689a4c202 69e9d4b01f29ca70 e393d9a0e5dd89f7 859989972a6ae6c4
+925eb4e16bda180c
+"""
+
+
+def test_a_migration_that_was_released_stays_as_it_was() -> None:
+    """A database that has it would be refused, or lack what was put into it later."""
+    released = RELEASED.split()
+    for (number, _, text), start in zip(cp_server.MIGRATIONS, released, strict=False):
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(start), number
+    assert len(released) == 11 <= cp_server.SCHEMA_VERSION
+
+
 def test_migrations_are_numbered_without_gaps() -> None:
     assert [number for number, _, _ in cp_server.MIGRATIONS] == list(
         range(1, cp_server.SCHEMA_VERSION + 1)
