@@ -368,7 +368,7 @@ PLACE_S = 5.0  # between two looks for replicas without a place, when nothing wa
 PLACE_REST_S = 0.2  # and at least this when something does
 PLACE_LOOKS_MAX = 300_000  # at hosts in one round: a second at most, as long as heartbeats wait
 PLACE_COPIES_MAX = 1_000  # that one round places; the next goes on
-REJECTED_S = 3600  # a host that rejected a workload comes last for it this long
+REJECTED_S = 3600  # a host that rejected a workload comes last for it this long, as do its ports
 NUDGE_AFTER_S = (0.0, 0.3, 0.9)  # packets get lost
 LOG_LINES = 100
 LOG_LINES_MAX = 1_000
@@ -710,6 +710,7 @@ class Place:
     port_slots: set[int]
     labels: Mapping[str, str]
     takes_secrets: bool = False  # its disk is encrypted, and its agent knows them
+    refused_slots: Collection[int] = ()  # of what it rejected of late: they come last
 
 
 Spot = tuple[int, int, Place]  # less memory_bytes, host_no: the one with most free comes first
@@ -2255,8 +2256,8 @@ def plan_rollout(demand: Demand) -> tuple[list[int], list[int]]:
 
 
 def decide_wait_s(rejections: int) -> float:
-    """Seconds that a replica waits after so many hosts of late could not run it."""
-    return float(min(5 * 2 ** min(rejections - 1, 6), 300)) if rejections else 0.0
+    """Seconds that a replica waits after hosts of late could not run it; after the first, none."""
+    return float(min(5 * 2 ** min(rejections - 2, 6), 300)) if rejections > 1 else 0.0
 
 
 def order_demands(demands: Sequence[Demand], turns: Mapping[int, int]) -> list[Demand]:
@@ -2431,7 +2432,8 @@ def take_place(demand: Demand, replica: int, place: Place) -> Placement:
     """Put a replica there: what it needs is not free any more."""
     spec, slot = demand.spec, None
     if spec["ports"]:
-        slot = next(n for n in range(PORT_SLOTS) if n not in place.port_slots)
+        ways = (place.port_slots.union(place.refused_slots), place.port_slots)
+        slot = next(n for held in ways for n in range(PORT_SLOTS) if n not in held)
         place.port_slots.add(slot)
     place.cpu_milli -= spec["cpu_milli"]
     place.memory_bytes -= spec["memory_bytes"]
@@ -4171,7 +4173,7 @@ GRANT UPDATE (credit_limit_micros, out_of_credit_at) ON customers TO @ROLE@;
     ),
     (
         12,
-        "sessions of heartbeats, one currency, egress by what is possible",
+        "sessions of heartbeats, one currency, possible egress, rejected ports",
         """
 ALTER TABLE liveness ADD session_at timestamptz;
 COMMENT ON COLUMN liveness.session_at IS 'When the session began that seq is of';
@@ -4189,6 +4191,9 @@ CREATE TRIGGER usage_lines_final BEFORE DELETE ON usage_lines FOR EACH ROW
   EXECUTE FUNCTION refuse_change('usage_lines are kept');
 CREATE TRIGGER usage_lines_whole BEFORE TRUNCATE ON usage_lines FOR EACH STATEMENT
   EXECUTE FUNCTION refuse_change('usage_lines are kept');
+
+CREATE INDEX assignments_refused ON assignments (ended_at)
+  WHERE state = 'rejected' AND port_slot IS NOT NULL;
 
 GRANT UPDATE (session_at) ON liveness TO @ROLE@;
 GRANT UPDATE (currency) ON cp_state TO @ROLE@;
@@ -4920,13 +4925,17 @@ SELECT h.host_no, h.arch, h.namespace, h.labels,
   (h.offered_cpu_milli - coalesce(u.cpu_milli, 0))::integer AS cpu_milli,
   (h.offered_memory_bytes - coalesce(u.memory_bytes, 0))::bigint AS memory_bytes,
   coalesce(u.assignments, 0)::integer AS assignments, coalesce(u.port_slots, '{{}}') AS port_slots,
+  coalesce(r.port_slots, '{{}}') AS refused_slots,
   h.disk_encrypted AND h.takes_secrets AS takes_secrets
 FROM hosts h LEFT JOIN namespaces n ON n.namespace = h.namespace LEFT JOIN (
   SELECT host_no, count(*) AS assignments,
     sum(cpu_milli) FILTER (WHERE state NOT IN ('finished', 'failed')) AS cpu_milli,
     sum(memory_bytes) FILTER (WHERE state NOT IN ('finished', 'failed')) AS memory_bytes,
     array_agg(port_slot) FILTER (WHERE port_slot IS NOT NULL) AS port_slots
-  FROM assignments WHERE ended_at IS NULL GROUP BY host_no) u USING (host_no)
+  FROM assignments WHERE ended_at IS NULL GROUP BY host_no) u USING (host_no) LEFT JOIN (
+  SELECT host_no, array_agg(DISTINCT port_slot) AS port_slots FROM assignments
+  WHERE state = 'rejected' AND port_slot IS NOT NULL
+    AND ended_at > now() - make_interval(secs => %(window_s)s) GROUP BY host_no) r USING (host_no)
 WHERE h.status = 'online' AND h.engine_version <> '' AND {HOST_IS_PLAIN}
 """
 
@@ -6976,7 +6985,7 @@ async def place(db: Database, turns: Mapping[int, int] | None = None) -> Round:
         elif demands:
             places = [
                 Place(**{**row, "port_slots": set(row["port_slots"])})
-                for row in await tx.dicts(SQL_PLACES)
+                for row in await tx.dicts(SQL_PLACES, window_s=REJECTED_S)
             ]
             demands = order_demands(demands, turns or {})
             made, reasons, left = await asyncio.to_thread(decide_places, demands, places)

@@ -59,6 +59,14 @@ INSERT INTO assignments (workload_no, revision, replica, host_no, spec, cpu_mill
 SELECT workload_no, 1, 0, {hosts}, spec, 100, 67108864, 500 + row_number() OVER (), 'running'
 FROM workloads WHERE name LIKE 'lost%';
 """
+# What hosts rejected: two copies each of late, and a hundred before.
+PAST_SQL = """
+INSERT INTO assignments (workload_no, revision, replica, host_no, spec, cpu_milli, memory_bytes,
+  port_slot, state, ended_at)
+SELECT 1 + n % 5000, 1, 0, 1 + n % {hosts}, '{spec}', 100, 67108864, n % 1000, 'rejected',
+  now() - CASE WHEN n < 2 * {hosts} THEN '1 min' ELSE '1 d' END::interval
+FROM generate_series(0, 100 * {hosts} - 1) AS n;
+"""
 
 
 def test_the_choice(record: Record) -> None:
@@ -172,7 +180,7 @@ def test_rounds(tmp_path: Path, record: Record) -> None:
         fill(cp, HOSTS, 30)
         sizes = {"hosts": HOSTS, "copies": COPIES, "lost": LOST}
         spec = json.dumps(SPEC)
-        for sql in (COPIES_SQL, ONE_SQL):
+        for sql in (COPIES_SQL, ONE_SQL, PAST_SQL):
             postgres.execute(cp.database, sql.format(spec=spec, **sizes))
         postgres.execute(cp.database, "VACUUM ANALYZE")
         asyncio.run(cp_server.with_database(cp.dsn_file, lambda db: measure(cp, db, record)))

@@ -212,10 +212,13 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
         other = socket.create_server(("127.0.0.1", 20_000))
     with other:
         taken = fleet.post(name="taken", ports=[8080])
-        wait_for("a port in use", lambda: fleet.list_past(taken), 30)
-    (past, *_) = fleet.list_past(taken)
+        now, past = fleet.tenant.wait(taken, "running", 30)["assignments"]
+        after = fleet.post(name="after", ports=[8080])
+        (later,) = fleet.tenant.wait(after, "running", 30)["assignments"]
     said = "a port is taken on this host (it asks for 20000)"
     assert (past["state"], past["reason"]) == ("rejected", said)
+    assert now["endpoints"][0]["address"].endswith(":20008")
+    assert later["endpoints"][0]["address"].endswith(":20016")  # it was not tried at 20000
     assert "exit code 3" in fleet.tenant.wait(ends, "failed")["reasons"][0]
     assert "memory" in fleet.tenant.wait(hog, "failed")["reasons"][0]
     assert fleet.tenant.get(hog)["assignments"][0]["exit_code"] == 137
@@ -229,8 +232,6 @@ def test_what_cannot_run_says_the_true_reason(fleet: Fleet) -> None:
     (past, *_) = fleet.list_past(gone)
     assert past["state"] == "rejected"
     assert past["reason"]
-    # The port is free again: in its turn it runs there.
-    wait_for("a place", lambda: fleet.tenant.get(taken)["state"] == "running" or None, 60)
 
 
 def read_logs(fleet: Fleet, workload: dict[str, Any], query: str = "") -> dict[str, Any]:

@@ -509,6 +509,23 @@ def test_ports_of_one_host_are_not_given_twice() -> None:
 
 
 @pytest.mark.parametrize(
+    ("held", "refused", "slots"),
+    [
+        (set(), {0}, [1, 2]),
+        ({1}, {0, 2}, [3, 4]),
+        ({*range(1_021)}, {1_021, 1_023}, [1_022, 1_021]),  # all that is left
+        ({*range(1_022)}, {*range(1_024)}, [1_022, 1_023]),
+    ],
+)
+def test_ports_that_a_host_refused_of_late_come_last(
+    held: set[int], refused: set[int], slots: list[int]
+) -> None:
+    spot = make_place(1, port_slots=held, refused_slots=refused)
+    made, *_ = cp_server.decide_places([make_demand(2, spec={"ports": [80]})], [spot])
+    assert [each.port_slot for each in made] == slots
+
+
+@pytest.mark.parametrize(
     ("demand", "places", "said"),
     [
         (make_demand(), [], "no host is ready for work now"),
@@ -521,9 +538,9 @@ def test_ports_of_one_host_are_not_given_twice() -> None:
         (make_demand(spec=WITH_SECRETS, secrets_lost=True), [PRIVATE], cp_server.SECRETS_LOST),
         (make_demand(), [make_place(1, cpu_milli=-5)], "the most of each is 0 and 1073741824"),
         (
-            make_demand(rejections={0: Rejections(2, 9.0, "image not found")}),
+            make_demand(rejections={0: Rejections(3, 9.0, "image not found")}),
             [make_place(1)],
-            "a host could not run it: image not found; tried 2 times of late, again 10 s after",
+            "a host could not run it: image not found; tried 3 times of late, again 10 s after",
         ),
     ],
 )
@@ -534,7 +551,7 @@ def test_why_there_is_no_place(demand: Demand, places: list[Place], said: str) -
 
 
 @pytest.mark.parametrize(
-    ("times", "wait_s"), [(0, 0), (1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (99, 300)]
+    ("times", "wait_s"), [(0, 0), (1, 0), (2, 5), (3, 10), (4, 20), (7, 160), (8, 300), (99, 300)]
 )
 def test_how_long_a_rejected_replica_waits(times: int, wait_s: float) -> None:
     assert cp_server.decide_wait_s(times) == wait_s
@@ -687,11 +704,11 @@ def test_what_fits_nowhere_holds_up_nobody() -> None:
 
 
 def test_a_replica_that_waits_does_not_hold_up_the_others() -> None:
-    demand = make_demand(2, rejections={0: Rejections(1, 4.0, "x")})
+    demand = make_demand(2, rejections={0: Rejections(2, 4.0, "x")})
     made, reasons = place([demand], [make_place(1)])
     assert made == {(1, 1): 1}
     assert set(reasons) == {1}
-    demand = dataclasses.replace(demand, rejections={0: Rejections(1, 5.0, "x")})
+    demand = dataclasses.replace(demand, rejections={0: Rejections(2, 5.0, "x")})
     assert place([demand], [make_place(1)]) == ({(1, 0): 1, (1, 1): 1}, {})
 
 
