@@ -2523,8 +2523,9 @@ def decide_workload(workload: Workload, assignments: Sequence[Assignment]) -> tu
         if number not in live or explain_copy(live[number])
     ]
     reasons = [SECRETS_LOST, *reasons] if workload.secrets_lost else reasons
-    wanted = [live.get(number) for number in range(workload.replicas)]
-    states = [each.state if each and not each.stop_reason else "none" for each in wanted]
+    wanted = [each for n, each in live.items() if n < workload.replicas and not each.stop_reason]
+    # A copy that runs by the last word of an absent host does not count: explain_copy knows.
+    states = [each.state for each in wanted if each.state != "running" or not explain_copy(each)]
     if any(each.revision != workload.revision for each in live.values()):
         return "updating", reasons
     for state in ("running", "finished", "failed"):

@@ -544,6 +544,7 @@ def test_a_silent_host_keeps_its_copy_until_its_right_is_over(
     wait_for(
         "offline", lambda: "its host is offline" in str(tenant.get(workload)["reasons"]) or None
     )
+    assert tenant.get(workload)["state"] == "pending"
     assert second.beat() == {}
     wait_for("lost and placed again", lambda: second.obey() or None, 25)
     found = tenant.wait(workload, "running")

@@ -824,6 +824,10 @@ RUNS = make_assignment
 WAITS: dict[str, Any] = {"state": "waiting", "reason": "ended with exit code 1"}
 
 
+def say_away(status: str) -> str:
+    return f"its host is {status}; it moves when the host's right to run it is over"
+
+
 @pytest.mark.parametrize(
     ("workload", "copies", "state", "reasons"),
     [
@@ -851,11 +855,34 @@ WAITS: dict[str, Any] = {"state": "waiting", "reason": "ended with exit code 1"}
             ["replica 1: ended with exit code 1"],
         ),
         (make_workload(replicas=2), [RUNS(), RUNS(1)], "running", []),
+        *(
+            (
+                make_workload(),
+                [RUNS(host_status=status)],
+                "pending",
+                [f"replica 0: {say_away(status)}"],
+            )
+            for status in ("offline", "quarantined", "revoked")
+        ),
+        (make_workload(), [RUNS(host_status="paused")], "running", []),
+        (
+            make_workload(replicas=2),
+            [RUNS(), RUNS(1, host_status="offline")],
+            "degraded",
+            [f"replica 1: {say_away('offline')}"],
+        ),
+        (
+            make_workload(replicas=2),
+            [RUNS(host_status="offline"), RUNS(1, host_status="offline")],
+            "pending",
+            [f"replica {number}: {say_away('offline')}" for number in range(2)],
+        ),
+        # What ended has ended, wherever its host is.
         (
             make_workload(),
-            [RUNS(host_status="offline")],
-            "running",
-            ["replica 0: its host is offline; it moves when the host's right to run it is over"],
+            [RUNS(state="finished", host_status="offline")],
+            "finished",
+            [f"replica 0: {say_away('offline')}"],
         ),
         (
             make_workload(),
