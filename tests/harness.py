@@ -128,7 +128,21 @@ class Postgres:
         return ["setpriv", *(switch if self.user else []), "--pdeathsig=KILL", "--", *full]
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it answers.
+
+        It ends at once while one that was killed has backends left: they see that soon, or when
+        their statement is over. Then it is tried again.
+        """
+
+        def probe() -> bool | None:
+            if self.child is None or self.child.poll() is not None:
+                self._launch()
+                time.sleep(0.1)
+            return cp_server.can_connect(self.dsn("postgres"))
+
+        wait_for("PostgreSQL", probe, 30)
+
+    def _launch(self) -> None:
         options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={self.directory}"]
         options += ["-c", "max_connections=60", *self.settings]
         with (self.directory.parent / "postgres.log").open("ab") as output:
@@ -137,10 +151,12 @@ class Postgres:
                 stderr=output,
                 start_new_session=True,
             )
-        wait_for("PostgreSQL", lambda: cp_server.can_connect(self.dsn("postgres")), 30)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server: SIGINT is its fast way, SIGQUIT its immediate one."""
+        """Stop the server: SIGINT is its fast way, SIGQUIT its immediate one.
+
+        SIGKILL ends the postmaster alone; the others see that, each when it next waits.
+        """
         assert self.child
         self.child.send_signal(how)
         self.child.wait(30)

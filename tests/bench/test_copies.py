@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import psycopg
+
 import agent as agent_script
 from tests.bench.conftest import Record
 from tests.engine import REGISTRY, Engine
@@ -235,9 +237,22 @@ def harm(
         cp.start()
 
     def kill_postgres() -> None:
-        postgres.stop(signal.SIGQUIT)
+        postgres.stop(signal.SIGKILL)
         time.sleep(chance.choice([0, 3]))
         postgres.start()
+
+    def kill_backend() -> None:
+        """One of the control plane's: PostgreSQL ends all others then, and recovers by itself."""
+        sql = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
+
+        def find() -> int | None:
+            with contextlib.suppress(psycopg.OperationalError):  # it recovers from the last time
+                pids = [int(row["pid"]) for row in cp.query(sql, cp.database)]
+                return chance.choice(pids) if pids else None
+            return None
+
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(wait_for("a backend", find), signal.SIGKILL)
 
     while time.monotonic() < until:
         home = chance.choice(homes)
@@ -248,6 +263,7 @@ def harm(
             "engine": home.kill_engine,
             "control plane": kill_cp,
             "PostgreSQL": kill_postgres,
+            "backend": kill_backend,
         }
         name = chance.choice([*ways])
         print(f"{time.strftime('%T')} {name} of home {homes.index(home)}, away {away_s} s")
