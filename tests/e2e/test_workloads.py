@@ -46,6 +46,8 @@ for port in map(int, sys.argv[1:]):
     server = socketserver.ThreadingTCPServer(("", port), http.server.SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever).start()
 """
+# Another machine of the home, and where a cloud has what its machines may know: the router too.
+LAN_MACHINE, METADATA = "192.0.2.77", "169.254.169.254"
 # The provider's own container, as the LAN reaches it.
 OWN = f"http://{HOME_LAN}:8081/"
 # Asks pages twice a second; a line for each: when, for how long, which, and what came of it.
@@ -236,44 +238,89 @@ def list_pids(home: Vm) -> list[str]:
     return [home.sh(f"{ENGINE} inspect -f '{{{{.State.Pid}}}}' {each}").strip() for each in ids]
 
 
+Targets = tuple[tuple[str, tuple[int, ...]], ...]
+# What only the fence keeps from a workload: the provider's own container reaches it.
+OUTSIDE: Targets = (
+    (ROUTER_LAN, (80, 443)),
+    (LAN_MACHINE, (80, 443)),
+    (HOME_LAN, (8000, 20000)),
+    (CP_WORLD, (443,)),
+    (HOME_WORLD, (80, 443)),
+    (METADATA, (80,)),
+    (INTERNET, (25, 465, 587)),
+)
+# IPv4 as IPv6 writes it, for which no address of IPv6 is needed.
+MAPPED = (f"[::ffff:{HOME_LAN}]:8000", f"[::ffff:{ROUTER_LAN}]:80")
+INTERNET_MAPPED = f"[::ffff:{INTERNET}]:80"
+# What follows, and IPv6 link-local, would be silent without the fence too: the control plane's own
+# firewall keeps these ports closed, and a container has no address of IPv6 and no way out by it.
+CLOSED_ANYWAY: Targets = ((CP_WORLD, (51820,)), ("10.77.0.1", (443,)))
+CLOSED_ANYWAY_6 = ("[fd00:77::2]:8000", "[2001:db8:77::2]:8000")
+
+
+def list_inside(gateway: str, other: str) -> Targets:
+    """What only the fence keeps from a workload, and from the provider's own container too.
+
+    The machine itself reaches it: the bridge, the tunnel's both ends, another workload.
+    """
+    hub = ("10.77.0.1", (9092,))
+    return ((ADDRESS, (8000, 20000)), (gateway, (8000, 20000)), hub, (other, (8080,)))
+
+
+def ask_ports(home: Vm, pid: str, targets: Targets) -> dict[str, str]:
+    """What the network of a process finds at these ports."""
+    inside = f"nsenter --target {pid} --net python3 /run/probe.py"
+    lines = [f"{inside} {host} {' '.join(map(str, ports))}" for host, ports in targets]
+    told = home.sh("\n".join(lines), timeout_s=300).splitlines()
+    return {
+        f"{host}:{port}": what
+        for (host, _), line in zip(targets, told, strict=True)
+        for port, what in json.loads(line).items()
+    }
+
+
+def ask_ipv6(home: Vm, pid: str, *targets: str) -> list[str]:
+    """Which of these answer the network of a process, be it with a refusal."""
+    inside = f"nsenter --target {pid} --net python3 /run/probe6.py"
+    return home.sh(f"{inside} {shlex.join(targets)}").splitlines()
+
+
+def read_gateway(home: Vm, pid: str) -> str:
+    """The address of a workload's bridge."""
+    inside = f"nsenter --target {pid} --net"
+    return home.sh(f"{inside} ip -4 route show default | cut -d ' ' -f 3").strip()
+
+
+def read_address(home: Vm, pid: str) -> str:
+    """A workload's own address."""
+    return home.sh(f"nsenter --target {pid} --net hostname -I").split()[0]
+
+
 def reached(home: Vm, pid: str, other: str) -> list[str]:
     """What answers a workload, be it with a refusal, of all that must not."""
-    home.put(PROBE_6.encode(), "/run/probe6.py")
-    inside = f"nsenter --target {pid} --net"
-    gateway = home.sh(f"{inside} ip -4 route show default | cut -d ' ' -f 3").strip()
-    found = []
-    for host, ports in (
-        (ROUTER_LAN, (80, 443)),
-        (HOME_LAN, (8000, 20000)),
-        (ADDRESS, (8000, 20000)),
-        (gateway, (8000, 20000)),
-        (CP_WORLD, (443, 51820)),
-        (HOME_WORLD, (80, 443)),
-        ("10.77.0.1", (9092, 443)),
-        (other, (8080,)),
-        ("169.254.169.254", (80,)),
-        (INTERNET, (25, 465, 587)),
-    ):
-        answers = json.loads(
-            home.sh(f"{inside} python3 /run/probe.py {host} {' '.join(map(str, ports))}")
-        )
-        found += [f"{host}:{port}" for port, what in answers.items() if what != "silent"]
+    targets = (*OUTSIDE, *list_inside(read_gateway(home, pid), other), *CLOSED_ANYWAY)
+    found = [each for each, what in ask_ports(home, pid, targets).items() if what != "silent"]
     link = home.sh("cat /sys/class/net/oi-*/address | sed -n 1p").strip()
     first, *rest = (int(each, 16) for each in link.split(":"))
     words = [first ^ 2, *rest[:2], 0xFF, 0xFE, *rest[2:]]
     local = "fe80::" + ":".join(
         f"{a:02x}{b:02x}" for a, b in zip(words[::2], words[1::2], strict=True)
     )
-    targets = [f"[{local}%eth0]:8000", f"[::ffff:{HOME_LAN}]:8000", "[fd00:77::2]:8000"]
-    targets += ["[2001:db8:77::2]:8000", f"[::ffff:{ROUTER_LAN}]:80"]
-    quoted = " ".join(f"'{each}'" for each in targets)
-    return found + home.sh(f"{inside} python3 /run/probe6.py {quoted}").split("\n")[:-1]
+    return found + ask_ipv6(home, pid, *MAPPED, *CLOSED_ANYWAY_6, f"[{local}%eth0]:8000")
+
+
+def list_silent(home: Vm, pid: str, targets: Targets) -> list[str]:
+    """Which of these, and of MAPPED, do not answer the network of a process at all."""
+    asked, mapped = ask_ports(home, pid, targets), ask_ipv6(home, pid, *MAPPED)
+    answers = ("open", "ECONNREFUSED")
+    silent = [f"{each} {what}" for each, what in asked.items() if what not in answers]
+    return silent + [each for each in MAPPED if each not in mapped]
 
 
 def is_online(home: Vm, pid: str) -> bool:
-    """A workload reaches the internet."""
-    inside = f"nsenter --target {pid} --net python3 /run/probe.py {INTERNET} 80"
-    return bool(json.loads(home.sh(inside)) == {"80": "open"})
+    """A workload reaches the internet, also by IPv4 as IPv6 writes it."""
+    found = ask_ports(home, pid, ((INTERNET, (80,)),)), ask_ipv6(home, pid, INTERNET_MAPPED)
+    return found == ({f"{INTERNET}:80": "open"}, [INTERNET_MAPPED])
 
 
 class Scene:
@@ -284,7 +331,8 @@ class Scene:
         self.serve()
         router.sh(
             f"ip address add {INTERNET}/32 dev lo; ip address add {ROUTER_WORLD}/24 dev eth0; "
-            f"ip address add {HOME_WORLD}/32 dev lo; sysctl -qw net.ipv4.ip_forward=1; "
+            f"ip address add {HOME_WORLD}/32 dev lo; ip address add {METADATA}/32 dev lo; "
+            f"ip address add {LAN_MACHINE}/24 dev eth0; sysctl -qw net.ipv4.ip_forward=1; "
             "iptables -t nat -A POSTROUTING "
             f"-s {HOME_LAN} -d {CP_WORLD} -j SNAT --to {HOME_WORLD}; "
             "sysctl -qw net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.eth0.send_redirects=0"
@@ -319,6 +367,7 @@ class Scene:
         )
         serve(self.machine, 8000)
         probe(self.machine, "127.0.0.1", 8000)  # which lays probe.py
+        self.machine.put(PROBE_6.encode(), "/run/probe6.py")
 
     def own_answers(self) -> bool:
         """The provider's own container answers the LAN."""
@@ -342,10 +391,22 @@ class Scene:
         wait_calmly("both copies", lambda: len(list_pids(self.machine)) == 2 or None, 120)
         wait_calmly("their ports", lambda: self.answers() or None, 60)
 
+    def check_unfenced(self) -> None:
+        """What the fence keeps from workloads answers the machine and the provider's container."""
+        machine, (first, second) = self.machine, list_pids(self.machine)
+        inside = list_inside(read_gateway(machine, first), read_address(machine, second))
+        own = machine.sh("docker inspect -f '{{.State.Pid}}' mine").strip()
+        for pid, targets in (("1", (*OUTSIDE, *inside)), (own, OUTSIDE)):
+            for _ in range(3):  # a packet may be lost, or late
+                silent = list_silent(machine, pid, targets)
+                if not silent:
+                    break
+            assert silent == [], f"in the network of process {pid}"
+
     def check_fence(self) -> None:
         """Nothing of the home, of the fleet, of another workload; but the internet."""
         first, second = list_pids(self.machine)
-        other = self.machine.sh(f"nsenter --target {second} --net hostname -I").split()[0]
+        other = read_address(self.machine, second)
         wait_for("the internet", lambda: is_online(self.machine, first) or None, 60)
         assert reached(self.machine, first, other) == []
 
@@ -709,6 +770,7 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     for one in inspect(machine):
         assert (list_broken(one), one["AppArmorProfile"]) == ([], "docker-default")
     assert set(probe(scene.router, HOME_LAN, 20000, 20008).values()) <= {"silent", "ECONNREFUSED"}
+    scene.check_unfenced()
     scene.check_fence()
     check_both_dockers(scene)
     machine.sh("iptables -F; nft flush ruleset")
