@@ -75,6 +75,11 @@ for name in sh sleep httpd cat; do ln -sf busybox /srv/image/bin/$name; done
 tar -C /srv/image -c . | docker import - web:latest
 """
 HTTPD = ["/bin/sh", "-c", "echo at your service; exec /bin/httpd -f -p 8080 -h /www"]
+# It is deaf to SIGTERM, as a signal that a shell ignores stays ignored in what takes its place.
+DEAF = ["/bin/sh", "-c", "trap '' TERM; exec /bin/httpd -f -p 8080 -h /www"]
+# A late copy is gone so long after the first heartbeat that its host's control plane hears: 10 s
+# from SIGTERM to SIGKILL, and what a slow engine takes for either, and to say so.
+LATE_MAX_S = 30
 ENGINE = "docker --host=unix:///run/openinfra/engine.sock"
 # IPv6, and IPv4 as IPv6 writes it, from inside a workload; each that answers is printed.
 PROBE_6 = """
@@ -234,8 +239,12 @@ def inspect(home: Vm) -> list[dict[str, Any]]:
 def list_pids(home: Vm) -> list[str]:
     """The first process of each workload that runs; none while the engine is not up."""
     asked = home.exec([*ENGINE.split(), "ps", "-q", "--filter=label=openinfra.assignment"])
-    ids = asked.stdout.decode().split()
-    return [home.sh(f"{ENGINE} inspect -f '{{{{.State.Pid}}}}' {each}").strip() for each in ids]
+    found = []
+    for each in asked.text.split():
+        done = home.exec([*ENGINE.split(), "inspect", "--format={{.State.Pid}}", each])
+        assert done.code == 0 or b"no such object" in done.stderr.lower(), done
+        found.append(done.text.strip())
+    return [pid for pid in found if pid not in ("", "0")]  # it ended meanwhile, and may be gone
 
 
 Targets = tuple[tuple[str, tuple[int, ...]], ...]
@@ -562,11 +571,38 @@ def test_what_a_workload_may_not_do_to_the_machine(scene: Scene) -> None:
     scene.operator.check()
 
 
-def are_ready(operator: Operator) -> bool:
-    """Both homes are online and take work."""
+def list_hosts(operator: Operator) -> list[dict[str, Any]]:
+    """All hosts, as the operator sees them."""
     asked = "curl -sS https://cp.coledex.com/api/v1/admin/hosts -H 'Authorization: Bearer '"
     rows = json.loads(operator.say(f"{asked}$ADMIN_JWT"))["hosts"]
+    assert isinstance(rows, list)
+    return rows
+
+
+def are_ready(operator: Operator) -> bool:
+    """Both homes are online and take work."""
+    rows = list_hosts(operator)
     return [row["assignable"] and row["status"] == "online" for row in rows] == [True, True]
+
+
+def see_late_end(operator: Operator, late: Vm, pid: str) -> None:
+    """Let a machine go on whose copy runs elsewhere by now, and see its own one, a process, end."""
+
+    def read_heartbeat() -> str:
+        (row,) = (row for row in list_hosts(operator) if row["hostname"] == late.name)
+        return str(row["last_heartbeat_at"])
+
+    before, began = read_heartbeat(), time.monotonic()
+    late.thaw()
+    wait_calmly("a heartbeat of that machine", lambda: read_heartbeat() != before or None, 90)
+    touched = time.monotonic()
+    try:
+        there = ["test", "-e", f"/proc/{pid}"]
+        wait_calmly("the end of its late copy", lambda: late.exec(there).code == 1, LATE_MAX_S)
+    finally:
+        ended = time.monotonic()
+        how = f"{ended - touched:.0f} s after its machine was heard, {ended - began:.0f} s after"
+        print(f"looked for a late copy until {how} it went on")
 
 
 def see_it_move(operator: Operator, old: Vm | None, new: Vm) -> None:
@@ -620,11 +656,21 @@ def test_a_home_goes_dark(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
     customer = Customer(homes[ADDRESS], operator)
     image = customer.push()
     wait_calmly("both homes", lambda: are_ready(operator) or None, 90)
-    made = customer.order("web", image, HTTPD, ports=[8080])
+    made = customer.order("web", image, DEAF, ports=[8080])
     found = customer.wait(made, "running")
     (address,) = {each["endpoints"][0]["address"] for each in found["assignments"]}
     first = homes[address.partition(":")[0]]
     (second,) = (each for each in homes.values() if each is not first)
+    ask = ["curl", "-sf", "--max-time", "3", f"http://{address}/"]
+
+    def is_serving() -> bool:
+        return operator.vm.exec(ask).stdout == b"hello\n"
+
+    wait_calmly("its port", lambda: is_serving() or None, 60)
+    (pid,) = list_pids(first)
+    first.sh(f"kill -TERM {pid}")
+    wait_calmly("its port after a SIGTERM", lambda: is_serving() or None, 60)
+    assert list_pids(first) == [pid]
 
     network.partition(first.name)
     see_it_move(operator, first, second)
@@ -632,13 +678,11 @@ def test_a_home_goes_dark(make_vm: MakeVm, network: Network, vps: Vps, home: Sna
     wait_calmly("both again", lambda: are_ready(operator) or None, 200)
     assert (list_pids(first), len(list_pids(second))) == ([], 1)
 
+    (late,) = list_pids(second)
     second.freeze()
     see_it_move(operator, None, first)
     (runs,) = list_pids(first)
-    second.thaw()
-    began = time.monotonic()
-    wait_calmly("the end of its late copy", lambda: not list_pids(second) or None, 90)
-    print(f"a late copy ended {time.monotonic() - began:.0f} s after its machine went on")
+    see_late_end(operator, second, late)
     wait_calmly("both again", lambda: are_ready(operator) or None, 200)
     assert (list_pids(first), list_pids(second)) == ([runs], [])
 
