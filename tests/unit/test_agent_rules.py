@@ -735,6 +735,8 @@ def test_foreign_words_stay_on_their_line(capsys: pytest.CaptureFixture[str]) ->
 # Control socket, status and doctor
 # ------------------------------------------------------------------------------------------------
 
+COPY_ID = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f0b"
+
 
 @pytest.mark.parametrize(
     ("line", "said"),
@@ -752,12 +754,14 @@ def test_foreign_words_stay_on_their_line(capsys: pytest.CaptureFixture[str]) ->
         (b'{"cmd":"earnings","x":1}\n', "fields"),
         (b'{"cmd":"earnings","month":"2026-13"}\n', "month"),
         (b'{"cmd":"earnings","month":202611}\n', "month"),
+        (b'{"cmd":"earnings","month":"2026-11-30"}\n', "month"),
         (b'{"cmd":"earnings","cursor":-1}\n', "cursor"),
         (b'{"cmd":"earnings","cursor":true}\n', "cursor"),
         (b'{"cmd":"earnings","cursor":2147483648}\n', "cursor"),
         (b'{"cmd":"earnings","assignment":"web"}\n', "assignment"),
         (b'{"cmd":"earnings","assignment":"\\ud800"}\n', "assignment"),
         (b'{"cmd":"earnings","assignment":7}\n', "assignment"),
+        (b'{"cmd":"earnings","assignment":"%s0"}\n' % COPY_ID.encode(), "assignment"),
         (b'{"cmd":"pause","assignment":""}\n', "fields"),
     ],
 )
@@ -769,13 +773,12 @@ def test_bad_request_is_told(line: bytes, said: str) -> None:
 def test_request() -> None:
     assert agent.parse_request(b'{"cmd":"status"}\n') == agent.Ask("status")
     assert agent.parse_request(b'{"cmd":"leave"}\n') == agent.Ask("leave")
-    line = b'{"cmd":"earnings","month":"2026-11","cursor":200}\n'
-    assert agent.parse_request(line) == agent.Ask("earnings", "2026-11", 200)
+    line = b'{"cmd":"earnings","month":"2026-11","cursor":2147483647}\n'
+    assert agent.parse_request(line) == agent.Ask("earnings", "2026-11", 2**31 - 1)
     line = b'{"cmd":"earnings","assignment":"%s"}\n' % COPY_ID.encode()
     assert agent.parse_request(line) == agent.Ask("earnings", assignment=COPY_ID)
 
 
-COPY_ID = "5f0c6c1e-8d4b-4a7e-9f21-5b6d7c8e9f0b"
 PAUSED = agent.Pause("2026-01-02 03:04 UTC")
 LEAVING = agent.Pause("2026-01-02 03:04 UTC", True)
 UNREADABLE = agent.Pause("")
@@ -1126,7 +1129,7 @@ def test_earnings_as_a_table(is_preliminary: bool) -> None:
         month="2026-11",
         currency="EUR",
         preliminary=is_preliminary,
-        share_micros=987_653,
+        share_micros=5_000_010,  # of all pages
         lines=lines,
         next_cursor=7,
     )
@@ -1136,16 +1139,39 @@ def test_earnings_as_a_table(is_preliminary: bool) -> None:
     *rows, total = agent.render_earnings_table(found).splitlines()
     assert [re.split(" {2,}", row) for row in rows] == EARNED
     assert len({len(row) for row in rows}) == 1
-    assert total == f"earned in 2026-11: 0.987653 EUR{more}"
+    assert total == f"earned in 2026-11: 5.000010 EUR{more}"
+
+
+def test_earnings_of_a_strange_control_plane() -> None:
+    """It sends no more lines than a page has, and no word that a terminal obeys."""
+    line = pb.EarningsLine(assignment_id="\x1b", workload="\x1b", hour_at="\x1b")
+    reply = pb.EarningsReply(month="\x1b", currency="\x1b", lines=[line] * 201)
+    found: Any = agent.render_earnings_page(reply)
+    assert len(found["lines"]) == 200
+    assert "\\u001b" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("micros", "text"),
+    [(0, "0.000000"), (1, "0.000001"), (-1, "-0.000001"), (-1_500_000, "-1.500000")],
+)
+def test_millionths(micros: int, text: str) -> None:
+    assert agent.render_micros(micros) == text
+
+
+def test_what_was_earned_is_of_hours_that_are_closed() -> None:
+    earned = pb.Earnings(month="2026-11", currency="EUR\x1b", micros=1_500_000)
+    said = agent.render_earnings(earned)
+    assert "\x1b" not in said
+    assert said.startswith("1.500000 EUR")
+    assert said.endswith(" in 2026-11, of hours that are closed")
 
 
 def test_hours_as_a_table() -> None:
     """Each with the prices of its card; one that came late has another part."""
-    hour_at = "2026-11-30T20:00:00.000Z"
-    lines = [
-        pb.EarningsLine(assignment_id=COPY_ID, hour_at=hour_at, part=part, share_micros=part)
-        for part in (1, 2)
-    ]
+    which: Any = {"assignment_id": COPY_ID, "workload": "acme/web", "replica": 3}
+    which["hour_at"] = "2026-11-30T20:00:00.000Z"
+    lines = [pb.EarningsLine(**which, part=part, share_micros=part) for part in (1, 2)]
     found = agent.render_earnings_page(pb.EarningsReply(month="2026-11", lines=lines))
     rows = agent.render_earnings_table(found).splitlines()
     assert [row.split()[0] for row in rows[1:3]] == ["2026-11-30T20:00/1", "2026-11-30T20:00/2"]
