@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 import cp_server
-from tests.harness import ControlPlane
+from tests.harness import ControlPlane, wait_for
 from tests.integration.test_http_api import check_shape
 
 CUSTOMERS, ACCOUNT = "/api/v1/admin/customers", "/api/v1/account"
@@ -45,6 +45,19 @@ def mint(cp: ControlPlane, customer: dict[str, Any], note: str = "ci") -> str:
 def open_account(cp: ControlPlane, key: str) -> int:
     """The status of a request with this key."""
     return cp.call("GET", ACCOUNT, token=key)[0]
+
+
+WAITING = "SELECT 1 FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+
+
+def post_together(cp: ControlPlane, table: str, path: str, *orders: dict[str, Any]) -> list[int]:
+    """The statuses of two requests; both are to write to this table before one of them may."""
+    with psycopg.connect(cp.postgres.dsn(cp.database)) as holder, ThreadPoolExecutor(2) as pool:
+        holder.execute(f"LOCK TABLE {table} IN SHARE MODE".encode())
+        asked = [pool.submit(cp.call, "POST", path, order) for order in orders]
+        wait_for("both wait", lambda: len(cp.query(WAITING, cp.database)) == 2 or None)
+        holder.rollback()
+        return [each.result()[0] for each in asked]
 
 
 def test_from_a_customer_to_a_revoked_key(cp: ControlPlane) -> None:
@@ -149,7 +162,7 @@ def test_a_customer_has_so_many_keys(cp: ControlPlane) -> None:
     assert (statuses.count(201), statuses.count(409)) == (keys, 10)
     good = next(answer for status, answer in found if status == 201)
     assert cp.call("DELETE", f"{path}/{good['key_id']}")[0] == 200
-    assert cp.call("POST", path, {})[0] == 201
+    assert sorted(post_together(cp, "customer_keys", path, {}, {})) == [201, 409]
 
 
 def test_a_customer_has_namespaces(cp: ControlPlane) -> None:
@@ -173,10 +186,12 @@ def test_a_customer_has_namespaces(cp: ControlPlane) -> None:
         assert (status, answer["error"]["field"]) == (409, "namespace")
     for bad in ("x", "-a", "Kuma", "solana:x"):
         assert cp.call("POST", path, {"namespace": bad})[0] == 400
-    with ThreadPoolExecutor(8) as pool:
-        names = [f"{name}-{number}" for number in range(cp_server.CUSTOMER_NAMESPACES_MAX)]
-        found = list(pool.map(lambda each: cp.call("POST", path, {"namespace": each})[0], names))
-    assert (found.count(200), found.count(409)) == (len(names) - 2, 2)
+    names = [f"{name}-{number}" for number in range(cp_server.CUSTOMER_NAMESPACES_MAX - 1)]
+    for each in names[2:]:
+        assert cp.call("POST", path, {"namespace": each})[0] == 200
+    orders = [{"namespace": each} for each in names[:2]]
+    assert sorted(post_together(cp, "customer_namespaces", path, *orders)) == [200, 409]
+    assert len(cp.call("GET", ACCOUNT, token=key)[1]["namespaces"]) == len(names) + 1
 
 
 def test_what_opens_nothing(cp: ControlPlane) -> None:
