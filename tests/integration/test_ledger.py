@@ -254,26 +254,29 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
 
 def test_a_statement_is_final_once_all_of_its_month_is_booked(fresh: Books) -> None:
     """Also when one copy cannot be billed for days, whose customer gets no invoice meanwhile."""
-    add_fleet(fresh, WEB)
+    other = oracle.Copy("b", "b", "gull", "h2", "vole", 500, 10**9)
+    add_fleet(fresh, WEB, other)
     march = dt.date(2026, 3, 1)
-    name = namespace_of("mole")
 
-    def is_preliminary() -> bool:
+    def is_preliminary(provider: str, host: str) -> bool:
+        """Of the provider's statement, and of what its one host is told."""
+        name = namespace_of(provider)
         bill = in_database(fresh, lambda db: cp_server.read_statement(db, name, march))
+        order = cp_server.EarningsOrder(fresh.hosts[host], "10.77.0.2", march, 0)
+        part, _ = in_database(fresh, lambda db: cp_server.read_earnings(db, order, False))
+        assert part.is_preliminary == bill.is_preliminary
         return bill.is_preliminary
 
     end = T + 4 * HOUR  # the first of April
+    # What ran on the other host has ended, and is booked.
+    run(fresh, [*beats("h2", T, T + 60 * S, {"b"}), *beats("h2", T + 90 * S, T + 90 * S, set())])
     run(fresh, beats("h1", T, end + HOUR, {"a"}), is_closed=False)
-    fresh.set_time(end + 23 * HOUR)
-    assert is_preliminary()
-    fresh.set_time(end + 25 * HOUR)
-    assert is_preliminary()
+    for time_us, is_open in ((end + 24 * HOUR - 1, True), (end + 25 * HOUR, False)):
+        fresh.set_time(time_us)
+        assert is_preliminary("mole", "h1")
+        assert is_preliminary("vole", "h2") == is_open
     run(fresh, [end + 25 * HOUR])
-    assert not is_preliminary()
-    other = in_database(
-        fresh, lambda db: cp_server.read_statement(db, namespace_of("other"), march)
-    )
-    assert not other.is_preliminary
+    assert not is_preliminary("mole", "h1")
 
 
 def test_the_currency_is_final_once_there_are_amounts(fresh: Books) -> None:
@@ -659,10 +662,19 @@ def test_a_host_reads_its_part_of_the_statement(
     with pytest.raises(cp_server.Refusal) as refused:
         read("h1", session_sha256=b"x" * 32)
     assert refused.value.code == "UNKNOWN_SESSION"
-    books.query(REVOKE)
-    with pytest.raises(cp_server.Refusal) as refused:
-        read("h1")
-    assert refused.value.code == "HOST_REVOKED"
+    ended = "UPDATE sessions SET ended_at = now() WHERE host_no = 1 RETURNING 1"
+    again = "UPDATE sessions SET ended_at = NULL WHERE host_no = 1 RETURNING 1"
+    quarantined = "UPDATE hosts SET status = 'quarantined' WHERE hostname = 'h1' RETURNING 1"
+    for change, code in (
+        (ended, "UNKNOWN_SESSION"),
+        (quarantined, "HOST_QUARANTINED"),
+        (REVOKE, "HOST_REVOKED"),
+    ):
+        books.query(change)
+        with pytest.raises(cp_server.Refusal) as refused:
+            read("h1")
+        assert refused.value.code == code
+        books.query(again)
     order = cp_server.EarningsOrder(books.hosts["h2"], "10.77.0.9", march, 0)
     with pytest.raises(cp_server.Refusal) as refused:
         in_database(books, lambda db: cp_server.read_earnings(db, order, True))
@@ -670,15 +682,20 @@ def test_a_host_reads_its_part_of_the_statement(
 
 
 def test_a_host_reads_the_hours_of_a_line(fresh: Books, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Page by page; they add up to the statement's lines, one for each rate card."""
-    monkeypatch.setattr(cp_server, "EARNINGS_LINES", 2)
+    """Page by page; they add up to the statement's lines, one for each rate card.
+
+    What came late of an hour follows it.
+    """
+    monkeypatch.setattr(cp_server, "EARNINGS_LINES", 3)
     books = fresh
     other = oracle.Copy("d", "d", "kuma", "h2", "mole", 500, 10**9)
     dear = oracle.RateCard("2", None, T + 2 * HOUR, 99_999, 7, 11, 500_000)
     add_fleet(books, WEB, other, cards=(CARD, dear))
     counter = oracle.Counter("a", "b", "c", 1, 1, 1, 10**9 + 1)
     last = oracle.Heartbeat(T + 3 * HOUR, "h1", 30_000, frozenset("a"), (counter,))
-    run(books, [*beats("h1", T, T + 3 * HOUR - 30 * S, {"a"}), last])
+    before = beats("h1", T, T + HOUR - 30 * S, {"a"})
+    after = beats("h1", T + 2 * HOUR + 600 * S, T + 3 * HOUR - 30 * S, {"a"})
+    run(books, [*before, T + 2 * HOUR, *after, last])
     run(books, beats("h2", T + 3 * HOUR + 30 * S, T + 3 * HOUR + 60 * S, {"d"}))
     march, copy_id = dt.date(2026, 3, 1), str(books.ids["a"])
 
@@ -690,16 +707,17 @@ def test_a_host_reads_the_hours_of_a_line(fresh: Books, monkeypatch: pytest.Monk
     first, cursor = read("h1")
     last_page, end = read("h1", cursor)
     hours = [*first.lines, *last_page.lines]
-    assert (len(first.lines), cursor, end) == (2, 2, 0)
+    assert (len(first.lines), cursor, end) == (3, 3, 0)
     assert hours == in_database(books, lambda db: cp_server.read_windows(db, copy_id, march))
     shown = [cp_server.render_bill_line("statement", hour) for hour in hours]
     assert [(each["hour_at"][:16], each["part"], each["card_no"]) for each in shown] == [
         ("2026-03-31T20:00", 1, 1),
+        ("2026-03-31T20:00", 2, 1),
         ("2026-03-31T21:00", 1, 1),
         ("2026-03-31T22:00", 1, 2),
         ("2026-03-31T23:00", 1, 2),
     ]
-    assert [each["egress_bytes"] for each in shown] == [0, 0, 0, 10**9 + 1]
+    assert [each["egress_bytes"] for each in shown] == [0, 0, 0, 0, 10**9 + 1]
     lines = read("h1", assignment_id=None)[0].lines
     assert [line.card_no for line in lines] == [1, 2]
     for line in lines:

@@ -265,6 +265,48 @@ def test_a_bill_line_by_line() -> None:
     assert [row[-2:] for row in rows] == [["share", "owed"], ["80 %", "0.012"], ["80 %", "0.0036"]]
 
 
+def read_table(text: str) -> list[list[str]]:
+    return [re.split(" {2,}", line.strip()) for line in text.splitlines()]
+
+
+USED = Usage(HOUR_US * 3 // 2, 25 * 10**8, 15_000, 4_500, 0, 15_600)
+QUANTITY_NAMES = ["HOURS", "CPU-HOURS", "GB-HOURS", "EGRESS-GB"]
+QUANTITIES = ["1.500000", "0.750000", "3.000000", "2.500000"]
+
+
+def test_windows_as_a_table() -> None:
+    """Of half a processor and two GB; the afternoon is not the night."""
+    line = vars(make_line(USED, memory_bytes=2 * 10**9))
+    late = cp_server.BillWindow(**line, hour_at=T, part=2)
+    free = dataclasses.replace(late, part=1, card_no=0, usage=Usage(), provider_share_ppm=1)
+    names = [*QUANTITY_NAMES, "CHARGE", "SHARE", "OWED"]
+    assert read_table(cp_server.render_windows([late, free])) == [
+        ["HOUR", "PART", "CARD", *names],
+        ["2026-03-31T22:00Z", "2", "3", *QUANTITIES, "0.0195", "80 %", "0.0156"],
+        ["2026-03-31T22:00Z", "1", "0", *["0.000000"] * 4, "0.00", "0.0001 %", "0.00"],
+    ]
+
+
+def test_usage_as_a_table() -> None:
+    """What was billed, then what the host counted."""
+    line = make_line(USED, memory_bytes=2 * 10**9, replica=4)
+    counted = cp_server.Counted(
+        assignment_id=line.assignment_id,
+        cpu_milli=500,
+        memory_bytes=2 * 10**9,
+        life_us=2 * HOUR_US,
+        cpu_ns=1_800 * 10**9,
+        memory_byte_s=3_600 * 10**9,
+        rx_bytes=7,
+        tx_bytes=10**9,
+    )
+    table = cp_server.render_usage([make_bill("invoice", line)], {line.assignment_id: counted})
+    head, row = read_table(table)
+    assert head[4:-2] == [*QUANTITY_NAMES, *(f"COUNTED-{name}" for name in QUANTITY_NAMES[1:])]
+    which = ["Kuma", "kuma/web/4", "attic", str(line.assignment_id)]
+    assert row == [*which, *QUANTITIES, "0.500000", "1.000000", "1.000000", "2.000000"]
+
+
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
