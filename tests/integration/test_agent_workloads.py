@@ -858,18 +858,22 @@ def test_earnings_come_page_by_page(world: World) -> None:
     world.plane.earnings[2].lines.append(pb.EarningsLine(workload="\x1b[2J", replica=1))
     code, said = ask()
     assert (code, "too many lines" in said, "\x1b" in said) == (1, True, False)
+    assert len(world.plane.asked) == agent_script.EARNINGS_PAGES
     world.plane.earnings[2].next_cursor = 0
     code, said = ask()
     assert (code, "\x1b" in said) == (0, False)
     # Hour by hour: a control plane that does not know of hours answers with lines.
     copy = str(uuid.uuid4())
-    code, said = ask(f"--assignment={copy}")
-    assert (code, "the control plane is older than this agent" in said) == (1, True)
+    for _ in range(2):
+        code, said = ask(f"--assignment={copy}")
+        assert (code, "the control plane is older than this agent" in said) == (1, True)
+        for page in world.plane.earnings.values():
+            page.lines.add(hour_at="2026-10-31T20:00:00.000Z")
     for page in world.plane.earnings.values():
         for line in page.lines:
             line.hour_at, line.part = "2026-10-31T20:00:00.000Z\x1b", 1
     code, said = ask("--month=2026-10", f"--assignment={copy}")
-    assert (code, said.count("\n2026-10-31T20:00/1 "), "\x1b" in said) == (0, 2, False)
+    assert (code, said.count("\n2026-10-31T20:00/1 "), "\x1b" in said) == (0, 6, False)
     assert world.plane.asked == [("2026-10", 0, copy), ("2026-10", 2, copy)]
     code, said = ask("--assignment=web")
     assert (code, "no assignment" in said, world.plane.asked) == (2, True, [])
@@ -1856,6 +1860,11 @@ def test_the_bridge_of_the_providers_own_docker_stays() -> None:
             assert subprocess.check_output([*ip, "-json", "link", "show", "docker0"]) == before
         finally:
             engine.close()
+
+
+def test_doctor_knows_which_runc(engine: Engine) -> None:
+    said = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True)
+    assert f"runc version {agent_script.Engine(engine.socket).read_runc()}\n" in said.stdout
 
 
 def test_a_closed_engine_leaves_nothing() -> None:

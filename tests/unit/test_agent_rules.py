@@ -1042,6 +1042,31 @@ def test_no_finding_without_a_fault(change: dict[str, Any]) -> None:
     assert agent.decide_findings(dataclasses.replace(CALM, **change)) == []
 
 
+SHOWN = """\
+openinfra-guard.service     loaded failed     failed       Firewall of this host
+wg-quick@openinfra.service  loaded activating auto-restart WireGuard
+"""
+
+
+@pytest.mark.parametrize(
+    ("shown", "units"),
+    [(SHOWN, ("openinfra-guard.service", "wg-quick@openinfra.service")), ("", ()), (None, ())],
+)
+def test_units_that_failed(
+    shown: str | None, units: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemctl names them; it cannot where there is no systemd."""
+    said = f"cat <<'end'\n{shown}end\n" if shown is not None else "exit 1\n"
+    script = f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{said}'
+    (tmp_path / "systemctl").write_text(script)
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert agent.read_failed_units() == units
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[-2:] == ["openinfra-*", "wg-quick@openinfra.service"]
+    assert {"--plain", "--no-legend", "--state=failed,auto-restart"} < {*asked}
+
+
 @pytest.mark.parametrize(
     ("text", "newest"),
     [("", None), ("key=\t0\n", None), ("a=\t0\nb=\t1700\nc=\t1600\n", 1700), ("junk\n", None)],

@@ -87,7 +87,8 @@ def test_memory_has_a_suffix(size: str, expected: int) -> None:
     "line",
     [
         *("CPUS", "CPUS=", "CPUS=-1", "CPUS=0", "CPUS=nan", "CPUS=1e3", "CPUS=1\nCPUS=1"),
-        *("MEMORY=1.5G", "MEMORY=0", "MEMORY=1T", "cpus=1", "DISK=1G"),
+        *("MEMORY=1.5G", "MEMORY=0", "MEMORY=1T", "cpus=1", "DISK=1G", "MEMORY=1\nMEMORY=1"),
+        *("REGISTRY=", "REGISTRY=https://r.example", "REGISTRY=r\nREGISTRY=r"),
     ],
 )
 def test_malformed_limits_say_what_to_do(line: str) -> None:
@@ -1014,6 +1015,9 @@ def test_a_lease_is_of_one_boot() -> None:
     broken += [raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999]
     for each in broken:
         assert agent.parse_lease(each, "boot", 1000) == agent.Lease()
+    # No port of the machine's own is opened for what is in the file.
+    ports = agent.render_lease("boot", dataclasses.replace(lease, ports=(22, 20_001, 65_535)))
+    assert agent.parse_lease(ports, "boot", 1000) == read
     # What the firewall has is right after a boot too, until the agent says other.
     firewall = agent.Lease(ports=lease.ports, seen=lease.seen)
     assert agent.parse_lease(raw, "another", 1000) == firewall
@@ -1034,6 +1038,7 @@ def test_the_largest_lease_is_one_that_is_read() -> None:
     [
         ('{"url": "https://CP.example.com"}', "", "cp.example.com"),
         ('{"url": "https://cp.example.com:8443/x"}', "", "cp.example.com:8443"),
+        ('{"url": "http://cp.example.com"}', "", "cp.example.com"),
         ('{"url": "https://cp.example.com"}', "REGISTRY=r.example:5000", "r.example:5000"),
         (None, "", ""),  # by hand
         ('{"url": ""}', "", ""),
@@ -1188,6 +1193,28 @@ def test_an_odd_answer_of_the_engine_is_its_error(answer: object) -> None:
     engine.ask = lambda *_, **__: answer  # type: ignore[method-assign]
     with pytest.raises(agent.EngineError):
         engine.read_stats("a")
+
+
+RUNC = {"Name": "runc", "Version": "1.1.5\x1b"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "version"),
+    [
+        ({"Components": [{"Name": "containerd", "Version": "1.6.20"}, RUNC]}, "1.1.5-"),
+        ({"Components": [{"Name": "crun", "Version": "1.8"}]}, ""),
+        ({"Components": None}, ""),
+        ({"Components": [7]}, ""),
+        ({"Components": [{"Name": "runc"}]}, ""),
+        ({}, ""),
+        ([], ""),
+    ],
+)
+def test_which_runc_the_engine_has(answer: object, version: str) -> None:
+    engine = agent.Engine(Path("none"))
+    assert engine.read_runc() == ""
+    engine.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    assert engine.read_runc() == version
 
 
 def make_counts(*rows: tuple[str, str, bool]) -> dict[tuple[str, str], Count]:
@@ -1353,14 +1380,22 @@ def test_a_disk_is_full_when_its_inodes_are(
 
 
 @pytest.mark.parametrize(
-    ("populated", "silent_s", "is_given_back"),
-    [(0, 601.0, True), (0, 599.0, False), (1, 9e9, False)],
+    ("populated", "silent_s", "pause", "is_installed", "is_given_back"),
+    [
+        (0, 601.0, None, True, True),
+        (0, 599.0, None, True, False),
+        (1, 9e9, None, True, False),
+        (0, 9e9, None, False, False),  # of another engine nobody knows the group
+        (0, 9e9, agent.Pause("now"), True, False),  # the control plane moves it
+    ],
 )
 def test_what_a_dead_engine_ran_is_given_back_once_nothing_of_it_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     populated: int,
     silent_s: float,
+    pause: agent.Pause | None,
+    is_installed: bool,
     is_given_back: bool,
 ) -> None:
     group = tmp_path / "openinfra.slice"
@@ -1369,14 +1404,14 @@ def test_what_a_dead_engine_ran_is_given_back_once_nothing_of_it_runs(
     (group / "cgroup.events").write_text(f"populated {populated}\n")
     monkeypatch.setattr(agent, "WORKLOADS_CGROUP", group)
     workloads = SimpleNamespace(
-        engine=agent.Engine(Path(agent.DEFAULTS["engine_socket"])),
+        engine=agent.Engine(Path(agent.DEFAULTS["engine_socket"] if is_installed else "/x")),
         engine_error="no answer",
         wishes=(WISH,),
         containers=(RUNNING,),  # as it was seen last
         memory=Memory(),
         unready_s=agent.read_boot_s() - silent_s,
     )
-    host: Any = SimpleNamespace(workloads=workloads, pause=None)
+    host: Any = SimpleNamespace(workloads=workloads, pause=pause)
     agent.note_idle(host, "no answer")
     given_back = [past.rejected for past in workloads.memory.pasts.values()]
     assert given_back == ["this host cannot run it: no answer"] * is_given_back
