@@ -167,7 +167,7 @@ def port(inner: int, outer: int) -> pb.Port:
         ({"image": IMAGE + "\n"}, "image is not"),
         ({"image": IMAGE.replace("web", "web?x=1")}, "image is not"),
         ({"image": IMAGE.replace("web", "w" * 250)}, "image is not"),
-        ({"command": ["a\0"]}, "command has a NUL"),
+        ({"command": ["a\0", "b"]}, "command has a NUL"),
         ({"command": ["a" * 65_536]}, "command and env are over 65536 bytes"),
         ({"command": [""] * 65_537}, "command and env are over 65536 bytes"),
         ({"command": ["é" * 32_768]}, "command and env are over 65536 bytes"),
@@ -224,6 +224,23 @@ def test_what_does_not_fit_is_refused_by_its_field(change: dict[str, Any], said:
     assert wishes == ()
     assert [reason for reason in refused.values() if said in reason], refused
     assert "hunter2" not in str(refused)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cpu_milli": 4000, "memory_bytes": 8 << 30},  # all that the host lends
+        {"cpu_milli": 10, "memory_bytes": 6 << 20},
+        {"image": IMAGE.replace("web", "w" * (255 - len("registry.coledex.com/acme/")))},
+        {"env": {}, "command": ["a" * 65_535]},  # and a NUL at its end
+        {"env": {"A": "a" * 32_765}, "command": ["é" * 16_383, ""]},
+        {"ports": [port(1, 20_000), port(65_535, 28_191)]},
+        {"ports": [port(80 + n, 20_000 + n) for n in range(8)]},
+        {"secrets": {str(n): b"" for n in range(16)}},
+    ],
+)
+def test_what_just_fits_is_taken(change: dict[str, Any]) -> None:
+    take(**change)
 
 
 # Field 100, a varint; in the assignment, and in its port.
@@ -491,6 +508,7 @@ def test_no_image_gets_anything_of_the_host(
         ({"Volumes": None}, ()),
         ({"Volumes": {"/data": {}, "/var/lib/x": {}}}, ("/data", "/var/lib/x")),
         ({"Volumes": {"/run": {}, "/run/secrets2": {}}}, ("/run", "/run/secrets2")),
+        ({"Volumes": {f"/{n:02}": {} for n in range(16)}}, tuple(f"/{n:02}" for n in range(16))),
     ],
 )
 def test_volumes(config: object, expected: tuple[str, ...]) -> None:
@@ -1096,9 +1114,12 @@ def test_unready(
     [
         (200, b'{"a": 1}', {"a": 1}),
         (204, b"", None),
+        (399, b"7", 7),
+        (400, b'{"message": "bad parameter"}', (400, "bad parameter")),
         (404, b'{"message": "No such image"}', (404, "No such image")),
         (500, b"[]", (500, "HTTP status 500")),
         (200, b"{", (502, "could not be read")),
+        (200, b"7" + b" " * ((4 << 20) - 1), 7),
         (200, b" " * ((4 << 20) + 1), (502, "too long")),
     ],
 )

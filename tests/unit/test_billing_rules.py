@@ -8,6 +8,7 @@ import datetime as dt
 import json
 import re
 import uuid
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,20 @@ def test_windows_add_up_to_a_line_that_is_rounded_once() -> None:
     # The next month's is another line, which begins at nothing.
     _, (window,), lines = close({T + 2 * HOUR: Due(HOUR_US // 6)}, meter=meter, lines=lines)
     assert (window.usage.cpu_micros, window.month) == (1, APRIL)
+
+
+def test_each_resource_has_its_price() -> None:
+    """Each is rounded down, as is the share of their sum; a window is what it adds to that."""
+    prices = {"cpu_hour_micros": 1001, "gb_hour_micros": 333, "egress_gb_micros": 99}
+    its = card(1, None, T, **prices, provider_share_ppm=750_000)
+    meter = dataclasses.replace(METER, cpu_milli=250, memory_bytes=3 * 10**9)
+    one = cp_server.price(meter, its, HOUR_US, 15 * 10**8)
+    assert one == Usage(HOUR_US, 15 * 10**8, 250, 999, 148, 1_047)
+    two = cp_server.price(meter, its, 2 * HOUR_US, 2 * 10**9)
+    assert two == Usage(2 * HOUR_US, 2 * 10**9, 500, 1_998, 198, 2_022)
+    assert cp_server.subtract_usage(two, one) == Usage(HOUR_US, 5 * 10**8, 250, 999, 50, 975)
+    unpaid = dataclasses.replace(meter, namespace=None)
+    assert cp_server.price(unpaid, its, HOUR_US, 15 * 10**8) == one._replace(share_micros=0)
 
 
 @given(st.lists(st.integers(1, HOUR_US), min_size=1, max_size=20))
@@ -307,6 +322,50 @@ def test_usage_as_a_table() -> None:
     assert row == [*which, *QUANTITIES, "0.500000", "1.000000", "1.000000", "2.000000"]
 
 
+# Of half a processor and two GB, in an hour; what is doubted is a tenth and two minutes more.
+MOST = {"cpu_ns": 18 * 10**11, "memory_byte_s": 72 * 10**11}
+MOST |= dict.fromkeys(("rx_bytes", "tx_bytes"), 45 * 10**10)
+COUNTED = cp_server.Counted(uuid.UUID(int=1), 500, 2 * 10**9, HOUR_US, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_what_a_host_counted_is_capped_and_doubted(name: str) -> None:
+    known, nothing = MOST[name] * 34 // 30, dict.fromkeys(MOST, 0)
+    for value, shown, is_doubted in (
+        (MOST[name] - 1, MOST[name] - 1, False),
+        (known, MOST[name], False),
+        (known + 1, MOST[name], True),
+    ):
+        change: Any = {name: value}
+        copy = dataclasses.replace(COUNTED, **change)
+        assert cp_server.decide_counters(copy) == ({**nothing, name: shown}, is_doubted)
+        begun = dataclasses.replace(copy, life_us=0)
+        assert cp_server.decide_counters(begun) == (nothing, False)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "cpu_milli", "memory_bytes", "expected"),
+    [
+        (2, 500, 1000, False),
+        (3, 500, 1000, True),
+        (1, 1000, 2000, False),
+        (1, 1001, 1000, True),
+        (1, 500, 2001, True),
+        (4, 250, 500, False),
+        (4, 251, 1, True),
+        (0, 9999, 9999, False),
+    ],
+)
+def test_which_order_reserves_more(
+    replicas: int, cpu_milli: int, memory_bytes: int, expected: bool
+) -> None:
+    """Than two copies, by the sum of their copies; of what a customer without credit asks for."""
+    spec = {"cpu_milli": cpu_milli, "memory_bytes": memory_bytes}
+    order = cp_server.WorkloadOrder("kuma", "web", replicas, spec)
+    now: Any = SimpleNamespace(replicas=2, spec={"cpu_milli": 500, "memory_bytes": 1000})
+    assert cp_server.is_more(order, now) == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
@@ -400,6 +459,7 @@ def test_what_is_no_month(text: str) -> None:
     with pytest.raises(cp_server.Refusal, match="is no month"):
         cp_server.parse_month(text)
     assert cp_server.parse_month("2026-03") == MARCH
+    assert cp_server.parse_month("2026-12") == dt.date(2026, 12, 1)
 
 
 @pytest.mark.parametrize(
