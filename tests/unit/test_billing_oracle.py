@@ -785,7 +785,7 @@ CARDS = [
     RateCard("own", "kuma", utc(4, 1, 1), 3_001, 907, 499, 333_333),
 ]
 COPIES = [
-    Copy("a", "web", "kuma", "h1", "mole", 250, 123_456_789),
+    Copy("a", "web", "kuma", "h1", "mole", 250, 123_456_789, utc(3, 31, 20)),
     Copy("b", "web", "kuma", "h2", "vole", 250, 123_456_789),
     Copy("c", "db", "boss", "h1", "mole", 1_999, 2_000_000_001),
 ]
@@ -831,6 +831,32 @@ def is_said_to_run(copy: str, beats: Sequence[Heartbeat]) -> bool:
     return bool(words) and copy in words[-1]
 
 
+def list_growth(copy: Copy, heard: dict[int, Heartbeat]) -> list[tuple[int, int, int]]:
+    """When the greatest counters of a copy grew, since when they had not, and tx_bytes how much."""
+
+    def best(until_us: int) -> dict[str, int]:
+        said = [c for at_us in heard if at_us <= until_us for c in heard[at_us].counters]
+        sound = [c for c in said if c.copy == copy.copy and c.cpu_ns >= 0]
+        return {c.boot_id: max(d.tx_bytes for d in sound if d.boot_id == c.boot_id) for c in sound}
+
+    found, since_us = [], copy.made_us
+    for at_us in sorted(heard):
+        old, new = best(at_us - 1), best(at_us)
+        if old != new:
+            found.append((at_us, since_us, sum(new.values()) - sum(old.values())))
+            since_us = at_us
+    return found
+
+
+def possible_in(grown: Sequence[tuple[int, int, int]]) -> int:
+    """The bytes of an hour's growth that 1 Gbit/s allows, and two minutes of it."""
+    grown, had = [one for one in grown if one[2]], 0
+    for at_us, since_us, added in grown:
+        alone = min(added, 125 * (at_us - since_us + 120 * S))
+        had = max(had, min(had + alone, 125 * (at_us - grown[0][1] + 120 * S)))
+    return had
+
+
 def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], dict[int, int]]:
     """Billed time and billed egress by hour, moment by moment between all cuts."""
     ends = [e.at_us for e in log if isinstance(e, CopyEnded) and e.copy == copy.copy]
@@ -850,15 +876,12 @@ def second_reading(copy: Copy, log: Sequence[Event]) -> tuple[dict[int, int], di
             hour = begin - begin % HOUR_US
             time[hour] = time.get(hour, 0) + end - begin
     egress: dict[int, int] = {}
-    before_sum = 0
+    before_sum = possible_sum = 0
+    grown = list_growth(copy, heard)
     for hour in range(utc(3, 31, 20), utc(4, 1, 6), HOUR_US):
-        best: dict[str, int] = {}
-        for at_us, said in heard.items():
-            for counter in said.counters:
-                if at_us < hour + HOUR_US and counter.copy == copy.copy and counter.cpu_ns >= 0:
-                    best[counter.boot_id] = max(best.get(counter.boot_id, 0), counter.tx_bytes)
+        possible_sum += possible_in([one for one in grown if hour <= one[0] < hour + HOUR_US])
         room = 125 * sum(us for at_us, us in time.items() if at_us <= hour)
-        billed_sum = min(sum(best.values()), room)
+        billed_sum = min(possible_sum, room)
         if billed_sum > before_sum:
             egress[hour] = billed_sum - before_sum
         before_sum = billed_sum

@@ -314,6 +314,7 @@ def test_usage_as_a_table() -> None:
         memory_byte_s=3_600 * 10**9,
         rx_bytes=7,
         tx_bytes=10**9,
+        egress_bytes=10**9,
     )
     table = cp_server.render_usage([make_bill("invoice", line)], {line.assignment_id: counted})
     head, row = read_table(table)
@@ -325,7 +326,7 @@ def test_usage_as_a_table() -> None:
 # Of half a processor and two GB, in an hour; what is doubted is a tenth and two minutes more.
 MOST = {"cpu_ns": 18 * 10**11, "memory_byte_s": 72 * 10**11}
 MOST |= dict.fromkeys(("rx_bytes", "tx_bytes"), 45 * 10**10)
-COUNTED = cp_server.Counted(uuid.UUID(int=1), 500, 2 * 10**9, HOUR_US, 0, 0, 0, 0)
+COUNTED = cp_server.Counted(uuid.UUID(int=1), 500, 2 * 10**9, HOUR_US, 0, 0, 0, 0, None)
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -476,3 +477,11 @@ def test_what_is_no_request_for_earnings(values: dict[str, Any], field: str) -> 
     with pytest.raises(cp_server.Refusal) as refused:
         cp_server.parse_earnings(request, "10.77.0.2")
     assert (refused.value.code, refused.value.field) == ("BAD_REQUEST", field)
+
+
+@pytest.mark.parametrize(("possible", "is_doubted"), [(None, False), (9, True), (10, False)])
+def test_what_was_sent_is_doubted_unless_all_of_it_was_possible(
+    possible: int | None, is_doubted: bool
+) -> None:
+    copy = dataclasses.replace(COUNTED, tx_bytes=10, egress_bytes=possible)
+    assert cp_server.decide_counters(copy)[1] is is_doubted
