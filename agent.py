@@ -838,6 +838,8 @@ class Memory:
     stops: dict[str, float] = field(default_factory=dict)
     # Assignments of the lease: they run on while the list is not known.
     kept: frozenset[str] = frozenset()
+    # Those that may run elsewhere by now.
+    late: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -884,6 +886,8 @@ class Workloads:
     refused: dict[str, str] = field(default_factory=dict)
     right_until_s: float = 0.0
     saved_lease: Lease | None = None
+    # The wall clock's lead over that of the boot when a heartbeat was last answered.
+    wall_lead_s: float = math.inf
 
     containers: tuple[Container, ...] = ()
     # Names of our networks, by assignment.
@@ -1811,6 +1815,15 @@ def decide_right_s(sent_s: float, lease_s: int, before_s: float) -> float:
     return sent_s + min(float(lease_s), LEASE_MAX_S) - LEASE_MARGIN_S
 
 
+def decide_late(
+    lease: Lease, listed: frozenset[str], late: frozenset[str], now_s: float
+) -> frozenset[str]:
+    """The assignments that may run elsewhere: a list without them came when their right was over,
+    as after a suspend, where it may come before the agent saw that and stopped them."""
+    was_over = now_s >= lease.until_s + STOP_S
+    return (late | lease.kept if was_over else late) - listed
+
+
 def parse_lease(raw: bytes, boot_id: str, now_s: float) -> Lease:
     """Read the lease file. After a boot nothing has a right, and nothing was started yet."""
     try:
@@ -1867,7 +1880,8 @@ def plan_containers(
             # Nobody reaches its ports any more; a job is not to run twice for that.
             is_wanted = is_wanted and (not wish.ports or wish.restart is Restart.NEVER)
         if each.is_running and not (is_wanted and has_right):
-            steps += plan_stop(each, now_s, memory, not has_right and now_s >= late_s)
+            is_late = each.assignment_id in memory.late or (not has_right and now_s >= late_s)
+            steps += plan_stop(each, now_s, memory, is_late)
         elif wishes is not None and not is_wanted and not each.is_running:
             network = networks.get(each.assignment_id, "") if is_named else ""
             steps.append(Step(Verb.REMOVE, each.assignment_id, each.id, network=network))
@@ -3824,7 +3838,12 @@ def take_reply(agent: Agent, reply: pb.HeartbeatReply, sent_s: float) -> None:
         workloads.wishes, workloads.refused = (), {}
     workloads.seen = reply.seen_address or workloads.seen
     kept = frozenset(wish.assignment_id for wish in workloads.wishes or ())
-    before = workloads.saved_lease or Lease()
+    before, now_s = workloads.saved_lease or Lease(), read_boot_s()
+    # A virtual machine that was paused sees it by a wall clock that was set since, or not at all.
+    # No right is by that clock; what is gone from the list may lose its time to end by it.
+    lead_s, memory = time.time() - now_s, workloads.memory
+    skipped_s, workloads.wall_lead_s = max(0.0, lead_s - workloads.wall_lead_s), lead_s
+    memory.late = decide_late(before, kept, memory.late, now_s + skipped_s)
     ensure_lease(agent, decide_right_s(sent_s, reply.lease_s, before.until_s), kept)
     workloads.stirred.set()
 
@@ -4024,6 +4043,7 @@ async def look(workloads: Workloads) -> None:
         workloads.networks, workloads.tasks, (w.assignment_id for w in workloads.wishes or ())
     )
     memory.pasts = {name: past for name, past in memory.pasts.items() if name in known}
+    memory.late &= known
 
 
 async def meter(agent: Agent) -> None:

@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -760,6 +761,43 @@ def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
         assert asyncio.run(look()) == [1, 1, 1, 3]
 
 
+@pytest.mark.parametrize(
+    ("left_s", "skipped_s", "is_late"),
+    [
+        (585.0, 0.0, False),
+        (585.0, -9e6, False),
+        (585.0, 590.0, False),  # they may still be ending
+        (585.0, 600.0, True),
+        (-9.0, 0.0, False),
+        (-10.0, 0.0, True),
+    ],
+)
+def test_a_list_that_comes_late_tells_what_may_run_elsewhere(
+    tmp_path: Path, left_s: float, skipped_s: float, is_late: bool
+) -> None:
+    """By the clock of the boot; or by a wall clock that was set, as after a pause of the machine.
+
+    Nothing else is by that one: the right is what it is.
+    """
+    name, now_s = str(uuid.uuid4()), agent_script.read_boot_s()
+    workloads = make_workloads(tmp_path / "engine.sock")
+    workloads.saved_lease = agent_script.Lease(now_s + left_s, frozenset({name}))
+    config = SimpleNamespace(control_plane="127.0.0.1:9092", lease_file=tmp_path / "lease.json")
+    agent: Any = SimpleNamespace(
+        workloads=workloads, config=config, pause=None, paused_s=0.0, boot_id="this"
+    )
+    workloads.wall_lead_s = time.time() - now_s - skipped_s
+    reply = pb.HeartbeatReply(lease_s=600, desired=pb.Desired(revision=1))
+    agent_script.take_reply(agent, reply, now_s)
+    assert workloads.memory.late == ({name} if is_late else set())
+    assert workloads.right_until_s == now_s + 585
+    # The next list is in time.
+    workloads.saved_lease = agent_script.Lease(now_s + 585, frozenset({"next"}))
+    agent_script.take_reply(agent, reply, now_s)
+    assert "next" not in workloads.memory.late
+    workloads.threads.shutdown()
+
+
 def test_what_was_done_while_the_engine_was_looked_at_is_not_done_again(
     world: World, tmp_path: Path
 ) -> None:
@@ -1130,6 +1168,40 @@ def test_a_pause_ends_the_deaf(world: World) -> None:
         code, _, took_s = pausing.result()
     assert not is_running(world, deaf)
     assert (code, 10 < took_s < 16) == (0, True)
+
+
+def test_who_slept_through_the_end_of_its_right_ends_at_once_what_went_elsewhere(
+    world: World,
+) -> None:
+    """Also the deaf, and when the list without it came before the agent looked at what runs."""
+    deaf = world.run(DEAF)
+    kept = world.assignment(LOOP)
+    world.plane.post(deaf, kept)
+    world.plane.wait_state(kept, "RUNNING")
+    before = world.container(kept)["State"]["StartedAt"]
+    world.plane.lease_s, world.plane.next_ms = 20, 500  # 15 of them are the margin
+    beats = len(world.plane.beats)
+    world.plane.nudge()
+    wait_for("a short right", lambda: len(world.plane.beats) > beats + 1)
+    sleepers = (world.agent.process.child, world.engine.dockerd.child)
+    try:
+        for each in sleepers:
+            each.send_signal(signal.SIGSTOP)
+        world.plane.lease_s = 600
+        world.plane.post(kept)
+        beats = len(world.plane.beats)
+        time.sleep(20 - agent_script.LEASE_MARGIN_S + agent_script.STOP_S + 1)
+        world.agent.process.child.send_signal(signal.SIGCONT)
+        wait_for("a heartbeat", lambda: len(world.plane.beats) > beats + 1, 20)
+    finally:
+        for each in sleepers:
+            each.send_signal(signal.SIGCONT)
+    began_s = time.monotonic()
+    wait_for("its end", lambda: not is_running(world, deaf), 20)
+    took_s = time.monotonic() - began_s
+    print(f"ended after {took_s:.2f} s")
+    assert took_s < agent_script.STOP_S  # which is what SIGTERM would have left it
+    assert world.container(kept)["State"]["StartedAt"] == before  # it is in the list, and goes on
 
 
 def test_a_pause_ends_a_pull(world: World) -> None:

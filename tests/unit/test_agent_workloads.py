@@ -718,7 +718,8 @@ NETWORK = {ID: "oi-3f0c6c1e8d4"}
 def plan(
     wishes: list[Wish] | None, found: list[Container], past: Past | None = None, **more: Any
 ) -> list[tuple[str, str]]:
-    memory = Memory(stops=more.pop("stops", {}), kept=frozenset(more.pop("kept", ())))
+    kept, late = (frozenset(more.pop(name, ())) for name in ("kept", "late"))
+    memory = Memory(stops=more.pop("stops", {}), kept=kept, late=late)
     if past:
         memory.pasts[ID] = past
     given = {"now_s": 1000.0, "right_until_s": 2000.0, "networks": NETWORK if found else {}}
@@ -812,6 +813,41 @@ def test_some_are_not_asked_to_end(
     wishes: list[Wish], found: Container, now_s: float, expected: list[tuple[str, str]]
 ) -> None:
     assert plan(wishes, [found], now_s=now_s, late_s=2011.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("wishes", "late", "expected"),
+    [
+        ([], {ID}, [("kill", "c1")]),
+        ([], {OTHER}, [("term", "c1")]),
+        ([WISH], {ID}, []),
+    ],
+)
+def test_what_may_run_elsewhere_is_not_asked_to_end(
+    wishes: list[Wish], late: set[str], expected: list[tuple[str, str]]
+) -> None:
+    assert plan(wishes, [RUNNING], late=late) == expected
+
+
+@pytest.mark.parametrize(
+    ("until_s", "listed", "late", "expected"),
+    [
+        (991.0, {ID}, set(), set()),  # they had their time to end, or still have it
+        (991.0, set(), set(), set()),
+        (991.0, set(), {OTHER}, {OTHER}),
+        (990.0, {ID}, set(), set()),
+        (990.0, set(), set(), {ID}),
+        (400.0, {OTHER}, set(), {ID}),
+        (400.0, {ID}, {OTHER}, {OTHER}),
+        (400.0, set(), {OTHER}, {ID, OTHER}),
+        (400.0, {ID, OTHER}, {ID, OTHER}, set()),
+    ],
+)
+def test_what_may_run_elsewhere(
+    until_s: float, listed: set[str], late: set[str], expected: set[str]
+) -> None:
+    lease = agent.Lease(until_s, frozenset({ID}))
+    assert agent.decide_late(lease, frozenset(listed), frozenset(late), 1000.0) == expected
 
 
 WITH_PORTS = dataclasses.replace(WISH, ports=((80, 20_000),))
