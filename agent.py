@@ -1976,17 +1976,18 @@ def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> 
 
 
 def render_end(found: Container, memory_bytes: int) -> str:
-    """Say how a container ended."""
+    """Say how a container ended; the engine notes any process of it that was killed for memory."""
     if found.error:
         return f"cannot start: {found.error}"
-    if found.is_oom:
+    if found.is_oom and found.exit_code == 137:
         limit = f" its {memory_bytes // 1_000_000} MB of" if memory_bytes else " its"
         return f"killed: it used more than{limit} memory"
+    said = f"ended with exit code {found.exit_code}"
     if found.exit_code > 128:
         with contextlib.suppress(ValueError):
             name = signal.Signals(found.exit_code - 128).name
-            return f"ended by {name} (exit code {found.exit_code})"
-    return f"ended with exit code {found.exit_code}"
+            said = f"ended by {name} (exit code {found.exit_code})"
+    return f"{said} after a process of it was killed for memory" if found.is_oom else said
 
 
 def decide_report(

@@ -1433,7 +1433,9 @@ def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: Worl
     crash = make(3, pb.RESTART_ALWAYS)
     good = make(0, pb.RESTART_ON_FAILURE)
     bad = make(9, pb.RESTART_NEVER)
-    hog = world.assignment(["tail", "/dev/zero"], restart=pb.RESTART_NEVER)
+    small = {"restart": pb.RESTART_NEVER, "cpu_milli": 200}
+    hog = world.assignment(["tail", "/dev/zero"], **small)
+    tight = world.assignment(["sh", "-c", "tail /dev/zero; exit 3"], **small)
     killed = world.assignment(["sh", "-c", "kill -SEGV $$"], restart=pb.RESTART_NEVER)
     world.plane.post(crash, good, bad, hog, killed)
     assert world.plane.wait_state(good, "FINISHED").exit_code == 0
@@ -1443,6 +1445,9 @@ def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: Worl
     assert seen.reason == "killed: it used more than its 16 MB of memory"
     seen = world.plane.wait_state(killed, "FAILED")
     assert seen.reason == "ended by SIGSEGV (exit code 139)"
+    world.plane.post(crash, good, bad, hog, killed, tight)
+    seen = world.plane.wait_state(tight, "FAILED")
+    assert seen.reason == "ended with exit code 3 after a process of it was killed for memory"
 
     def restarted() -> pb.ObservedAssignment | None:
         seen = world.plane.state(crash)

@@ -690,6 +690,9 @@ def test_without_its_secrets_nothing_is_started_here(verb: Verb) -> None:
     [
         ({"exit_code": 3}, 0, "ended with exit code 3"),
         ({"exit_code": 137, "is_oom": True}, 64_000_000, "more than its 64 MB of memory"),
+        ({"is_oom": True}, 1, "ended with exit code 0 after a process of it was killed for memory"),
+        ({"exit_code": 3, "is_oom": True}, 0, "ended with exit code 3 after a process of it was"),
+        ({"exit_code": 143, "is_oom": True}, 0, "SIGTERM (exit code 143) after a process of it"),
         ({"exit_code": 137}, 0, "ended by SIGKILL (exit code 137)"),
         ({"exit_code": 143}, 0, "ended by SIGTERM (exit code 143)"),
         ({"exit_code": 255}, 0, "ended with exit code 255"),
@@ -711,6 +714,7 @@ RUNNING = Container("c1", NAME, ID, WISH.sha256, True)
 CREATED = dataclasses.replace(RUNNING, is_running=False)
 ENDED = dataclasses.replace(CREATED, has_ended=True, exit_code=1)
 GOOD = dataclasses.replace(ENDED, exit_code=0)
+TIGHT = dataclasses.replace(GOOD, is_oom=True)
 ALIEN = dataclasses.replace(RUNNING, id="c2", name="oi-x")
 NETWORK = {ID: "oi-3f0c6c1e8d4"}
 
@@ -1018,6 +1022,7 @@ def test_the_streak_of_crashes_ends_after_ten_minutes() -> None:
         (policy(Restart.NEVER), ENDED, Past(), "FAILED", "ended with exit code 1"),
         (policy(Restart.NEVER), GOOD, Past(), "FINISHED", "ended with exit code 0"),
         (policy(Restart.ON_FAILURE), GOOD, Past(), "FINISHED", "ended with exit code 0"),
+        (policy(Restart.ON_FAILURE), TIGHT, Past(), "FINISHED", "code 0 after a process of it was"),
         (policy(Restart.NEVER), ENDED, Past(is_stopped=True), "WAITING", "right to run was over"),
         (WISH, None, Past(rejected="no"), "REJECTED", "no"),
         (WISH, CREATED, Past(rejected="no"), "STOPPING", "no"),
