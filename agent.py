@@ -2129,17 +2129,20 @@ def add_sums(count: Count, sums: tuple[int, int, int, int]) -> Count:
 def merge_counts(
     counts: Mapping[tuple[str, str], Count], live: Collection[tuple[str, str]], most: int
 ) -> dict[tuple[str, str], Count]:
-    """No more than so many: of those that are over and were never sent, the oldest of one
-    assignment goes into its next; a sent one may be known already, and would count twice."""
+    """No more than so many: of those that are over and were never sent, the oldest goes into
+    another one of its assignment. A sent one may be known already, and would count twice; it may
+    grow, since of what is told of one the greatest counts. Few are ever sent while no answer comes:
+    `list_due` chooses the same again."""
     kept = dict(counts)
-    for key, count in counts.items():
+    for key in counts:
+        count = kept[key]  # with what went into it
         if len(kept) <= most:
             break
         if count.is_sent or key in live:
             continue
-        for other in [*kept.values()]:
+        for other in kept.values():
             same = (other.assignment_id, other.boot_id) == (count.assignment_id, count.boot_id)
-            if same and other.key != key and not other.is_sent:
+            if same and other.key != key:
                 kept[other.key] = add_sums(other, count.sums)
                 del kept[key]
                 break

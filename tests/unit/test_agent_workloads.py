@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import http.server
 import io
 import json
+import math
 import os
+import random
 import socketserver
 import stat
 import threading
@@ -1287,21 +1290,89 @@ def make_counts(*rows: tuple[str, str, bool]) -> dict[tuple[str, str], Count]:
     }
 
 
-def test_only_what_was_never_sent_is_merged_into_the_next() -> None:
+def test_only_what_was_never_sent_is_merged_into_another() -> None:
     counts = make_counts(("a", ID, False), ("b", OTHER, False), ("c", ID, True), ("d", ID, False))
     assert agent.merge_counts(counts, (), 4) == counts
     merged = agent.merge_counts(counts, (), 3)
     assert [name[0] for _, name in merged] == ["b", "c", "d"]
-    assert [each.tx_bytes for each in merged.values()] == [1, 1, 2]
+    assert [each.tx_bytes for each in merged.values()] == [1, 2, 1]
     # A container that is there, and one that was sent, stay what they are.
     a, b, c, _ = counts
     assert agent.merge_counts(counts, (a,), 0) == {
         **{key: counts[key] for key in (a, b, c)},
         a: dataclasses.replace(counts[a], tx_bytes=2),
     }
+    # All in one round, and into one that may be known: what is greater counts there.
+    for is_sent, left in ((False, "d"), (True, "c")):
+        three = make_counts(("a", ID, False), ("c", ID, is_sent), ("d", ID, False))
+        (last,) = agent.merge_counts(three, (), 1).values()
+        assert (last.container_id[0], last.tx_bytes, last.is_sent) == (left, 3, is_sent)
+    two = make_counts(("a", ID, True), ("b", ID, True))
+    assert agent.merge_counts(two, (), 0) == two
     boots = [dataclasses.replace(each, boot_id=str(n)) for n, each in enumerate(counts.values())]
     other_boot = {each.key: each for each in boots}
     assert agent.merge_counts(other_boot, (), 0) == other_boot
+
+
+async def tell(
+    one: Any, known: dict[tuple[str, str, str], int], is_heard: bool, is_answered: bool
+) -> int:
+    """A heartbeat's usage: the control plane keeps what is greatest; gives back how much it was."""
+    sent = await agent.pop_usage(one, agent.BEAT_MAX_BYTES)
+    for count in sent if is_heard else ():
+        name = (count.assignment_id, *count.key)
+        known[name] = max(known.get(name, 0), count.tx_bytes)
+    if is_answered:
+        one.workloads.told |= {count.key: count.sums for count in sent}
+    return len(sent)
+
+
+@pytest.mark.parametrize(("lost", "unanswered"), [(1.0, 0.0), (0.5, 0.5), (0.6, 0.3)])
+def test_nothing_is_lost_while_the_control_plane_is_away_for_long(
+    tmp_path: Path, lost: float, unanswered: float
+) -> None:
+    """Forty minutes, in which half of 100 containers end each minute; of heartbeats so many get
+    lost, and so many answers."""
+    chance = random.Random(1)
+    config: Any = SimpleNamespace(
+        engine_socket=Path("none"), secrets_dir=tmp_path, data_dir=tmp_path
+    )
+    known: dict[tuple[str, str, str], int] = {}
+
+    def start() -> Any:
+        workloads = agent.make_workloads(config, OFFERED)
+        workloads.counts, workloads.metered_s = agent.read_counts(tmp_path), math.inf
+        return SimpleNamespace(workloads=workloads, boot_id=BOOT, config=config)
+
+    async def run() -> int:
+        one, made, names = start(), 0, [str(uuid.uuid4()) for _ in range(100)]
+        since: dict[str, tuple[str, int]] = {}
+        for minute in range(40):
+            for name in names:
+                if name not in since or chance.random() < 0.5:
+                    made += 1
+                    since[name] = (f"{made:064x}", minute)
+            one.workloads.containers = tuple(
+                Container(each, f"oi-{name}", name, "", True) for name, (each, _) in since.items()
+            )
+            for name, (each, begun) in since.items():
+                used = minute - begun + 1
+                one.workloads.parting.append((each, name, Reading(minute + 1, 0, 0, 0, used)))
+            await agent.meter(one)
+            assert len(one.workloads.counts) <= agent.COUNTS_MAX
+            fate = chance.random()
+            await tell(one, known, fate >= lost, fate >= lost + unanswered)
+            if minute == 30:
+                one.workloads.threads.shutdown()
+                one = start()
+        while await tell(one, known, True, True):
+            pass
+        one.workloads.threads.shutdown()
+        for name in names:
+            assert sum(most for key, most in known.items() if key[0] == name) == 40
+        return made
+
+    assert asyncio.run(run()) > 1.5 * agent.COUNTS_MAX
 
 
 def test_what_is_told_again() -> None:
