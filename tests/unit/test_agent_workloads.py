@@ -1558,6 +1558,9 @@ def test_what_a_dead_engine_ran_is_given_back_once_nothing_of_it_runs(
     [
         ("10:00:00.5", "12:00:00.1", True),
         ("10:00:00.5", "12:00:59.9", True),
+        ("10:00:00.5", "12:01:00", True),
+        ("10:00:00.5", "11:59:59", True),  # the engine's times are of whole seconds here
+        ("12:00:00.9", "12:00:05", True),
         ("10:00:00.5", "11:59:58", False),  # by itself, before
         ("10:00:00.5", "12:01:02", False),  # by itself, long after
         ("12:00:02", "12:00:05", False),  # it was started after it

@@ -703,6 +703,23 @@ def test_what_fits_nowhere_holds_up_nobody() -> None:
     assert max(seen.values()) - min(seen.values()) <= 1
 
 
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ({}, [1, 3, 2]),  # each customer's first
+        ({1: 4, 2: 1, 3: 4}, [2, 3, 1]),  # what waits longest is a customer's first
+        ({2: 1, 3: 4}, [2, 3, 1]),  # a new one waits since now
+        ({1: 4, 2: 5, 3: 1}, [3, 1, 2]),
+    ],
+)
+def test_whose_turn_it_is(turns: dict[int, int], expected: list[int]) -> None:
+    demands = [make_demand(workload_no=n, customer_no=c) for n, c in ((3, 2), (2, 1), (1, 1))]
+    assert [each.workload_no for each in cp_server.order_demands(demands, turns)] == expected
+    # Who was looked at begins anew, behind all others; a new one that was not waits since now.
+    assert cp_server.plan_turns(demands, {2, 3}, {1: 4, 2: 1}) == {1: 5, 2: 1, 3: 4}
+    assert cp_server.plan_turns(demands, {2}, {}) == {1: 1, 2: 0, 3: 1}
+
+
 def test_a_replica_that_waits_does_not_hold_up_the_others() -> None:
     demand = make_demand(2, rejections={0: Rejections(2, 4.0, "x")})
     made, reasons = place([demand], [make_place(1)])
