@@ -682,6 +682,38 @@ def test_a_full_disk_is_tried_once_more() -> None:
     assert past.rejected
 
 
+@pytest.mark.parametrize(
+    ("verb", "status", "words", "expected"),
+    [
+        # Another port does not come free by waiting.
+        (Verb.START, 500, "Bind for x: port is already allocated", {"rejected": "taken on this"}),
+        (Verb.START, 500, "listen tcp: address already in use", {"rejected": "asks for 20000)"}),
+        (Verb.START, 500, "no such file", {"tries": 0}),  # the container says it, as its end
+        (Verb.START, 400, "bad parameter", {"tries": 0}),
+        # Somebody removed the image: it is fetched again.
+        (Verb.CREATE, 404, "No such image: x", {"has_image": False, "tries": 0}),
+        (Verb.CREATE, 404, "no such network", {"trouble": "container cannot be made yet: no such"}),
+        (Verb.CREATE, 500, "cannot mount", {"trouble": "container cannot be made yet: cannot"}),
+        (Verb.CREATE, 400, "bad parameter", {"rejected": "container cannot be made: bad"}),
+        (Verb.CREATE, 409, "name in use", {"rejected": "container cannot be made: name"}),
+        (Verb.PULL, 404, "no such image", {"trouble": "image cannot be fetched yet: no such"}),
+        (Verb.PULL, 400, "timed out", {"trouble": "image cannot be fetched yet: timed out"}),
+        (Verb.PULL, 500, "manifest unknown", {"rejected": "image cannot be fetched: manifest"}),
+    ],
+)
+def test_what_the_engine_could_not_do(
+    verb: Verb, status: int, words: str, expected: dict[str, Any]
+) -> None:
+    step = agent.Step(verb, ID, "c1", take())
+    past = agent.decide_failure(Past(has_image=True), step, agent.EngineError(status, words), 1.0)
+    said = {"rejected": past.rejected, "trouble": past.trouble}
+    assert [key for key, text in said.items() if text] == [*expected.keys() & said.keys()]
+    assert past.has_image == expected.get("has_image", True)
+    assert past.tries == ("trouble" in expected)
+    for key in expected.keys() & said.keys():
+        assert expected[key] in said[key]
+
+
 @pytest.mark.parametrize("verb", [Verb.CREATE, Verb.START])
 def test_without_its_secrets_nothing_is_started_here(verb: Verb) -> None:
     step, error = agent.Step(verb, ID, "c1", take()), agent.NoSecretsError("none are here")
