@@ -4820,10 +4820,12 @@ FROM cp_state
 SQL_ASSIGNMENT_EXPIRE = """
 -- nobody runs what has no right any more: the lease after the host's last heartbeat is over, and
 -- the grace; after this CP's own absence hosts have three intervals to come back. A host that
--- comes back later gets another list by that, and stops its late copy
+-- comes back later gets another list by that, and stops its late copy. What ended for good stays
+-- so, for it is not to run again
 WITH over AS (
   SELECT a.assignment_no, a.host_no FROM assignments a JOIN liveness l USING (host_no), cp_state c
-  WHERE a.ended_at IS NULL AND coalesce(a.held_until, greatest(
+  WHERE a.ended_at IS NULL AND (a.state NOT IN ('finished', 'failed') OR a.stop_at IS NOT NULL)
+    AND coalesce(a.held_until, greatest(
       coalesce(l.last_heartbeat_at, a.created_at) + make_interval(secs => %(lease_s)s),
       c.serving_since + make_interval(secs => %(intervals)s * l.interval_ms / 1000.0)))
     < now() - make_interval(secs => %(grace_s)s)
@@ -4839,7 +4841,8 @@ FROM over WHERE a.assignment_no = over.assignment_no RETURNING a.assignment_id
 
 # What a copy that is to run is stopped for, by what changed around it.
 SQL_ASSIGNMENT_STOP = """
--- ask hosts to stop what is not to run there any more; each gets another list by that
+-- ask hosts to stop what is not to run there any more; each gets another list by that. What ended
+-- for good stays so while it is wanted, for it is not to run again elsewhere
 WITH gone AS (
   SELECT a.assignment_no, a.host_no, CASE
       WHEN w.deleted_at IS NOT NULL THEN 'the workload was deleted'
@@ -4857,10 +4860,11 @@ WITH gone AS (
   JOIN customer_namespaces cn ON cn.namespace = w.namespace JOIN customers c USING (customer_no)
   LEFT JOIN namespaces n ON n.namespace = h.namespace
   WHERE a.ended_at IS NULL AND a.stop_at IS NULL AND (w.deleted_at IS NOT NULL
-    OR c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s)
-    OR a.replica >= w.replicas OR a.assignment_no = ANY(%(replaced)s) OR h.drained_at IS NOT NULL
-    OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL
-    OR (a.spec ? 'secrets' AND NOT (h.disk_encrypted AND h.takes_secrets)))
+    OR a.replica >= w.replicas OR a.assignment_no = ANY(%(replaced)s)
+    OR a.state NOT IN ('finished', 'failed') AND (
+      c.out_of_credit_at < now() - make_interval(secs => %(notice_s)s)
+      OR h.drained_at IS NOT NULL OR h.status IN ('paused', 'revoked') OR n.approved_at IS NULL
+      OR (a.spec ? 'secrets' AND NOT (h.disk_encrypted AND h.takes_secrets))))
   FOR UPDATE OF a SKIP LOCKED
 ), told AS (
   UPDATE liveness l SET desired_revision = l.desired_revision + 1
@@ -4877,7 +4881,8 @@ SQL_ASSIGNMENT_HOLD = """
 WITH told AS (
   UPDATE liveness l SET desired_revision = l.desired_revision + 1
   WHERE l.host_no = %(host_no)s AND EXISTS (
-    SELECT 1 FROM assignments a WHERE a.host_no = l.host_no AND a.ended_at IS NULL)
+    SELECT 1 FROM assignments a WHERE a.host_no = l.host_no AND a.ended_at IS NULL
+      AND a.state NOT IN ('finished', 'failed'))
   RETURNING l.host_no, l.desired_revision, l.last_heartbeat_at
 )
 UPDATE assignments a SET stop_at = coalesce(a.stop_at, now()),
@@ -4885,6 +4890,7 @@ UPDATE assignments a SET stop_at = coalesce(a.stop_at, now()),
   stop_revision = coalesce(a.stop_revision, told.desired_revision),
   held_until = greatest(told.last_heartbeat_at, a.created_at) + make_interval(secs => %(lease_s)s)
 FROM told WHERE a.host_no = told.host_no AND a.ended_at IS NULL AND a.held_until IS NULL
+  AND a.state NOT IN ('finished', 'failed')
 """
 
 SQL_DEMANDS = """

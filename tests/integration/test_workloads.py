@@ -733,6 +733,67 @@ def test_a_finished_copy_holds_nothing_and_is_not_started_again(
     machine.channel.close()
 
 
+@pytest.mark.parametrize("how", ["silent", "drained", "paused", "taken over", "revoked", "unpaid"])
+def test_a_job_that_ended_is_not_run_again_whatever_becomes_of_its_host(
+    cp: ControlPlane, tenant: Tenant, how: str
+) -> None:
+    """Another host is there for it; and deleted it is gone all the same."""
+    first = Machine(cp)
+    first.beat()
+    jobs = [tenant.post(name=name, restart="never") for name in ("good", "bad")]
+    for job in jobs:
+        wait_placed(tenant, job)
+    ends = zip(sorted(first.beat()), ("finished", "failed"), strict=True)
+    first.say([pb.ObservedAssignment(assignment_id=k, state=STATES[v]) for k, v in ends])
+    before = [tenant.get(job) for job in jobs]
+    assert {job["state"] for job in before} == {"finished", "failed"}
+    second = Machine(cp)
+    second.beat()
+    if how == "drained":
+        assert cp.command("drain", first.host_id).returncode == 0
+    if how == "paused":
+        first.heartbeat(paused=True)
+    if how == "revoked":
+        assert cp.command("revoke", first.host_id).returncode == 0
+    if how == "unpaid":
+        (customer,) = cp.query("SELECT customer_id::text FROM customers")
+        assert cp.command("credit-limit", customer["customer_id"], "0").returncode == 0
+        sql = "UPDATE customers SET out_of_credit_at = now() - interval '1 day'"
+        cp.postgres.force(cp.database, sql)
+    if how == "taken over":
+        hold_assignments(cp)
+    if how in ("silent", "taken over", "revoked"):
+        age = cp_server.LEASE_S + cp_server.LEASE_GRACE_S + 60
+        sql = "UPDATE liveness SET last_heartbeat_at = now() - %s::interval WHERE host_no = 1"
+        cp.postgres.force(cp.database, sql, f"{age} seconds")
+        sql = "UPDATE cp_state SET serving_since = now() - interval '1 day'"
+        cp.postgres.force(cp.database, sql)
+    time.sleep(2 * cp_server.PLACE_S + 1)
+    assert second.beat() == {}
+    after = [tenant.get(job) for job in jobs]
+    assert [job["state"] for job in after] == [job["state"] for job in before]
+    assert {len(job["assignments"]) for job in after} == {1}
+    for job in jobs:
+        assert tenant.call("DELETE", f"/{job['workload_id']}")[0] == 200
+    if how in ("drained", "paused", "unpaid"):
+        wait_for("the list without it", lambda: first.beat() == {} or None)
+        first.beat()
+    for job in jobs:
+        tenant.wait(job, "deleted", 20)
+    for each in (first, second):
+        each.channel.close()
+
+
+def hold_assignments(cp: ControlPlane) -> None:
+    """What happens to them when another machine takes over their host's identity."""
+
+    async def work(db: cp_server.Database) -> None:
+        async with db.transaction() as tx:
+            await tx.execute(cp_server.SQL_ASSIGNMENT_HOLD, host_no=1, lease_s=cp_server.LEASE_S)
+
+    asyncio.run(cp_server.with_database(cp.dsn_file, work))
+
+
 def test_a_kill_in_the_middle_of_placing_loses_nothing(
     make_cp: Callable[..., ControlPlane], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
