@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -270,11 +271,18 @@ def test_a_statement_is_final_once_all_of_its_month_is_booked(fresh: Books) -> N
     end = T + 4 * HOUR  # the first of April
     # What ran on the other host has ended, and is booked.
     run(fresh, [*beats("h2", T, T + 60 * S, {"b"}), *beats("h2", T + 90 * S, T + 90 * S, set())])
-    run(fresh, beats("h1", T, end + HOUR, {"a"}), is_closed=False)
+    first = beats("h1", T, T + 2 * HOUR, {"a"})
+    later = beats("h1", T + 2 * HOUR + 30 * S, end + HOUR, {"a"})
+    run(fresh, [*first, T + 2 * HOUR, *later], is_closed=False)
     for time_us, is_open in ((end + 24 * HOUR - 1, True), (end + 25 * HOUR, False)):
         fresh.set_time(time_us)
         assert is_preliminary("mole", "h1")
         assert is_preliminary("vole", "h2") == is_open
+    # So is an invoice that is not issued, of a month that is over or has nothing yet.
+    for name, month in (("kuma", march), ("gull", dt.date(2026, 4, 1))):
+        which: dict[str, Any] = {"customer_id": fresh.customers[name], "month": month}
+        bill = in_database(fresh, functools.partial(cp_server.read_invoice, **which))
+        assert (bill.number, bill.is_preliminary) == (None, True)
     run(fresh, [end + 25 * HOUR])
     assert not is_preliminary("mole", "h1")
 
