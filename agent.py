@@ -4347,15 +4347,25 @@ def has_any(workloads: Workloads) -> bool:
 
 
 def is_told(agent: Agent, cmd: str) -> bool:
-    """Tell whether the control plane heard what `cmd` did, and for `leave` has nothing here."""
-    workloads, said = agent.workloads, agent.workloads.acknowledged
+    """Tell whether the control plane heard what `cmd` did, and for `leave` has nothing here to run.
+
+    What ended for good stays on its list, and is no reason to stay.
+    """
+    workloads, said, wishes = agent.workloads, agent.workloads.acknowledged, agent.workloads.wishes
     if agent.state != "running" or agent.told_pause != agent.pause:
         return False
     if cmd != "leave":
         return True
-    is_heard = said is not None and said.revision == workloads.revision and not said.assignments
-    # An engine that was never seen has nothing to be heard of.
-    return workloads.wishes == () and (is_heard or workloads.looks == 0)
+    mine, pasts = {one.assignment_id: one for one in workloads.containers}, workloads.memory.pasts
+    if wishes is None or not all(
+        is_over(wish, pasts.get(wish.assignment_id, Past()), mine.get(wish.assignment_id))
+        for wish in wishes
+    ):
+        return False
+    over = (pb.ASSIGNMENT_STATE_FINISHED, pb.ASSIGNMENT_STATE_FAILED)
+    if said is None or said.revision != workloads.revision:
+        return workloads.looks == 0  # an engine that was never seen has nothing to be heard of
+    return all(one.state in over for one in said.assignments)
 
 
 def change_pause_file(data_dir: Path, cmd: str) -> tuple[Pause | None, bool]:

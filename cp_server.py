@@ -4420,7 +4420,8 @@ HOST_COLUMNS = """h.host_no, h.host_id, h.status, h.status_at, h.invite_id,
   h.memory_bytes, h.disk_bytes, h.disk_encrypted, h.engine_version, h.unready,
   h.offered_cpu_milli, h.offered_memory_bytes, h.takes_secrets, h.drained_at, h.labels,
   (SELECT count(*) FROM assignments a
-    WHERE a.host_no = h.host_no AND a.ended_at IS NULL) AS assignments, h.created_at, h.revoked_at,
+    WHERE a.host_no = h.host_no AND a.ended_at IS NULL
+      AND a.state NOT IN ('finished', 'failed')) AS assignments, h.created_at, h.revoked_at,
   l.last_heartbeat_at, l.interval_ms AS heartbeat_interval_ms"""
 
 HOST_JOINS = """JOIN invites i ON i.invite_id = h.invite_id

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import cp_server
 from tests.engine import REGISTRY, Engine, slow_registry
 from tests.harness import WALLET, Agent, ControlPlane, change_scripts, inside, wait_for
 from tests.integration.test_http_api import check_shape
@@ -126,6 +127,22 @@ def test_a_provider_pauses_takes_work_again_and_leaves(fleet: Fleet) -> None:
     assert {each["state"] for each in found["assignments"]} == {"stopped"}
     (held,) = fleet.cp.hosts()
     assert held["status"] == "paused"
+
+
+def test_a_job_that_ended_keeps_nobody_from_leaving(fleet: Fleet) -> None:
+    """It is not run again on this machine or another one, and its state stays."""
+    job = fleet.post(command=["/bin/sh", "-c", "exit 3"], restart="never")
+    fleet.tenant.wait(job, "failed", 20)
+    engine = f"--engine-socket={fleet.engine.socket}"
+    flags = [engine, f"--limits={fleet.agent.directory / 'limits.conf'}"]
+    for command in ("pause", "unpause", "leave"):
+        done = fleet.agent.run_command(command, *flags)
+        assert (done.returncode, done.stderr) == (0, "")
+        time.sleep(2 * cp_server.PLACE_S)
+        (copy,) = fleet.tenant.get(job)["assignments"]
+        assert (copy["state"], copy["exit_code"], copy["restarts"]) == ("failed", 3, 0)
+    (host,) = fleet.cp.hosts()
+    assert host["assignments"] == 0
 
 
 def test_from_an_order_to_a_process_and_away(fleet: Fleet) -> None:
