@@ -907,7 +907,7 @@ class Workloads:
     sockets: dict[Wish, socket.socket] = field(default_factory=dict)
     # What the last accepted heartbeat said; None: nothing in this session.
     acknowledged: pb.Observed | None = None
-    last_states: dict[str, tuple[int, int]] = field(default_factory=dict)
+    last_states: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     last_trouble: str = ""
     # What the control plane asks for, by its request_id, until the answer went out once.
     logs: dict[int, asyncio.Task[pb.LogAnswer]] = field(default_factory=dict)
@@ -4291,12 +4291,14 @@ def note_engine(workloads: Workloads) -> None:
 
 
 def note_observed(agent: Agent, unready: str) -> None:
-    """Log what changed of each assignment, and let the control plane hear it soon."""
+    """Log what changed of each assignment, and let the control plane hear it soon, but for how far
+    a pull is."""
     workloads = agent.workloads
-    states: dict[str, tuple[int, int]] = {}
+    states: dict[str, tuple[int, int, str]] = {}
     for one in render_observed(workloads, unready).assignments:
-        now = states[one.assignment_id] = (one.state, one.restarts)
-        if workloads.last_states.get(one.assignment_id) != now:
+        reason = "" if one.state == pb.ASSIGNMENT_STATE_PULLING else one.reason
+        now = states[one.assignment_id] = (one.state, one.restarts, reason)
+        if workloads.last_states.get(one.assignment_id, ())[:2] != now[:2]:
             name, state = parse_line(one.assignment_id, NAMED_MAX), parse_state(one.state)
             log("INFO", f"workload {state}", assignment_id=name, reason=one.reason)
     facts = agent.acknowledged_facts

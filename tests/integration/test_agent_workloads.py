@@ -727,6 +727,28 @@ def test_what_carries_our_label_and_no_assignment_is_not_told() -> None:
     workloads.threads.shutdown()
 
 
+@pytest.mark.parametrize(("state", "hastens"), [("WAITING", True), ("PULLING", False)])
+def test_a_new_reason_is_told_soon_unless_it_is_how_far_a_pull_is(
+    monkeypatch: pytest.MonkeyPatch, state: str, hastens: bool
+) -> None:
+    one = make_workloads(Path("none"))
+    one.acknowledged = pb.Observed(revision=one.seen_revision)
+    said = pb.Observed()
+    row = said.assignments.add(
+        assignment_id="a", state=pb.AssignmentState.Value(f"ASSIGNMENT_STATE_{state}")
+    )
+    monkeypatch.setattr(agent_script, "render_observed", lambda *_: said)
+    agent: Any = SimpleNamespace(workloads=one, acknowledged_facts=None, wake=asyncio.Event())
+    told = []
+    for reason in ("after 8 s", "after 16 s", "after 16 s"):
+        row.reason = reason
+        agent.wake.clear()
+        agent_script.note_observed(agent, "")
+        told.append(agent.wake.is_set())
+    assert told == [True, hastens, False]
+    one.threads.shutdown()
+
+
 def test_what_was_not_looked_for_is_not_said_to_be_gone(tmp_path: Path) -> None:
     """A start may be under way, or the list may be newer than what was seen of the engine."""
     path = tmp_path / "engine.sock"
