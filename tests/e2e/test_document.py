@@ -122,7 +122,7 @@ def check_first_lines(lines: list[str], host_id: str) -> None:
 
 def check_nowhere(vm: Vm, token: str) -> None:
     """The invite is nowhere on a machine, nor on its disk, where it was once; switches it off."""
-    secret = token.split("_")[2].encode()
+    secret = token.split("_", 2)[2].rpartition("_")[0].encode()
     said = vm.exec(["bash", "-c", LEFT]).stdout
     assert len(said) > 10_000
     assert secret not in said
