@@ -7953,7 +7953,6 @@ class Biller:
             if is_whole:
                 await self._try("issuing invoices", self._issue)
                 await self._try("forgetting marks", self._prune)
-            if is_whole:
                 self._metrics.set("openinfra_billed_time_seconds", time.time())
             await asyncio.sleep(USAGE_S)
 
@@ -10196,11 +10195,10 @@ class EngineDoor:
                 status, answer = door.answer(self.command, words, query, body)
                 text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
-                if status != 204:
-                    self.send_header("Content-Length", str(len(text)))
+                self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the agent may be gone by now
-                    self.wfile.write(b"" if status == 204 else text)
+                    self.wfile.write(text)
 
             do_POST = do_DELETE = do_GET
 
@@ -10212,7 +10210,7 @@ class EngineDoor:
     def answer(
         self, method: str, words: Sequence[str], query: Mapping[str, str], body: Row
     ) -> tuple[int, object]:
-        """Status and JSON (or bytes) for one request; 204 has none."""
+        """Status and JSON for one request, or bytes as they are; 204 has none of these."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -10253,7 +10251,7 @@ class StandIn(EngineDoor):
                 return 201, {}
             case ("DELETE", "networks", name):
                 self.networks = [each for each in self.networks if each["Name"] != name]
-                return 204, None
+                return 204, b""
             case ("GET", "containers", "json"):
                 return 200, [self._look(name) for name in self.rows]
             case ("POST", "containers", "create"):
@@ -10274,7 +10272,7 @@ class StandIn(EngineDoor):
             child.send_signal(signal.Signals[query.get("signal", "SIGKILL")])
         if what == "DELETE":
             del self.rows[name]
-        return (204, None) if what in ("start", "kill", "DELETE") else (404, {"message": what})
+        return (204, b"") if what in ("start", "kill", "DELETE") else (404, {"message": what})
 
     def _create(self, name: str, body: Row) -> Row:
         made = hashlib.sha256(f"{name} {time.time_ns()}".encode()).hexdigest()
@@ -10542,7 +10540,9 @@ class Pilot:
         write_file(plan.cp_dir / "admin.jwt", self.token.encode() + b"\n", 0o600)
         began = time.monotonic()
         self.start("control-plane", plan.cp_argv())
-        self.wait_for("the control plane", lambda: self.get("/readyz") and self._own())
+        # Another one, quicker at the same port, does not take our token.
+        ours = "/api/v1/admin/hosts"
+        self.wait_for("the control plane", lambda: self.get("/readyz") and self.get(ours))
         self.cp_ready_s = time.monotonic() - began
         self.say(f"control plane is ready: {self.url('')}")
 
@@ -10634,10 +10634,6 @@ class Pilot:
     def _online(self) -> Row | None:
         hosts = (self.get("/api/v1/admin/hosts?status=online") or {"hosts": []})["hosts"]
         return hosts[0] if hosts else None
-
-    def _own(self) -> Any:
-        """Another control plane, quicker at the same port, does not take our token."""
-        return self.get("/api/v1/admin/hosts")
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.plan.http_port}{path}"
