@@ -1709,7 +1709,7 @@ LABELS: dict[str, Any] = {
 }
 LABEL_FIELDS = (Field("labels", "map", "all that it has from now on", required=True, **LABELS),)
 WORKLOAD_FIELDS = (
-    Field("namespace", "string", "one of yours", 2, 40, None, check_namespace, form=NAMESPACE),
+    Field("namespace", "string", "or the image's", 2, 40, None, check_namespace, form=NAMESPACE),
     Field("name", "string", "unique in it", 1, 63, None, check_name, form=NAME, required=True),
     Field(
         "image",
@@ -6876,16 +6876,14 @@ def decide_order(
     if not registry:
         what = "this control plane has no registry, so there are no images"
         raise Refusal("CONFLICT", what, "ask the operator to set REGISTRY in cp.env")
-    namespace = values["namespace"] or (namespaces[0] if len(namespaces) == 1 else "")
-    if namespace not in namespaces:
-        code, what = "BAD_REQUEST", "namespace is missing"
-        if namespace:
-            code, what = "FORBIDDEN", "that is none of your namespaces"
-        raise Refusal(code, what, f"send one of: {', '.join(namespaces)}", "namespace")
     of, image = parse_image(values["image"], registry)
+    namespace = values["namespace"] or of
     if of not in namespaces:
         what = f"the image is of the namespace {of}, which is none of yours"
         raise Refusal("FORBIDDEN", what, f"push it to one of: {', '.join(namespaces)}", "image")
+    if namespace not in namespaces:
+        what = "that is none of your namespaces"
+        raise Refusal("FORBIDDEN", what, f"send one of: {', '.join(namespaces)}", "namespace")
     size = len(json.dumps([values["command"], values["env"]], ensure_ascii=False).encode())
     if size > SPEC_BYTES:
         what = f"command and env are larger than {SPEC_BYTES} bytes together"

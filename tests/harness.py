@@ -61,8 +61,15 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout_s: float = 10) ->
 
 
 def read_seed() -> int:
-    """Where the random choices of a test come from: OPENINFRA_SEED, or a new one, printed."""
-    seed = int(os.environ.get("OPENINFRA_SEED") or secrets.randbelow(2**31 - 1) + 1)
+    """Where the random choices of a test come from, printed: OPENINFRA_SEED, or a new one.
+
+    With CI=true it goes by the commit, so that a run before and CI's make the same choices.
+    """
+    given = os.environ.get("OPENINFRA_SEED", "")
+    if not given and os.environ.get("CI"):
+        argv = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        given = str(int(subprocess.run(argv, capture_output=True, check=True).stdout[:7], 16))
+    seed = int(given or secrets.randbelow(2**31 - 1) + 1)
     print(f"OPENINFRA_SEED={seed} repeats this test's choices")
     return seed
 

@@ -60,6 +60,24 @@ def test_the_smallest_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "image", "found"),
+    [
+        ({}, "kuma/web", "kuma"),
+        ({}, "panda/web", "panda"),
+        ({"namespace": "panda"}, "kuma/web", "panda"),
+        ({"namespace": "kuma"}, "panda/web", "kuma"),
+    ],
+)
+def test_a_workload_is_in_the_images_namespace_unless_it_names_another(
+    given: dict[str, str], image: str, found: str
+) -> None:
+    values = cp_server.parse_fields(
+        cp_server.WORKLOAD_FIELDS, {**ORDER, **given, "image": f"{image}@{DIGEST}"}
+    )
+    assert cp_server.decide_order(values, ["kuma", "panda"], "cp.example.com").namespace == found
+
+
+@pytest.mark.parametrize(
     "image",
     [
         f"kuma/web@{DIGEST}",
