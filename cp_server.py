@@ -7641,6 +7641,7 @@ METRICS = (
     ("openinfra_usage_windows_total", "counter", "Hours of copies that were closed."),
     ("openinfra_usage_charged_micros_total", "counter", "What customers were charged for them."),
     ("openinfra_invoices_total", "counter", "Invoices that were issued."),
+    ("openinfra_unbilled_copies", "gauge", "Copies whose hours could not be closed just now."),
     ("openinfra_billed_time_seconds", "gauge", "When usage was last closed, Unix time."),
     ("openinfra_start_time_seconds", "gauge", "When this process began to serve, Unix time."),
     ("openinfra_cpu_seconds_total", "counter", "Processor time of this process."),
@@ -7941,6 +7942,7 @@ class Biller:
         self._db = db
         self._metrics = metrics
         self._without: set[int] = set()  # customers of copies that cannot be billed
+        metrics.set("openinfra_unbilled_copies", 0)
         for name in ("usage_windows", "usage_charged_micros", "invoices"):
             metrics.add(f"openinfra_{name}_total", 0)
 
@@ -7976,7 +7978,7 @@ class Biller:
         customer gets no invoice while that is so.
         """
         cursor: int | None = 0
-        most, is_whole = USAGE_BATCH, True
+        most, is_whole, unbilled = USAGE_BATCH, True, 0
         self._without.clear()
         while cursor is not None:
             try:
@@ -7990,13 +7992,14 @@ class Biller:
                 if found is None:
                     raise
                 self._without.add(found.customer_no)
-                cursor = found.assignment_no
+                cursor, unbilled = found.assignment_no, unbilled + 1
                 log("ERROR", "a copy cannot be billed", assignment_no=cursor, **what)
                 continue
             cursor, most = done.cursor, min(2 * most, USAGE_BATCH)
             is_whole = is_whole and done.is_mine
             self._metrics.add("openinfra_usage_windows_total", done.windows)
             self._metrics.add("openinfra_usage_charged_micros_total", done.charge_micros)
+        self._metrics.set("openinfra_unbilled_copies", unbilled)
         return is_whole
 
     async def _prune(self) -> None:

@@ -21,7 +21,13 @@ WELL: dict[str, str | None] = {
     "openinfra_database_up": "1x60",
     'openinfra_rpcs_total{result="ok"}': "0+2000x60",
     'openinfra_http_requests_total{status="200"}': "0+10x60",
+    "openinfra_start_time_seconds": "0x60",
     "openinfra_swept_time_seconds": "0+60x60",
+    "openinfra_placed_time_seconds": "0+60x60",
+    "openinfra_workloads": "1000x60",
+    "openinfra_unplaced_workloads": "6x60",
+    "openinfra_billed_time_seconds": "0+60x60",
+    "openinfra_unbilled_copies": "0x60",
     'openinfra_heartbeats_total{result="accepted"}': "0+2000x60",
     'openinfra_heartbeats_total{result="try_later"}': "0+20x60",
     "openinfra_heartbeat_commit_seconds_total": "0+30x60",
@@ -41,6 +47,10 @@ FAULTS: dict[str, dict[str, str | None]] = {
     "OpenInfraDatabaseDown": {"openinfra_database_up": "1x20 0x40"},
     "OpenInfraBug": {'openinfra_rpcs_total{result="internal"}': "0x20 1x40"},
     "OpenInfraSweepStands": {"openinfra_swept_time_seconds": "0+60x20 1200x40"},
+    "OpenInfraPlacementStands": {"openinfra_placed_time_seconds": "0+60x20 1200x40"},
+    "OpenInfraWorkloadsWait": {"openinfra_unplaced_workloads": "6x20 60x40"},
+    "OpenInfraBillingStands": {"openinfra_billed_time_seconds": "0+60x20 1200x40"},
+    "OpenInfraCopiesNotBilled": {"openinfra_unbilled_copies": "0x20 1x40"},
     "OpenInfraHeartbeatsRefused": {
         'openinfra_heartbeats_total{result="try_later"}': "0+20x20 400+200x40"
     },
@@ -114,6 +124,18 @@ def test_nothing_fires_for_a_fleet_that_is_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("alert", FAULTS)
 def test_each_alert_fires_for_its_fault(alert: str, tmp_path: Path) -> None:
     assert fires(alert, WELL | FAULTS[alert], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("alert", "name"),
+    [
+        ("OpenInfraSweepStands", "openinfra_swept_time_seconds"),
+        ("OpenInfraPlacementStands", "openinfra_placed_time_seconds"),
+        ("OpenInfraBillingStands", "openinfra_billed_time_seconds"),
+    ],
+)
+def test_what_never_began_is_seen_as_well(alert: str, name: str, tmp_path: Path) -> None:
+    assert fires(alert, WELL | {name: None}, tmp_path)
 
 
 def test_a_held_snapshot_and_dead_rows_are_seen(cp: ControlPlane) -> None:

@@ -428,6 +428,7 @@ def test_one_copy_at_fault_holds_up_no_other(books: Books) -> None:
         metrics.define(name, kind, text)
     is_whole = in_database(books, lambda db: cp_server.Biller(db, metrics)._close())
     assert is_whole
+    assert "\nopeninfra_unbilled_copies 1\n" in metrics.render()
     rows = books.query(
         "SELECT assignment_id FROM assignments WHERE assignment_no NOT IN"
         " (SELECT assignment_no FROM usage_windows WHERE hour_at = '2026-03-31T21:00Z')"
