@@ -902,6 +902,7 @@ class Workloads:
     is_full: bool = False
     # Those that were at work when the engine was last looked at.
     busy: frozenset[str] = frozenset()
+    # How far each image is that is pulled now: one pull serves all that wait for it.
     progress: dict[str, str] = field(default_factory=dict)
     # What ends a pull that nobody wants any more.
     sockets: dict[Wish, socket.socket] = field(default_factory=dict)
@@ -2052,8 +2053,8 @@ def render_observed(workloads: Workloads, unready: str) -> pb.Observed:
     there = [name for name, wish in wished.items() if name in found or not wish.is_done]
     for name in [*there, *sorted(kept & found.keys())]:
         past = memory.pasts.get(name, Past())
-        progress = workloads.progress.get(name, "")
         wish, lost = wished.get(name), workloads.engine_error if workloads.is_lost else ""
+        progress = workloads.progress.get(wish.image, "") if wish else ""
         state, reason = decide_report(wish, found.get(name), past, progress, unready, lost)
         one = observed.assignments.add(assignment_id=name, reason=reason, restarts=past.restarts)
         one.state = cast("pb.AssignmentState.ValueType", state)
@@ -4159,6 +4160,10 @@ def begin_steps(workloads: Workloads, unready: str) -> None:
     ):
         if step.key in workloads.tasks or step.key in workloads.busy:
             continue  # at work, or done by now, and what was seen is of before
+        if step.wish is not None and step.verb is Verb.PULL:
+            if step.wish.image in workloads.progress:
+                continue
+            workloads.progress[step.wish.image] = ""
         if step.verb in (Verb.TERM, Verb.KILL):
             memory.stops.setdefault(step.container_id, now_s)
         if step.verb is Verb.TERM and now_s >= right_until_s:
@@ -4190,8 +4195,8 @@ async def do_step(workloads: Workloads, step: Step) -> None:
         settle_step(workloads, step, EngineError(400, str(why)))
     finally:
         workloads.tasks.pop(step.key, None)
-        workloads.progress.pop(step.assignment_id, None)
-        if step.wish is not None:
+        if step.wish is not None and step.verb is Verb.PULL:
+            workloads.progress.pop(step.wish.image, None)
             workloads.sockets.pop(step.wish, None)
 
 
@@ -4213,14 +4218,14 @@ def run_step(workloads: Workloads, step: Step) -> None:
         ensure_secrets(workloads.secrets_dir, step.wish)
         engine.create(step.wish, workloads.address, step.network, workloads.secrets_dir)
     elif step.wish is not None:
-        name, wish = step.assignment_id, step.wish
+        wish = step.wish
         try:
             engine.read_image(wish.image)
         except EngineError as error:
             if error.status != 404:
                 raise
             opened = functools.partial(workloads.sockets.__setitem__, wish)
-            noted = functools.partial(workloads.progress.__setitem__, name)
+            noted = functools.partial(workloads.progress.__setitem__, wish.image)
             engine.pull(wish.image, workloads.registry_password, opened, noted)
 
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -1811,6 +1812,21 @@ def read_images(engine: Engine) -> set[str]:
 
 def has_image(engine: Engine, name: str) -> bool:
     return name in read_images(engine)
+
+
+def test_an_image_is_pulled_once_for_all_that_wait_for_it(world: World) -> None:
+    image = world.engine.push("acme/common", extra=os.urandom(15_000_000))
+    began_s = time.time()
+    many = [world.assignment(SLEEP, image=image, cpu_milli=200) for _ in range(4)]
+    world.plane.post(*many)
+    for made in many:
+        world.plane.wait_state(made, "RUNNING", 30)
+    filters = urllib.parse.quote(json.dumps({"type": ["image"], "event": ["pull"]}))
+    times = f"since={began_s:.3f}&until={time.time():.3f}"
+    _, told = world.engine.call("GET", f"/events?{times}&filters={filters}")
+    assert isinstance(told, dict), told  # one line: a second one is not JSON any more
+    assert told["id"] == image
+    assert told["Action"] == "pull"
 
 
 def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Agent]) -> None:

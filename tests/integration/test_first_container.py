@@ -190,24 +190,26 @@ def far_fleet(
 
 
 def test_a_pull_says_how_far_it_is(far_fleet: Fleet) -> None:
-    """To the customer with each heartbeat, to the provider at any time; then it runs."""
+    """To the customer with each heartbeat, to the provider at any time, of each copy that waits for
+    it; then they run."""
     name = f"{far_fleet.tenant.namespace}/large"
     image = far_fleet.engine.push(name, extra=os.urandom(15_000_000))
-    workload = far_fleet.post(image=image.removeprefix(f"{REGISTRY}/"))
+    workload = far_fleet.post(image=image.removeprefix(f"{REGISTRY}/"), replicas=2)
     said: list[str] = []
 
     def runs() -> dict[str, Any] | None:
         found = far_fleet.tenant.get(workload)
-        for copy in found["assignments"]:
-            if copy["state"] == "pulling":
-                said.append(copy["reason"])
-                assert found["reasons"] == [f"replica 0: {copy['reason']}"]
-                assert found["state"] == "pending"
+        copies = sorted(found["assignments"], key=lambda each: each["replica"])
+        if [each["state"] for each in copies] == ["pulling", "pulling"]:
+            said.append(copies[0]["reason"])
+            assert copies[1]["reason"] == said[-1]
+            assert found["reasons"] == [f"replica {n}: {said[-1]}" for n in (0, 1)]
+            assert found["state"] == "pending"
         return found if found["state"] == "running" else None
 
     wait_for("some of it", lambda: runs() or " of " in "".join(said), 20)
     shown = far_fleet.agent.status()["assignments"]
-    assert [each["state"] for each in shown] == ["pulling"]
+    assert [each["state"] for each in shown] == ["pulling", "pulling"]
     assert re.fullmatch("[0-9]+ of 1[67] MB", shown[0]["reason"])
     found = wait_for("running", runs, 30)
     assert (found["reasons"], found["assignments"][0]["reason"]) == ([], "")
