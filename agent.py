@@ -9,8 +9,9 @@
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
-                     its address changed; once, as root (a systemd timer starts it each 10 s);
-                     with --watch it stays, and holds a second copy that no flush removes;
+                     its address changed; once, as root (a systemd timer starts it each 10 s
+                     where none stays); with --watch it stays, does it again and again, and holds
+                     a second copy that no flush removes;
                      with --strays it ends only what runs without the engine knowing of it (a unit
                      of its own, after each start of the engine)
 
@@ -53,6 +54,7 @@ Files (mode)
   /run/openinfra/lease.json          0600  which workloads may run, until when, their ports and
                                            crashes; this home's address as the hub sees it
   /run/openinfra/guard.lock          0600  held while a guard is at work
+  /run/openinfra/watch.lock          0600  held by `guard --watch` while the firewall is in place
   /run/openinfra/secrets/            0700  in memory: workloads' secrets, while they are held here
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
@@ -106,7 +108,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, cast
 
-if sys.argv[1:2] != ["guard"]:  # it runs each 10 s and would spend most of its time on these
+if sys.argv[1:2] != ["guard"]:  # the tunnel waits for it at each boot, and it needs none of these
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -202,6 +204,8 @@ NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 # copy is still held is looked at so often.
 HELD_TABLE = "openinfra_held"
 WATCH_AGAIN_S, WATCH_S, HELD_WAIT_S = 1.0, 10.0, 5.0
+# What else a guard does, by the one that watches; longer than ROUND_MAX_S it does not take.
+ROUND_MAX_S = 40.0
 # Connections of one workload at a time, those of UDP until 30 s after the last packet: the kernel
 # follows no more than 65,536 of a machine with 1 GB of memory, and then its owner gets no new one.
 FLOWS_SET, FLOWS_MAX = "oi_flows", 2_000
@@ -3281,15 +3285,19 @@ def read_table_sha256() -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
+def open_lock(path: Path) -> int:
+    """A file to lock, 0600: whoever can open one can hold its lock."""
+    try:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Error(f"cannot write {path.parent}: {error.strerror}", "run this as root") from None
+
+
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Be the only guard at work: the timer's, or the one that watches."""
-    path = directory / "guard.lock"  # 0600: whoever can open a file can hold its lock
-    try:
-        directory.mkdir(mode=0o755, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise Error(f"cannot write {directory}: {error.strerror}", "run this as root") from None
+    lock = open_lock(directory / "guard.lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -3337,13 +3345,14 @@ def close_held(nft: subprocess.Popen[bytes]) -> None:
     nft.communicate()
 
 
-def wait_touched(sock: socket.socket, timeout_s: float) -> None:
-    """Wait until somebody touched our table, or the time is over."""
-    sock.settimeout(timeout_s)
+def wait_touched(sock: socket.socket, until_s: float) -> None:
+    """Wait until somebody touched our table, or the time is over, whatever is said of others."""
     named = f"{NFT_TABLE[1]}\0".encode()
     try:
-        while named not in sock.recv(65_536):
-            pass
+        while (left_s := until_s - read_boot_s()) > 0:
+            sock.settimeout(left_s)
+            if named in sock.recv(65_536):
+                return
     except TimeoutError:
         pass
     except OSError as error:
@@ -4680,15 +4689,25 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
     return guard
 
 
-def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoReturn:
-    """Put the firewall back as soon as somebody changed it, and hold a copy meanwhile."""
-    said, held, nft, is_held = "", "", None, None
+def watch_firewall(
+    lock: int, keep: Callable[[], Guard], read: Callable[[], str], look_round: Callable[[], None]
+) -> NoReturn:
+    """Put the firewall back as soon as somebody changed it, and hold a copy meanwhile.
+
+    Each WATCH_S the rest of what a guard does as well, so `lock` tells openinfra-guard.service,
+    each run of which begins a Python, that there is nothing to do: while the firewall is in place,
+    and until this process ends, however it does.
+    """
+    said, held, nft, is_held, child, due_s = "", "", None, None, 0, 0.0
     with open_watch() as sock:
         while True:
+            sd_notify("WATCHDOG=1")
             error, wanted = keep().error, read()
             if error and error != said:
                 log("ERROR", "firewall is not in place", "see: openinfra-agent doctor", error=error)
             said = error
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_UN if error else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if held != wanted or nft is None or nft.poll() is not None:
                 if nft is not None:
                     close_held(nft)
@@ -4698,7 +4717,38 @@ def watch_firewall(keep: Callable[[], Guard], read: Callable[[], str]) -> NoRetu
                 elif nft is None and is_held is not False:
                     log("WARN", "firewall is not held: a flush opens it for some milliseconds")
                 is_held = nft is not None
-            wait_touched(sock, WATCH_AGAIN_S if error else WATCH_S)
+            if child and has_ended(child, due_s - WATCH_S + ROUND_MAX_S):
+                child = 0
+            if not child and read_boot_s() >= due_s:
+                child, due_s = begin_round(lock, look_round), read_boot_s() + WATCH_S
+            again_s = read_boot_s() + (WATCH_AGAIN_S if error else WATCH_S)
+            wait_touched(sock, again_s if child else min(again_s, due_s))
+
+
+def begin_round(lock: int, look_round: Callable[[], None]) -> int:
+    """Do it in a process of its own: a name server that does not answer holds up no firewall."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.close(lock)  # or it would be held when the one that watches is dead
+        os.nice(-os.nice(0))
+        look_round()
+    except Error as error:
+        log("WARN", error.what, error.todo)
+    except Exception as error:
+        log("ERROR", "guard has a bug", error=f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(0)
+
+
+def has_ended(child: int, until_s: float) -> bool:
+    """Whether that process is over; from then on it is."""
+    if read_boot_s() >= until_s:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return True
+    return os.waitpid(child, os.WNOHANG)[0] == child
 
 
 def is_right_over(lease_file: Path) -> bool:
@@ -4771,6 +4821,13 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     with ThreadPoolExecutor(STOPS_MAX) as pool:
         troubles = list(pool.map(functools.partial(end_late, engine), running))
     return next(filter(None, troubles), "")
+
+
+def end_what_is_late(engine: Engine, lease_file: Path) -> None:
+    """The same, and it is logged when nobody knows."""
+    late = ensure_ended(engine, lease_file)
+    if late:
+        log("WARN", "cannot look for workloads whose right to run is over", error=late)
 
 
 def end_late(engine: Engine, container: Container) -> str:
@@ -4869,6 +4926,24 @@ def ensure_endpoint(wg_conf: Path) -> str:
     if now != before:
         log("INFO", "control plane has another address", endpoint=now.split()[-1])
     return ""
+
+
+def keep_endpoint(guard_file: Path, wg_conf: Path, keep: Callable[[], Guard]) -> None:
+    """Find the control plane again, and keep workloads from it wherever it is; raises Error."""
+    # `wg` asks the name server 15 times by default, with longer and longer waits.
+    os.environ["WG_ENDPOINT_RESOLUTION_RETRIES"] = "1"
+    said, guard = ensure_endpoint(wg_conf), read_guard(guard_file)
+    if guard is None:
+        return  # somebody removed it: the next look at the firewall makes one
+    if said and not guard.endpoint_error:
+        log("WARN", "cannot look up the control plane", "guard tries again", error=said)
+    endpoints = read_fenced(guard.endpoints)
+    if (said, endpoints) != (guard.endpoint_error, guard.endpoints):
+        with alone(guard_file.parent):
+            found = replace(read_guard(guard_file) or guard, endpoint_error=said)
+            save_guard(guard_file, replace(found, endpoints=endpoints))
+    if endpoints != guard.endpoints:
+        check_firewall(keep())
 
 
 def read_fenced(before: str) -> str:
@@ -5253,35 +5328,31 @@ def command_guard(args: argparse.Namespace) -> int:
     keep = functools.partial(keep_firewall, path, lease_file, engine)
     if args.strays:
         return command_strays(engine, Path(args.cgroup or DEFAULTS["cgroup"]))
+    keep_found = functools.partial(
+        keep_endpoint, path, Path(args.wg_conf or DEFAULTS["wg_conf"]), keep
+    )
     if args.watch:
-        watch_firewall(keep, functools.partial(read_wanted, path, lease_file))
+
+        def look_round() -> None:
+            end_what_is_late(engine, lease_file)
+            keep_found()
+
+        lock = open_lock(path.parent / "watch.lock")
+        watch_firewall(lock, keep, functools.partial(read_wanted, path, lease_file), look_round)
     began_s = read_boot_s()
     if engine.is_installed:
         end_at_once(lease_file, WORKLOADS_CGROUP)  # before all that may fail, or take its time
     try:
         guard = keep()
     finally:
-        late = ensure_ended(engine, lease_file)
-        if late:
-            log("WARN", "cannot look for workloads whose right to run is over", error=late)
+        end_what_is_late(engine, lease_file)
     for _ in range(GUARD_TRIES - 1):  # at boot the tunnel waits for this run, and for none after it
         if not guard.error or read_boot_s() > began_s + GUARD_AGAIN_MAX_S:
             break
         time.sleep(GUARD_AGAIN_S)
         guard = keep()
     check_firewall(guard)
-    # `wg` asks the name server 15 times by default, with longer and longer waits.
-    os.environ["WG_ENDPOINT_RESOLUTION_RETRIES"] = "1"
-    said = ensure_endpoint(Path(args.wg_conf or DEFAULTS["wg_conf"]))
-    if said and not guard.endpoint_error:
-        log("WARN", "cannot look up the control plane", "guard tries again", error=said)
-    endpoints = read_fenced(guard.endpoints)
-    if (said, endpoints) != (guard.endpoint_error, guard.endpoints):
-        with alone(path.parent):
-            found = replace(read_guard(path) or guard, endpoint_error=said, endpoints=endpoints)
-            save_guard(path, found)
-    if endpoints != guard.endpoints:
-        check_firewall(keep())
+    keep_found()
     return 0
 
 

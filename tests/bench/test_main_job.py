@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from agent import WATCH_S
 from tests.bench.conftest import Record
-from tests.harness import ROOT, WALLET, Agent, ControlPlane, wait_for
+from tests.harness import ROOT, WALLET, Agent, ControlPlane, Process, make_netns, wait_for
 
 RUNTIMES = {"Debian's packages": "/usr/bin/python3", "PyPI's newest": sys.executable}
 IDLE_S = 120.0
 
 
-def read_cpu_s(pid: int) -> float:
-    """Processor time of a process so far (proc(5), stat: utime and stime)."""
+def read_cpu_s(pid: int, with_children: bool = False) -> float:
+    """Processor time of a process so far (proc(5), stat: utime, stime; of ended children, too)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11 : 15 if with_children else 13])) / os.sysconf("SC_CLK_TCK")
 
 
 def read_rss_mb(pid: int) -> float:
@@ -68,3 +69,28 @@ def test_agent(
         share = (read_cpu_s(pid) - before[name]) / IDLE_S * 100
         record(f"agent on {name}: resident memory", read_rss_mb(pid), "MB", 48)
         record(f"agent on {name}: of one core, idle for {IDLE_S:g} s", share, "%", 0.1)
+
+
+def test_guard(tmp_path: Path, record: Record) -> None:
+    """The one that watches, with all that it starts; and what the timer's runs would be instead."""
+    with make_netns() as netns:
+        argv = [RUNTIMES["Debian's packages"], str(ROOT / "agent.py"), "guard"]
+        argv = netns.argv([*argv, f"--guard-file={tmp_path}/guard.json"])
+        watch = Process([*argv, "--watch"], tmp_path / "watch", {})
+        try:
+            watch.wait_log("flush opens it")
+            pid = watch.child.pid
+            time.sleep(2)
+            before = read_cpu_s(pid, with_children=True)
+            time.sleep(IDLE_S)
+            took_s = read_cpu_s(pid, with_children=True) - before
+            record("guard that watches: resident memory", read_rss_mb(pid), "MB", 48)
+        finally:
+            watch.stop()
+        before = sum(os.times()[2:4])
+        for _ in range(10):
+            subprocess.run(argv, capture_output=True, check=True)
+        share = (sum(os.times()[2:4]) - before) / (10 * WATCH_S) * 100
+    record("guard by the timer each 10 s, while none watches: of one core", share, "%", None)
+    share = took_s / IDLE_S * 100
+    record(f"guard that watches: of one core, idle for {IDLE_S:g} s", share, "%", 0.5)

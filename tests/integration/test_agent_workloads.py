@@ -46,6 +46,7 @@ from tests.harness import (
     ROOT,
     Agent,
     Netns,
+    Process,
     change_scripts,
     inside,
     make_netns,
@@ -854,7 +855,10 @@ def test_what_was_done_while_the_engine_was_looked_at_is_not_done_again(
         assert asyncio.run(see()) == (False, True)
 
 
-def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_the_guard_ends_what_a_dead_agent_does_not(
+    world: World, tmp_path: Path, stays: bool
+) -> None:
     """Only when the right is over: until then an agent may be restarted."""
     guard = world.agent
     flags = [f"--engine-socket={world.engine.socket}", f"--lease-file={guard.lease_file}"]
@@ -865,20 +869,32 @@ def test_the_guard_ends_what_a_dead_agent_does_not(world: World) -> None:
     made = world.run(SLEEP, ports=[pb.Port(container_port=80, host_port=20_007)])
     until_s = json.loads(guard.lease_file.read_text())["until_s"]
     guard.process.stop(signal.SIGKILL)
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert world.container(made)["State"]["Running"]
-    table = ["nft", "list", "table", "inet", "openinfra"]
-    listed = subprocess.check_output(world.engine.netns.argv(table), text=True)
-    assert "tcp dport 20007 accept" in listed
-    time.sleep(max(0.0, until_s + agent_script.GUARD_LATE_S - agent_script.read_boot_s()))
     body = {"Image": world.image, "Cmd": SLEEP}
     _, stranger = world.engine.call("POST", "/containers/create", body)
     world.engine.call("POST", f"/containers/{stranger['Id']}/start")
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    name = f"oi-{made.assignment_id}"
-    assert done.stderr == f"WARN workload ended: its right to run was over name={name}\n"
-    assert not world.container(made)["State"]["Running"]
+    with contextlib.ExitStack() as stack:
+        if stays:
+            watch = Process([*argv, "--watch"], tmp_path / "watch", {})
+            stack.callback(watch.stop)
+            wait_for("the copy", lambda: "flush opens it" in watch.log or None)
+        else:
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        table = ["nft", "list", "table", "inet", "openinfra"]
+        listed = subprocess.check_output(world.engine.netns.argv(table), text=True)
+        assert "tcp dport 20007 accept" in listed
+        time.sleep(max(0.0, until_s + agent_script.GUARD_LATE_S - agent_script.read_boot_s() - 0.5))
+        assert world.container(made)["State"]["Running"]
+        time.sleep(0.5)
+        name = f"oi-{made.assignment_id}"
+        said = f"WARN workload ended: its right to run was over name={name}\n"
+        if stays:
+            wait_for("its end", lambda: said in watch.log, agent_script.WATCH_S + 2)
+        else:
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            assert done.stderr == said
+        assert not world.container(made)["State"]["Running"]
+    assert world.engine.call("GET", f"/containers/{stranger['Id']}/json")[1]["State"]["Running"]
     subprocess.run(world.engine.netns.argv(["nft", "flush", "ruleset"]), check=True)
 
 

@@ -752,11 +752,12 @@ def test_a_workload_does_not_reach_the_control_plane_at_its_public_address(
     assert "INFO firewall follows what changed" in home.guard().stderr
     assert reach_all(first, (INTERNET, old, new)) == [HOME_LAN, "", HOME_LAN]
     assert not ping(first, old)
-    (tmp_path / "conf").rename(conf)
     hide_nft(tmp_path, monkeypatch, f"case $1 in --file) exec tee -a {laid} | $0 -f -;; esac")
-    with watching(home, tmp_path / "watch"):
+    with watching(home, tmp_path / "watch") as watch:
         assert old in list_held(home)
-        assert f"endpoint={new}:51820" in home.guard().stderr
+        (tmp_path / "conf").rename(conf)
+        wait_for("the look-up", lambda: f"endpoint={new}:51820" in watch.log, 15)
+        wait_for("the fence", lambda: new in str(home.found()["endpoints"]))
         assert reach_all(first, (INTERNET, old, new)) == [HOME_LAN, HOME_LAN, ""]
         wait_for("the copy", lambda: new in list_held(home) and old not in list_held(home))
     tables = laid.read_text().split("delete table")[1:]
@@ -821,7 +822,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
 def watching(home: Home, log: Path, *more: str) -> Iterator[Process]:
     """A guard that stays."""
     argv = ["/usr/bin/python3", "-W", "error", str(ROOT / "agent.py"), "guard", "--watch", *more]
-    process = Process(home.netns.argv([*argv, f"--guard-file={home.guard_file}"]), log, {})
+    argv += [f"--guard-file={home.guard_file}", f"--wg-conf={home.directory}/openinfra.conf"]
+    process = Process(home.netns.argv(argv), log, {})
     try:
         wait_for("the copy", lambda: "flush opens it" in process.log or None)
         yield process
@@ -941,6 +943,38 @@ def test_the_copy_follows_what_changes_and_ends_with_the_watch(
         assert has_table(home)
 
 
+def is_spared(home: Home) -> bool:
+    """Whether openinfra-guard.service would have nothing to do, by its own condition."""
+    unit = (ROOT / "systemd/openinfra-guard.service").read_text()
+    (asked,) = re.findall(r'^ExecCondition=\+/bin/sh -c "(.+)"$', unit, re.MULTILINE)
+    asked = asked.replace("$$", "$").replace("/run/openinfra/", f"{home.guard_file.parent}/")
+    return subprocess.run(["/bin/sh", "-c", asked], check=False).returncode == 1
+
+
+def test_one_that_watches_spares_the_timers_runs_until_it_is_dead(
+    home: Home, tunnel: Tunnel, tmp_path: Path
+) -> None:
+    """Also while it waits for a name server, which holds up no firewall either."""
+    assert home.guard().returncode == 0
+    assert not is_spared(home)
+    tunnel.call("cp.example.net:51820", "192.0.2.77:51820")  # nobody knows that name
+    chain = "{ type filter hook input priority 0; }"  # of the name server: it gives no answer
+    say(home.lan, "nft", f"add table inet deaf; add chain inet deaf in {chain}")
+    say(home.lan, "nft", "add rule inet deaf in udp dport 53 drop")
+    Path("/etc/netns", home.netns.name, "resolv.conf").write_text(f"nameserver {MACHINE_LAN}\n")
+    with watching(home, tmp_path / "watch") as watch:
+        assert is_spared(home)
+        pgrep = ["pgrep", "--parent", str(watch.child.pid), "--full", "agent.py"]
+        (asks,) = subprocess.check_output(pgrep).split()
+        began_s = flush(home)
+        wait_for("the table", lambda: has_table(home) or None)
+        assert time.monotonic() - began_s < 2
+        assert Path("/proc", asks.decode()).exists()
+        watch.stop(signal.SIGKILL)
+        assert not is_spared(home)  # the other one has no part in it
+        wait_for("its end", lambda: not Path("/proc", asks.decode()).exists(), 15)
+
+
 def test_what_cannot_be_put_back_is_tried_again_and_said_once(
     workloads: Workloads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -953,8 +987,10 @@ def test_what_cannot_be_put_back_is_tried_again_and_said_once(
         wait_for("an error", lambda: home.found()["error"] or None)
         time.sleep(3)
         assert watch.log.count("ERROR firewall is not in place") == 1
+        assert not is_spared(home)
         assert not has_table(home)
         assert reach(workloads.first, BRIDGE) == ""
         gate.unlink()
         wait_for("the table", lambda: has_table(home) or None)
         wait_for("no error", lambda: not home.found()["error"] or None)
+        wait_for("the lock", lambda: is_spared(home) or None)
