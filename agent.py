@@ -9,7 +9,7 @@
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
-                     its address changed; once, as root (a systemd timer starts it each 10 s
+                     its address changed; once, as root (a systemd timer starts it each 5 s
                      where none stays); with --watch it stays, does it again and again, and holds
                      a second copy that no flush removes;
                      with --strays it ends only what runs without the engine knowing of it (a unit
@@ -188,7 +188,7 @@ HANDSHAKE_OLD_S = 180
 PROBE_TIMEOUT_S = 3.0
 # Then the control plane's name is looked up again: a handshake is due each 120 s.
 ENDPOINT_OLD_S = 150
-# The timer starts `guard` each 10 s; three runs may be lost before anybody is told.
+# A guard looks each 10 s at the latest; three looks may be lost before anybody is told.
 GUARD_OLD_S = 45.0
 # For one answer of the engine and one end, while what the engine has lost is looked for.
 KNOWS_TIMEOUT_S, STRAY_TIMEOUT_S = 10.0, 10.0
@@ -289,7 +289,7 @@ ENGINE_LABEL = "openinfra.engine=1"
 DISK_HIGH, DISK_LOW = 0.8, 0.7
 TIDY_S, USED_MAX_S = 60.0, 30 * 86_400.0
 ENGINE_TIMEOUT_S = 30.0
-ENGINE_VERSION_TIMEOUT_S = 10.0  # it starts three programs to tell theirs
+ENGINE_VERSION_TIMEOUT_S = 10.0
 ENGINE_VERSION_AGE_S = 10.0
 # Pulls at once, other work, reads of logs, and threads in all: stops never wait for the others.
 PULLS_MAX = 4
@@ -866,6 +866,7 @@ class Workloads:
     # What a pull shows to the registry; the session itself goes to CONTROL_PLANE alone.
     registry_password: str = field(default="", repr=False)
     engine_version: str = ""
+    engine_server: str = ""
     engine_error: str = "it was not asked yet"
     engine_asked_s: float = -ENGINE_VERSION_AGE_S
     # Since when it gives no answer; None: it does.
@@ -3396,7 +3397,7 @@ class Engine:
         try:
             sock.settimeout(timeout_s)
             sock.connect(str(self.path))
-            target = path if path == "/version" else self.api + path
+            target = path if path in ("/_ping", "/version") else self.api + path
             target += "?" + urllib.parse.urlencode(query) if query else ""
             raw = None if body is None else json.dumps(body).encode()
             if raw:
@@ -3455,6 +3456,14 @@ class Engine:
         answer = self.read_object("/version", timeout_s)
         self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
+
+    def read_server(self) -> str:
+        """What answers, with its version; to tell the rest of it costs an engine three programs."""
+        with self.open("GET", "/_ping", {}, None, ENGINE_VERSION_TIMEOUT_S) as (connection, _):
+            answer = connection.getresponse()
+            if answer.status != 200:
+                parse_answer(answer.status, answer.read(ENGINE_LINE_MAX_BYTES))
+            return parse_line(answer.getheader("Server") or "", NAMED_MAX)
 
     def read_runc(self) -> str:
         """The version of runc, which is what a workload would break out of; empty: not known."""
@@ -4007,14 +4016,19 @@ async def in_thread(workloads: Workloads, function: Callable[..., Reply], *args:
 async def ask_version(workloads: Workloads) -> None:
     """Keep the engine's version: that of ten seconds ago at most, or the last one that it told.
 
-    Until it told one no work comes here, so that this is an error, also when it answers else.
+    Until it told one no work comes here, so that this is an error, also when it answers else. It is
+    asked again when another one answers.
     """
     now_s = read_boot_s()
     if now_s < workloads.engine_asked_s + ENGINE_VERSION_AGE_S:
         return
     workloads.engine_asked_s = now_s
+    engine = workloads.engine
     try:
-        workloads.engine_version = await in_thread(workloads, workloads.engine.read_version)
+        server = await in_thread(workloads, engine.read_server)
+        if not workloads.engine_version or server != workloads.engine_server:
+            workloads.engine_version = await in_thread(workloads, engine.read_version)
+            workloads.engine_server = server
         workloads.engine_error = ""
     except EngineError as error:
         workloads.engine_error = str(error)
@@ -4732,7 +4746,6 @@ def begin_round(lock: int, look_round: Callable[[], None]) -> int:
         return child
     try:
         os.close(lock)  # or it would be held when the one that watches is dead
-        os.nice(-os.nice(0))
         look_round()
     except Error as error:
         log("WARN", error.what, error.todo)

@@ -10239,6 +10239,8 @@ class StandIn(EngineDoor):
     ) -> tuple[int, object]:
         """Answer as an engine does that has one image."""
         match (method, *words):
+            case ("GET", "_ping"):
+                return 200, b"OK"
             case ("GET", "version"):
                 return 200, {"Version": "stand-in", "MinAPIVersion": "1.41"}
             case ("GET", "info"):
@@ -10386,7 +10388,7 @@ class DockerDoor(EngineDoor):
                 return 200, {"Config": {}}
             case ("GET", "containers", "json") | ("GET", "networks"):
                 return 200, self.read_ours(path)
-            case ("GET", "version" | "info"):
+            case ("GET", "_ping" | "version" | "info"):
                 pass
             case ("POST", "containers" | "networks", "create"):
                 body = {**body, "Labels": {**body["Labels"], DOCKER_LABEL: self.name}}

@@ -698,6 +698,42 @@ def make_workloads(path: Path) -> agent_script.Workloads:
     )
 
 
+def test_the_version_is_asked_for_when_another_engine_answers(tmp_path: Path) -> None:
+    """Not each time: an engine starts three programs to tell it."""
+    asked: list[str] = []
+    told = {"server": "Docker/20.10.24 (linux)", "version": "20.10.24"}
+
+    def serve() -> None:
+        for _ in range(7):
+            with server.accept()[0] as client:
+                asked.append(client.recv(65_536).split()[1].decode())
+                body = json.dumps({"Version": told["version"], "MinAPIVersion": "1.12"})
+                body = "OK" if asked[-1] == "/_ping" else body
+                head = f"Server: {told['server']}\r\nContent-Length: {len(body)}"
+                client.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n{body}".encode())
+
+    async def see() -> list[str]:
+        workloads, seen = make_workloads(tmp_path / "engine"), []
+        for version in ("20.10.24", "20.10.24", "20.10.24", "26.1.5", "26.1.5"):
+            told.update(server=f"Docker/{version} (linux)", version=version)
+            workloads.engine_asked_s = -agent_script.ENGINE_VERSION_AGE_S
+            await agent_script.ask_version(workloads)
+            assert workloads.engine_error == ""
+            seen.append(workloads.engine_version)
+        workloads.threads.shutdown()
+        return seen
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "engine"))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert asyncio.run(see()) == ["20.10.24"] * 3 + ["26.1.5"] * 2
+        thread.join()
+    ping, version = "/_ping", "/version"
+    assert asked == [ping, version, ping, ping, ping, version, ping]
+
+
 def test_answers_go_out_as_far_as_there_is_room() -> None:
     async def pop(*rooms: int) -> list[list[int]]:
         one = make_workloads(Path("none"))
