@@ -71,9 +71,12 @@ def check_fails_closed(vm: Vm) -> None:
     vm.sh("mv /usr/sbin/nft /usr/sbin/away")
     assert vm.exec(["systemctl", "start", "wg-quick@openinfra"]).code
     assert vm.exec(["ip", "link", "show", "openinfra"]).code
+    # Nor where one watches, which spares the guard its runs while the firewall is in place.
+    vm.sh("rm /run/openinfra/guard.json; systemctl start openinfra-watch")
+    vm.sh("until test -e /run/openinfra/guard.json; do sleep 1; done")
+    assert vm.exec(["systemctl", "start", "wg-quick@openinfra"]).code
     vm.sh(
         "mv /usr/sbin/away /usr/sbin/nft; systemctl start wg-quick@openinfra openinfra-guard.timer"
-        " openinfra-watch"
     )
     vm.sh("ip link show openinfra; systemctl reset-failed")
 
@@ -83,6 +86,10 @@ def check_flushes(vm: Vm) -> None:
     # A copy is held over a flush, and what was flushed is put back at once.
     wait_active(vm, "openinfra-watch")
     vm.sh("until journalctl -b -u openinfra-watch | grep -q 'no flush opens it'; do sleep 1; done")
+    shown = "systemctl show --property=Result,ExecMainStartTimestampMonotonic openinfra-guard"
+    spared = vm.sh(f"sleep 12; {shown}")  # its timer's runs
+    assert "Result=exec-condition" in spared
+    assert vm.sh(f"sleep 12; {shown}") == spared
     vm.sh("systemctl stop openinfra-guard.timer")  # by the watch alone, which hears of it
     for _ in range(2):
         vm.sh("nft flush ruleset; nft list table inet openinfra_held")
