@@ -9,7 +9,7 @@
   agent.py pause     ends the workloads here at once and takes none; `unpause` takes some again
   agent.py leave     the same, and waits until the control plane has nothing assigned here
   agent.py guard     puts this host's firewall in place, and finds the control plane again when
-                     its address changed; once, as root (a systemd timer starts it each 5 s
+                     its address changed; once, as root (a systemd timer starts it each 10 s
                      where none stays); with --watch it stays, does it again and again, and holds
                      a second copy that no flush removes;
                      with --strays it ends only what runs without the engine knowing of it (a unit
@@ -204,8 +204,9 @@ NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 # copy is still held is looked at so often.
 HELD_TABLE = "openinfra_held"
 WATCH_AGAIN_S, WATCH_S, HELD_WAIT_S = 1.0, 10.0, 5.0
-# What else a guard does, by the one that watches; longer than ROUND_MAX_S it does not take.
-ROUND_MAX_S = 40.0
+# What else a guard does takes the one that watches no longer than ROUND_MAX_S; when it is held up
+# for SLOW_S itself, the timer's runs begin again.
+ROUND_MAX_S, SLOW_S = 40.0, 5
 # Connections of one workload at a time, those of UDP until 30 s after the last packet: the kernel
 # follows no more than 65,536 of a machine with 1 GB of memory, and then its owner gets no new one.
 FLOWS_SET, FLOWS_MAX = "oi_flows", 2_000
@@ -4213,7 +4214,8 @@ async def do_step(workloads: Workloads, step: Step) -> None:
         settle_step(workloads, step, None)
         workloads.stirred.set()
     except EngineError as error:
-        settle_step(workloads, step, error)
+        for each in (step, *list_followers(workloads, step)):
+            settle_step(workloads, each, error)
     except Refuse as why:
         settle_step(workloads, step, EngineError(400, str(why)))
     finally:
@@ -4221,6 +4223,24 @@ async def do_step(workloads: Workloads, step: Step) -> None:
         if step.wish is not None and step.verb is Verb.PULL:
             workloads.progress.pop(step.wish.image, None)
             workloads.sockets.pop(step.wish, None)
+
+
+def list_followers(workloads: Workloads, step: Step) -> list[Step]:
+    """What waits for the same image: a pull that fails has failed for all of these.
+
+    None when nobody wants this one any more, which ends its pull: it is the next one's turn.
+    """
+    wishes, found = workloads.wishes or (), {each.assignment_id for each in workloads.containers}
+    if step.wish is None or step.verb is not Verb.PULL or step.wish not in wishes:
+        return []
+    pasts = workloads.memory.pasts
+    return [
+        replace(step, assignment_id=wish.assignment_id, wish=wish)
+        for wish in wishes
+        if wish != step.wish and wish.image == step.wish.image
+        if not (wish.is_done or wish.assignment_id in found)
+        if not pasts.get(wish.assignment_id, Past()).has_image
+    ]
 
 
 def run_step(workloads: Workloads, step: Step) -> None:
@@ -4663,6 +4683,8 @@ def ensure_frozen(engine: Engine, is_open: bool) -> str:
     has_frozen = engine.is_installed and freeze_at_once(WORKLOADS_CGROUP, is_open)
     if has_frozen and is_open:
         return ""  # else what another process froze one by one, which could not do this
+    if engine.is_installed and not is_open and not has_frozen and WORKLOADS_CGROUP.exists():
+        return "this process cannot let them go on"  # one that can is to try it
     if not engine.path.exists():
         return ""
     verb, trouble = "pause" if is_open else "unpause", ""
@@ -4710,18 +4732,18 @@ def watch_firewall(
 
     Each WATCH_S the rest of what a guard does as well, so `lock` tells openinfra-guard.service,
     each run of which begins a Python, that there is nothing to do: while the firewall is in place,
-    and until this process ends, however it does.
+    this process can end and freeze workloads, and nothing holds it up; until it ends, however.
     """
     said, held, nft, is_held, child, due_s = "", "", None, None, 0, 0.0
+    signal.signal(signal.SIGALRM, lambda *_: fcntl.flock(lock, fcntl.LOCK_UN))
     with open_watch() as sock:
         while True:
             sd_notify("WATCHDOG=1")
+            signal.alarm(SLOW_S)
             error, wanted = keep().error, read()
             if error and error != said:
                 log("ERROR", "firewall is not in place", "see: openinfra-agent doctor", error=error)
             said = error
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_UN if error else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if held != wanted or nft is None or nft.poll() is not None:
                 if nft is not None:
                     close_held(nft)
@@ -4735,8 +4757,13 @@ def watch_firewall(
                 child = 0
             if not child and read_boot_s() >= due_s:
                 child, due_s = begin_round(lock, look_round), read_boot_s() + WATCH_S
-            again_s = read_boot_s() + (WATCH_AGAIN_S if error else WATCH_S)
-            wait_touched(sock, again_s if child else min(again_s, due_s))
+            signal.alarm(0)
+            is_able = not error and can_reach(WORKLOADS_CGROUP)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if is_able else fcntl.LOCK_UN)
+            now_s = read_boot_s()
+            again_s = now_s + (WATCH_AGAIN_S if error else WATCH_S)
+            wait_touched(sock, min(again_s, max(due_s, now_s + WATCH_AGAIN_S)))
 
 
 def begin_round(lock: int, look_round: Callable[[], None]) -> int:
@@ -4756,11 +4783,9 @@ def begin_round(lock: int, look_round: Callable[[], None]) -> int:
 
 
 def has_ended(child: int, until_s: float) -> bool:
-    """Whether that process is over; from then on it is."""
+    """Whether that process is over; from then on it is told to end."""
     if read_boot_s() >= until_s:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return True
     return os.waitpid(child, os.WNOHANG)[0] == child
 
 
@@ -4768,6 +4793,12 @@ def is_right_over(lease_file: Path) -> bool:
     """Whether the agent has no right to run anything, and should have ended all of it by now."""
     boot_id = read_text("/proc/sys/kernel/random/boot_id").strip()
     return read_boot_s() >= read_lease(lease_file, boot_id).until_s + GUARD_LATE_S
+
+
+def can_reach(cgroup: Path) -> bool:
+    """Whether this process can freeze what is there; of a group that its unit did not find at its
+    start it has no view that can be written (systemd.exec(5), ReadWritePaths=)."""
+    return not cgroup.exists() or os.access(cgroup / "cgroup.freeze", os.W_OK)
 
 
 def freeze_at_once(cgroup: Path, is_open: bool) -> bool:

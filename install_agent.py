@@ -1075,14 +1075,9 @@ def plan_engine(facts: Facts) -> Iterator[Run]:
         yield Run(("sync", "--file-system", str(ENGINE_IMAGE)), "also after a power cut")
 
 
-def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
-    """Make systemd run what is on disk: only what changed, is owed or is down is restarted."""
+def plan_units(facts: Facts, changed: set[Path]) -> Iterator[Run]:
+    """Have systemd know the units that are on disk."""
     pending, units = facts.manifest.pending, facts.units
-
-    def is_due(name: str, *paths: Path) -> bool:
-        return name in pending or not changed.isdisjoint({UNIT_DIR / name, *paths})
-
-    steps: list[Run] = []
     # After a run that was cut a unit may be new on disk, and linked as the one before it.
     new = [
         name
@@ -1090,9 +1085,23 @@ def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
         if pending or UNIT_DIR / name in changed or units[name].enabled != "enabled"
     ]
     if new:
-        steps.append(Run(("systemctl", "--no-reload", "reenable", *new), "at each boot"))
+        yield Run(("systemctl", "--no-reload", "reenable", *new), "at each boot")
     if new or pending or any(UNIT_DIR in path.parents for path in changed):
-        steps.append(Run(("systemctl", "daemon-reload"), "it reads the units"))
+        yield Run(("systemctl", "daemon-reload"), "it reads the units")
+
+
+def plan_commands(facts: Facts, changed: set[Path]) -> list[Run]:
+    """Make systemd run what is on disk: only what changed, is owed or is down is restarted."""
+    pending, units = facts.manifest.pending, facts.units
+
+    def is_due(name: str, *paths: Path) -> bool:
+        return name in pending or not changed.isdisjoint({UNIT_DIR / name, *paths})
+
+    steps = [*plan_units(facts, changed)]
+    if units[WATCH].active == "active" and is_due(WATCH, BINARY):
+        steps.append(
+            Run(("systemctl", "stop", WATCH), "an older one would answer for the firewall")
+        )
     is_up = units[WG].active == "active"
     new_tunnel = is_due(WG, WG_CONF) or not is_up or not facts.has_link
     if not new_tunnel and (steps or is_due(GUARD, BINARY) or not facts.has_table):

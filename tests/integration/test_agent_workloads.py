@@ -28,6 +28,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1879,6 +1880,41 @@ def test_an_image_is_pulled_once_for_all_that_wait_for_it(world: World) -> None:
     assert isinstance(told, dict), told  # one line: a second one is not JSON any more
     assert told["id"] == image
     assert told["Action"] == "pull"
+
+
+def test_a_pull_that_fails_has_failed_for_all_that_wait_for_it(world: World) -> None:
+    """They give up together, not one after the other; what has its image goes on."""
+    runs = world.run(SLEEP)
+    image = f"127.0.0.1:5999/acme/box@sha256:{'0' * 64}"  # nobody listens there
+    many = [world.assignment(SLEEP, image=image, cpu_milli=200) for _ in range(4)]
+    world.plane.post(runs, *many)
+    world.plane.wait_state(many[0], "REJECTED", 60)
+    began_s = time.monotonic()
+    for made in many:
+        assert "connection refused" in world.plane.wait_state(made, "REJECTED", 60).reason
+    assert time.monotonic() - began_s < 5
+    assert world.container(runs)["State"]["Running"]
+
+
+def test_who_follows_a_pull(tmp_path: Path) -> None:
+    workloads = make_workloads(tmp_path / "engine")
+    one = agent_script.Wish(
+        "a", 1, "w", "acme/box", (), (), 100, 1, (), True, agent_script.Restart.ALWAYS
+    )
+    waits, has, there, done = (replace(one, assignment_id=name) for name in "bcde")
+    other = replace(one, assignment_id="f", image="acme/other")
+    wishes = (one, waits, has, there, replace(done, is_done=True), other)
+    workloads.wishes = wishes
+    workloads.memory.pasts["c"] = agent_script.Past(has_image=True)
+    workloads.containers = (agent_script.Container("id", "oi-d", "d", "", True),)
+    step = agent_script.Step(agent_script.Verb.PULL, "a", wish=one)
+    assert agent_script.list_followers(workloads, step) == [
+        replace(step, assignment_id="b", wish=waits)
+    ]
+    assert agent_script.list_followers(workloads, replace(step, verb=agent_script.Verb.START)) == []
+    workloads.wishes = wishes[1:]  # its pull was ended
+    assert agent_script.list_followers(workloads, step) == []
+    workloads.threads.shutdown()
 
 
 def test_a_full_disk_loses_images_that_nothing_uses(make_agent: Callable[..., Agent]) -> None:

@@ -821,7 +821,13 @@ def test_what_is_down_is_started_and_nothing_else(change: dict[str, Any], steps:
         (RELEASE_PUB, ["release.pub"]),
         (
             BINARY,
-            ["openinfra-agent", f"start {GUARD}", f"restart {TIMER} {WATCH}", f"restart {AGENT}"],
+            [
+                "openinfra-agent",
+                f"stop {WATCH}",
+                f"start {GUARD}",
+                f"restart {TIMER} {WATCH}",
+                f"restart {AGENT}",
+            ],
         ),
         (WG_PUB, ["openinfra.pub", f"restart {AGENT}"]),
         (
@@ -903,6 +909,7 @@ def test_an_upgrade_restarts_the_agent() -> None:
     assert words(steps) == [
         NOTED,
         "openinfra-agent",
+        f"stop {WATCH}",
         f"start {GUARD}",
         f"restart {TIMER} {WATCH}",
         f"restart {AGENT}",

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
-    "agent.py": 5_470,
+    "agent.py": 5_500,
     "cp_server.py": 12_520,
-    "install_agent.py": 1960,
+    "install_agent.py": 1970,
     "setup_luks2.py": 1200,
     "systemd/openinfra_wg.py": 310,
     "systemd/setup_cp.py": 1350,
