@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -976,6 +977,50 @@ def test_one_that_watches_spares_the_timers_runs_until_it_is_dead(
         watch.stop(signal.SIGKILL)
         assert not is_spared(home)  # the other one has no part in it
         wait_for("its end", lambda: not Path("/proc", asks.decode()).exists(), 15)
+
+
+def test_one_that_is_held_up_gives_the_timers_runs_back(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    hide_nft(tmp_path, monkeypatch, f'case "$*" in *list*) test ! -e {gate} || sleep 12;; esac')
+    with watching(home, tmp_path / "watch") as watch:
+        assert is_spared(home)
+        gate.touch()
+        began_s = time.monotonic()
+        say(home.netns, "/usr/sbin/nft", "delete table inet openinfra")  # it looks at once
+        wait_for("no lock", lambda: not is_spared(home), 10)
+        assert agent.SLOW_S - 1 < time.monotonic() - began_s < agent.SLOW_S + 2
+        gate.unlink()
+        wait_for("the lock", lambda: is_spared(home) or None, 30)
+        assert watch.child.poll() is None
+
+
+SEES = """
+import sys
+from pathlib import Path
+sys.argv[1:] = ["guard"]
+import agent
+print(agent.can_reach(Path(CGROUP)))
+"""
+
+
+def test_a_group_that_cannot_be_written_is_out_of_reach(tmp_path: Path) -> None:
+    """As for a unit that began before the group was there: all of the tree is read-only to it."""
+    group = tmp_path / "tree/group"
+
+    def sees(*before: str) -> str:
+        asked = shlex.join([sys.executable, "-c", SEES.replace("CGROUP", repr(str(group)))])
+        argv = ["unshare", "--mount", "sh", "-ec", "; ".join((*before, f"exec {asked}"))]
+        return subprocess.check_output(argv, text=True, cwd=ROOT).strip()
+
+    read_only = f"mount --bind -o ro {group.parent} {group.parent}"
+    group.parent.mkdir()
+    assert sees(read_only) == "True"  # nothing is there to be frozen
+    group.mkdir()
+    (group / "cgroup.freeze").write_text("0\n")
+    assert sees() == "True"
+    assert sees(read_only) == "False"
 
 
 def test_what_cannot_be_put_back_is_tried_again_and_said_once(
