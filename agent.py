@@ -4848,8 +4848,10 @@ def ensure_ended(engine: Engine, lease_file: Path) -> str:
     At once where the engine is the installed one, else one by one. Gives back what keeps it from
     that; without an engine there is nothing to end.
     """
-    if engine.is_installed and end_at_once(lease_file, WORKLOADS_CGROUP):
-        return ""
+    if engine.is_installed and (
+        end_at_once(lease_file, WORKLOADS_CGROUP) or is_empty(WORKLOADS_CGROUP)
+    ):
+        return ""  # nor is an engine asked, each few seconds, where nothing runs
     if not engine.path.exists() or not is_right_over(lease_file):
         return ""
     try:
