@@ -34,7 +34,7 @@ AGENT_MAY_NOT = (
     "ls /run/dbus || ls /run/systemd/private || ls /run/docker.sock",
     "touch /run/here",
 )
-BACK_S = 15.0  # for a table that was lost
+BACK_S, TIMER_S = 15.0, 10  # for a table that was lost while nobody watches
 
 
 def read_property(vm: Vm, unit: str, name: str) -> str:
@@ -105,19 +105,20 @@ def check_flushes(vm: Vm) -> None:
     run_s = read_run_s(vm)
     print(f"a run of the guard took {run_s:.1f} s, and {spared_s:.1f} s beside one that watches")
     assert spared_s < run_s / 2
+    back_s = max(BACK_S, TIMER_S + 2 * run_s)  # some seconds where a processor is emulated
     vm.sh("systemctl start openinfra-guard.timer")
     assert vm.exec(["nft", "list", "table", "inet", "openinfra_held"]).code
 
     # The firewall comes back by itself, and the journal is not filled by the timer.
     vm.sh("nft flush ruleset")
-    assert wait_table(vm, "openinfra") <= BACK_S
+    assert wait_table(vm, "openinfra") <= back_s
     said = [line for line in journal(vm, "openinfra-guard") if "follows what changed" not in line]
     assert said == [
         "INFO firewall is in place",
         "WARN firewall was changed or gone, and is in place again",
     ]
     vm.sh("systemctl restart nftables")  # Debian's own way to lose it
-    assert wait_table(vm, "openinfra") <= BACK_S
+    assert wait_table(vm, "openinfra") <= back_s
     vm.sh("systemctl stop nftables")
     assert json.loads(vm.get("/run/openinfra/guard.json"))["error"] == ""
 
