@@ -99,6 +99,13 @@ def check_flushes(vm: Vm) -> None:
     assert "WARN firewall was changed or gone, and is in place again" in journal(
         vm, "openinfra-watch"
     )
+    # It freezes what there is to freeze while the firewall cannot be put back, and no longer.
+    freeze = "grep -qx {} /sys/fs/cgroup/openinfra.slice/cgroup.freeze"
+    vm.sh("mv /usr/sbin/nft /usr/sbin/away; away delete table inet openinfra")
+    vm.sh(f"until {freeze.format(1)}; do sleep 1; done", timeout_s=60)
+    vm.sh("mv /usr/sbin/away /usr/sbin/nft")
+    assert wait_table(vm, "openinfra") <= 10
+    vm.sh(f"until {freeze.format(0)}; do sleep 1; done", timeout_s=60)
     vm.sh("systemctl stop openinfra-watch")
     left, began_s = vm.get("/run/openinfra/guard.json"), time.monotonic()
     vm.sh("systemctl start openinfra-guard")
