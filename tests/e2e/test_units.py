@@ -106,6 +106,7 @@ def check_flushes(vm: Vm) -> None:
     vm.sh("mv /usr/sbin/away /usr/sbin/nft")
     assert wait_table(vm, "openinfra") <= 10
     vm.sh(f"until {freeze.format(0)}; do sleep 1; done", timeout_s=60)
+    vm.sh('until grep -q \'"error": ""\' /run/openinfra/guard.json; do sleep 1; done', timeout_s=60)
     vm.sh("systemctl stop openinfra-watch")
     left, began_s = vm.get("/run/openinfra/guard.json"), time.monotonic()
     vm.sh("systemctl start openinfra-guard")
@@ -158,6 +159,7 @@ def test_a_hosts_units_live(make_vm: MakeVm, home: Snapshot, tmp_path: Path) -> 
 
     # A boot: firewall, then tunnel; the agent waits for the disk, and comes with it.
     restart(vm)
+    vm.sh("until ip link show openinfra; do sleep 1; done", timeout_s=60)
     vm.sh("nft list table inet openinfra")
     units = "-u openinfra-guard.service -u wg-quick@openinfra.service"
     first = vm.sh(f"journalctl --boot --output=short-monotonic --no-pager {units}")
