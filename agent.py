@@ -290,7 +290,7 @@ ENGINE_LABEL = "openinfra.engine=1"
 DISK_HIGH, DISK_LOW = 0.8, 0.7
 TIDY_S, USED_MAX_S = 60.0, 30 * 86_400.0
 ENGINE_TIMEOUT_S = 30.0
-ENGINE_VERSION_TIMEOUT_S = 10.0
+ENGINE_VERSION_TIMEOUT_S = 10.0  # to tell all of theirs an engine starts three programs
 ENGINE_VERSION_AGE_S = 10.0
 # Pulls at once, other work, reads of logs, and threads in all: stops never wait for the others.
 PULLS_MAX = 4
@@ -4734,7 +4734,7 @@ def watch_firewall(
     each run of which begins a Python, that there is nothing to do: while the firewall is in place,
     this process can end and freeze workloads, and nothing holds it up; until it ends, however.
     """
-    said, held, nft, is_held, child, due_s = "", "", None, None, 0, 0.0
+    said, held, nft, is_held, child, began_s = "", "", None, None, 0, -WATCH_S
     signal.signal(signal.SIGALRM, lambda *_: fcntl.flock(lock, fcntl.LOCK_UN))
     with open_watch() as sock:
         while True:
@@ -4753,17 +4753,17 @@ def watch_firewall(
                 elif nft is None and is_held is not False:
                     log("WARN", "firewall is not held: a flush opens it for some milliseconds")
                 is_held = nft is not None
-            if child and has_ended(child, due_s - WATCH_S + ROUND_MAX_S):
+            if child and has_ended(child, began_s + ROUND_MAX_S):
                 child = 0
-            if not child and read_boot_s() >= due_s:
-                child, due_s = begin_round(lock, look_round), read_boot_s() + WATCH_S
+            if not child and read_boot_s() >= began_s + WATCH_S:
+                child, began_s = begin_round(lock, look_round), read_boot_s()
             signal.alarm(0)
             is_able = not error and can_reach(WORKLOADS_CGROUP)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if is_able else fcntl.LOCK_UN)
             now_s = read_boot_s()
             again_s = now_s + (WATCH_AGAIN_S if error else WATCH_S)
-            wait_touched(sock, min(again_s, max(due_s, now_s + WATCH_AGAIN_S)))
+            wait_touched(sock, min(again_s, max(began_s + WATCH_S, now_s + WATCH_AGAIN_S)))
 
 
 def begin_round(lock: int, look_round: Callable[[], None]) -> int:
