@@ -253,7 +253,7 @@ LABEL = "openinfra.assignment"
 # The host stops this much before the control plane may place a workload elsewhere.
 LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
-PAST_KEPT = 8  # of the first fields of Past
+PAST_KEPT = 9  # of the first fields of Past
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
 # Its time is when workloads were told to end last; what ended so soon after it ended by that.
@@ -741,6 +741,8 @@ class Past:
     streak: int = 0
     # True when we ended it ourselves, since the right to run was over.
     is_stopped: bool = False
+    # When the run began whose end is noted here, as the engine says it; 0: of none.
+    run_at_s: float = 0.0
     # What is above (PAST_KEPT) is in the lease file: the next agent of this boot has it too.
     # What the engine could not do, how often, and when it is tried again.
     trouble: str = ""
@@ -1776,16 +1778,27 @@ def decide_back_off_s(streak: int) -> float:
     return min(BACK_OFF_MAX_S, 2.0 ** (min(streak, 20) - 1))
 
 
-def decide_end(past: Past, found: Container, was_told: bool, now_s: float) -> Past:
-    """Note that a container ended, by itself or because it was told to."""
-    ran_s = now_s - (now_s if past.started_s is None else past.started_s)
-    streak = 1 if ran_s >= STEADY_S else past.streak + 1
+def decide_seen(past: Past, found: Container, was_told: bool, now_s: float) -> Past:
+    """Note a run that began, or one that ended by itself or because it was told to.
+
+    Also a run whose start is news: an agent that is killed right after it cannot note it.
+    """
+    is_noted = past.ended_s is not None
+    if found.is_running and (is_noted or past.started_s is None):
+        return replace(past, started_s=now_s, ended_s=None, restarts=past.restarts + is_noted)
+    is_news = is_noted and past.run_at_s not in (0.0, found.started_at_s)
+    if not found.has_ended or (is_noted and not is_news):
+        return past
+    is_steady = past.started_s is not None and not is_news and now_s - past.started_s >= STEADY_S
+    streak = 1 if is_steady else past.streak + 1
     return replace(
         past,
         ended_s=now_s,
         exit_code=found.exit_code,
+        restarts=past.restarts + is_news,
         streak=past.streak if was_told else streak,
         is_stopped=was_told,
+        run_at_s=found.started_at_s,
     )
 
 
@@ -4056,14 +4069,10 @@ async def look(workloads: Workloads) -> None:
         told_at_s = workloads.ended_file.stat().st_mtime
     for each in workloads.containers:
         past = memory.pasts.get(each.assignment_id, Past(each.wish_sha256))
-        if past.wish_sha256 != each.wish_sha256:
-            continue  # it is to go, and another one takes its place
-        if each.has_ended and past.ended_s is None:
-            was_told = each.id in memory.stops or was_shut_down(each, told_at_s)
-            past = decide_end(past, each, was_told, now_s)
-        elif each.is_running and (past.started_s is None or past.ended_s is not None):
-            past = replace(past, started_s=now_s, ended_s=None)
-        memory.pasts[each.assignment_id] = past
+        if past.wish_sha256 != each.wish_sha256 or each.assignment_id in workloads.busy:
+            continue  # another one takes its place, or it is being started
+        was_told = each.id in memory.stops or was_shut_down(each, told_at_s)
+        memory.pasts[each.assignment_id] = decide_seen(past, each, was_told, now_s)
     running = {each.id for each in workloads.containers if each.is_running}
     for name, told_s in [*memory.stops.items()]:
         if name not in running or now_s > told_s + 3 * STOP_S:

@@ -1550,8 +1550,17 @@ def test_a_restart_of_the_agent_hastens_no_crash_loop(world: World) -> None:
     policies = (pb.RESTART_ALWAYS, pb.RESTART_ON_FAILURE)
     loops = [world.assignment(["sh", "-c", "echo run; exit 3"], restart=each) for each in policies]
     steady = world.assignment(SLEEP)
-    world.plane.post(steady, *loops)
+    cut = world.assignment(["sh", "-c", "echo run; exit 3"])
+    world.plane.post(steady, *loops, cut)
     fourth = [wait_end(made, 8, 4) for made in loops]
+    wait_end(cut, 8, 4)
+    world.agent.process.stop(signal.SIGKILL)
+    # What an agent leaves that is killed right after it started one: nobody noted that.
+    assert world.engine.call("POST", f"/containers/oi-{cut.assignment_id}/start")[0] == 204
+    wait_for("its end", lambda: not world.container(cut)["State"]["Running"])
+    world.start()
+    wait_end(cut, 16, 5)
+    assert world.plane.wait_state(cut, "WAITING").restarts == 4
     for how in (signal.SIGKILL, signal.SIGTERM):
         world.agent.process.stop(how)
         world.start()

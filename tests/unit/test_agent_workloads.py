@@ -1032,12 +1032,37 @@ def test_a_network_without_a_container_is_removed_when_nobody_wants_it() -> None
 def test_the_streak_of_crashes_ends_after_ten_minutes() -> None:
     def end(ran_s: float, told: bool = False) -> Past:
         past = Past(started_s=1000.0, streak=4, restarts=4)
-        return agent.decide_end(past, ENDED, told, 1000.0 + ran_s)
+        return agent.decide_seen(past, ENDED, told, 1000.0 + ran_s)
 
     assert (end(1).streak, end(599).streak, end(600).streak) == (5, 5, 1)
     assert (end(1, told=True).streak, end(1, told=True).is_stopped) == (4, True)
     assert (end(1).exit_code, end(1).ended_s) == (1, 1001)
     assert [agent.decide_back_off_s(n) for n in (1, 2, 9, 10, 5000)] == [1, 2, 256, 300, 300]
+
+
+def test_a_run_that_a_killed_agent_started_is_counted() -> None:
+    """What was noted is of the run before; the engine tells runs apart by when they began."""
+    noted = Past(started_s=990.0, ended_s=999.0, exit_code=1, restarts=3, streak=4, run_at_s=50.0)
+    same, next_run = (
+        dataclasses.replace(ENDED, started_at_s=50.0),
+        dataclasses.replace(ENDED, started_at_s=60.0),
+    )
+
+    def see(found: Container, past: Past = noted) -> Past:
+        return agent.decide_seen(past, found, False, 2000.0)
+
+    assert see(same) == noted
+    assert see(next_run) == dataclasses.replace(
+        noted, ended_s=2000.0, restarts=4, streak=5, run_at_s=60.0
+    )
+    began = dataclasses.replace(noted, started_s=2000.0, ended_s=None, restarts=4)
+    assert see(RUNNING) == began
+    assert see(RUNNING, began) == began
+    assert see(CREATED) == noted
+    # A lease file of an older agent does not say which run it noted.
+    assert see(next_run, dataclasses.replace(noted, run_at_s=0.0)) == dataclasses.replace(
+        noted, run_at_s=0.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1091,7 +1116,7 @@ def test_the_right_ends_before_the_lease(lease_s: int, before_s: float, expected
 
 
 def test_a_lease_is_of_one_boot() -> None:
-    past = Past("x", True, 1.5, None, 3, 7, 8, True, "t", 2, 3.5)
+    past = Past("x", True, 1.5, None, 3, 7, 8, True, 12.5, "t", 2, 3.5)
     lease = agent.Lease(1234.5, frozenset({OTHER, ID}), (20_001,), "203.0.113.7", {ID: past})
     raw = agent.render_lease("boot", lease)
     # What the engine could not do is tried again by another agent.
@@ -1102,8 +1127,10 @@ def test_a_lease_is_of_one_boot() -> None:
     assert agent.parse_lease(late, "boot", 1000) == agent.Lease(4600)
     older = json.dumps({"boot_id": "boot", "until_s": 7, "assignments": [ID]}).encode()
     assert agent.parse_lease(older, "boot", 1000) == agent.Lease(7.0, frozenset({ID}))
-    newer = raw.replace(b"true]", b"true, 1, 2, 3, 4, 5, 6, 7, 8]")
+    newer = raw.replace(b"12.5]", b"12.5, 1, 2, 3, 4, 5, 6, 7, 8]")
     assert agent.parse_lease(newer, "boot", 1000) == read
+    before = {ID: dataclasses.replace(pasts[ID], run_at_s=0.0)}
+    assert agent.parse_lease(raw.replace(b", 12.5]", b"]"), "boot", 1000).pasts == before
     odd: tuple[Any, ...] = ([], 7, None, {ID: 7}, {ID: None})
     broken = [json.dumps({**json.loads(raw), "pasts": each}).encode() for each in odd]
     broken += [raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999]
