@@ -197,6 +197,7 @@ GUARD_TRIES, GUARD_AGAIN_S, GUARD_AGAIN_MAX_S = 3, 2.0, 10.0
 # All workloads, whatever the engine knows of them.
 WORKLOADS_CGROUP = Path("/sys/fs/cgroup/openinfra.slice")
 KILLED_S = 3.0  # for the kernel to end all of them
+NFT_S = 5.0  # for nft, three times in a look at most; then workloads are frozen
 NFT_TABLE = ("inet", "openinfra")
 # nfnetlink says here what changes of nftables, linux/netfilter/nfnetlink.h; each with its table.
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
@@ -406,6 +407,8 @@ def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bo
         )
     except FileNotFoundError:
         raise Error(f"{argv[0]} is not installed", "install it and run this again") from None
+    except OSError as error:
+        raise Error(f"{argv[0]} does not start: {error.strerror}", "mend that") from None
     except subprocess.TimeoutExpired:
         raise Error(f"{argv[0]} gave no answer for {timeout_s:g} s", "run it by hand") from None
     if done.returncode != 0:
@@ -442,7 +445,8 @@ def sd_notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):  # it hangs
         sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
@@ -1847,7 +1851,7 @@ def decide_late(
 def parse_lease(raw: bytes, boot_id: str, now_s: float) -> Lease:
     """Read the lease file. After a boot nothing has a right, and nothing was started yet."""
     try:
-        data = json.loads(raw)
+        data = json.loads(raw, parse_constant=int)  # NaN would be a right without an end
         ids = frozenset(str(each) for each in data["assignments"][: 2 * ASSIGNMENTS_MAX])
         ports = {int(port) for port in data.get("ports", ()) if int(port) in HOST_PORTS}
         lease = Lease(0.0, frozenset(), tuple(sorted(ports)), str(data.get("seen", "")))
@@ -1856,7 +1860,7 @@ def parse_lease(raw: bytes, boot_id: str, now_s: float) -> Lease:
         until_s = min(float(data["until_s"]), now_s + LEASE_MAX_S)
         pasts = {name: Past(*row[:PAST_KEPT]) for name, row in data.get("pasts", {}).items()}
         return replace(lease, until_s=until_s, kept=ids, pasts=pasts)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Lease()
 
 
@@ -3294,7 +3298,8 @@ def save_guard(path: Path, guard: Guard) -> None:
 def read_table_sha256() -> str:
     """A hash of our nft table as the kernel has it, but for what it counts; empty: it has none."""
     try:
-        listed = run(["nft", "--stateless", "--terse", "list", "table", *NFT_TABLE], echo=False)
+        argv = ["nft", "--stateless", "--terse", "list", "table", *NFT_TABLE]
+        listed = run(argv, timeout_s=NFT_S, echo=False)
     except Error:
         return ""  # what is wrong with nft itself shows when the table is laid
     return hashlib.sha256(listed.encode()).hexdigest()
@@ -4649,10 +4654,10 @@ def read_wanted(guard_file: Path, lease_file: Path) -> str:
 def lay_table(table: str) -> str:
     """Have nft lay it; where it cannot count connections, without that, and say why."""
     try:
-        run(["nft", "--file", "-"], stdin=table.encode(), echo=False)
+        run(["nft", "--file", "-"], table.encode(), NFT_S, echo=False)
         return ""
     except Error as error:
-        run(["nft", "--file", "-"], stdin=render_unlimited(table).encode(), echo=False)
+        run(["nft", "--file", "-"], render_unlimited(table).encode(), NFT_S, echo=False)
         return error.what
 
 
@@ -4668,6 +4673,9 @@ def ensure_firewall(before: Guard | None, wanted: str) -> Guard:
         found = read_table_sha256()
         if not found:
             raise Error("nft says that it laid the table, and it is not there", "nft list ruleset")
+        # What it was the last time that this same one was laid; the next run takes what it finds.
+        if before and before.wanted_sha256 == wanted_sha256 and before.listed_sha256 != found:
+            raise Error("somebody changes the table while it is laid", "nft monitor")
     except Error as error:
         # What is loaded is not what is wanted, also for the next run.
         return replace(guard, error=error.what, wanted_sha256="")
@@ -4720,7 +4728,8 @@ def keep_firewall(guard_file: Path, lease_file: Path, engine: Engine) -> Guard:
         before = read_guard(guard_file)
         guard = ensure_firewall(before, read_wanted(guard_file, lease_file))
         # Last time it may have been open, or nobody knows.
-        if guard.error or before is None or before.error:
+        is_frozen = read_text(str(WORKLOADS_CGROUP / "cgroup.freeze")).strip() == "1"
+        if guard.error or before is None or before.error or is_frozen:
             trouble = ensure_frozen(engine, bool(guard.error))
             if trouble:
                 log("WARN", "cannot freeze workloads, or let them go on", error=trouble)
@@ -4777,7 +4786,11 @@ def watch_firewall(
 
 def begin_round(lock: int, look_round: Callable[[], None]) -> int:
     """Do it in a process of its own: a name server that does not answer holds up no firewall."""
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        log("WARN", "guard cannot look for what is late", "too many processes?", error=error)
+        return 0
     if child:
         return child
     try:
@@ -5380,9 +5393,14 @@ def command_guard(args: argparse.Namespace) -> int:
     path = Path(args.guard_file or DEFAULTS["guard_file"])
     engine = Engine(Path(args.engine_socket or DEFAULTS["engine_socket"]))
     lease_file = Path(args.lease_file or DEFAULTS["lease_file"])
-    keep = functools.partial(keep_firewall, path, lease_file, engine)
     if args.strays:
         return command_strays(engine, Path(args.cgroup or DEFAULTS["cgroup"]))
+
+    def keep() -> Guard:
+        if engine.is_installed:
+            end_at_once(lease_file, WORKLOADS_CGROUP)  # before all that may fail, or take its time
+        return keep_firewall(path, lease_file, engine)
+
     keep_found = functools.partial(
         keep_endpoint, path, Path(args.wg_conf or DEFAULTS["wg_conf"]), keep
     )
@@ -5395,8 +5413,6 @@ def command_guard(args: argparse.Namespace) -> int:
         lock = open_lock(path.parent / "watch.lock")
         watch_firewall(lock, keep, functools.partial(read_wanted, path, lease_file), look_round)
     began_s = read_boot_s()
-    if engine.is_installed:
-        end_at_once(lease_file, WORKLOADS_CGROUP)  # before all that may fail, or take its time
     try:
         guard = keep()
     finally:

@@ -167,6 +167,8 @@ def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bo
         )
     except FileNotFoundError:
         raise Error(f"{argv[0]} is not installed", "install it and run this again") from None
+    except OSError as error:
+        raise Error(f"{argv[0]} does not start: {error.strerror}", "mend that") from None
     except subprocess.TimeoutExpired:
         raise Error(f"{argv[0]} gave no answer for {timeout_s:g} s", "run it by hand") from None
     if done.returncode != 0:
@@ -203,7 +205,8 @@ def sd_notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):  # it hangs
         sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 

@@ -271,6 +271,8 @@ def run(argv: Sequence[str], stdin: bytes = b"", timeout_s: float = 30, echo: bo
         )
     except FileNotFoundError:
         raise Error(f"{argv[0]} is not installed", "install it and run this again") from None
+    except OSError as error:
+        raise Error(f"{argv[0]} does not start: {error.strerror}", "mend that") from None
     except subprocess.TimeoutExpired:
         raise Error(f"{argv[0]} gave no answer for {timeout_s:g} s", "run it by hand") from None
     if done.returncode != 0:

@@ -361,6 +361,50 @@ def test_a_guard_that_cannot_lay_the_table_says_so(home: Home, tmp_path: Path) -
     assert "Operation not permitted" in str(home.found()["error"])
 
 
+def test_an_nft_that_does_not_start_is_told(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is there and nobody may run it, or the disk under it fails."""
+    path = hide_nft(tmp_path, monkeypatch, "exit 1")
+    path.chmod(0o644)
+    monkeypatch.setenv("PATH", str(path.parent))
+    argv = ["/usr/bin/python3", str(ROOT / "agent.py"), "guard", f"--guard-file={home.guard_file}"]
+    argv = ["/usr/bin/ip", "netns", "exec", home.netns.name, *argv]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "ERROR firewall is not in place: nft does not start: Permission denied"
+    )
+    assert home.found()["error"] == "nft does not start: Permission denied"
+
+
+def test_an_nft_that_hangs_is_told_in_time(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before systemd ends the guard, which is only then about to freeze workloads."""
+    hide_nft(tmp_path, monkeypatch, "exec sleep 100")
+    began_s = time.monotonic()
+    done = home.guard()
+    assert time.monotonic() - began_s < 4 * agent.NFT_S < 40
+    assert done.returncode == 1
+    assert home.found()["error"] == "nft gave no answer for 5 s"
+
+
+def test_what_is_changed_while_it_is_laid_is_laid_again(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert home.guard().returncode == 0
+    rules, gate = say(home.netns, "nft", *RULES), tmp_path / "gate"
+    harm = f"rm {gate} && exec /usr/sbin/nft flush chain inet openinfra input"
+    script = f'if test -e {gate} -a "$1" = --file; then /usr/sbin/nft "$@"; {harm}; fi'
+    hide_nft(tmp_path, monkeypatch, script)
+    gate.touch()
+    say(home.netns, "/usr/sbin/nft", "flush", "chain", "inet", "openinfra", "forward")
+    assert home.guard().returncode == 0
+    assert not gate.exists()
+    assert say(home.netns, "nft", *RULES) == rules
+
+
 # Workloads --------------------------------------------------------------------------------------
 
 WORKLOAD, OTHER_WORKLOAD, BRIDGE = "198.18.0.2", "198.18.0.10", "198.18.0.1"
@@ -822,7 +866,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
 @contextlib.contextmanager
 def watching(home: Home, log: Path, *more: str) -> Iterator[Process]:
     """A guard that stays."""
-    argv = ["/usr/bin/python3", "-W", "error", str(ROOT / "agent.py"), "guard", "--watch", *more]
+    argv = ["/usr/bin/python3", "-W", "error", str(home.scripts / "agent.py"), "guard", "--watch"]
+    argv += more
     argv += [f"--guard-file={home.guard_file}", f"--wg-conf={home.directory}/openinfra.conf"]
     process = Process(home.netns.argv(argv), log, {})
     try:
@@ -991,9 +1036,54 @@ def test_one_that_is_held_up_gives_the_timers_runs_back(
         say(home.netns, "/usr/sbin/nft", "delete table inet openinfra")  # it looks at once
         wait_for("no lock", lambda: not is_spared(home), 10)
         assert agent.SLOW_S - 1 < time.monotonic() - began_s < agent.SLOW_S + 2
+        assert wait_for("an error", lambda: home.found()["error"] or None, 2 * agent.NFT_S + 2)
         gate.unlink()
+        wait_for("the table", lambda: has_table(home) or None)
         wait_for("the lock", lambda: is_spared(home) or None, 30)
         assert watch.child.poll() is None
+
+
+@pytest.fixture
+def kernel(home: Home, tmp_path: Path) -> Path:
+    """In place of the workloads' control group, files: this shows what is written there."""
+    group, text = tmp_path / "group", (ROOT / "agent.py").read_text()
+    group.mkdir()
+    (group.parent / "cgroup.controllers").touch()
+    home.scripts = tmp_path / "scripts"
+    home.scripts.mkdir()
+    assert f'WORKLOADS_CGROUP = Path("{agent.WORKLOADS_CGROUP}")' in text
+    text = text.replace(str(agent.WORKLOADS_CGROUP), str(group))
+    (home.scripts / "agent.py").write_text(text)
+    return group
+
+
+def test_what_stayed_frozen_goes_on_also_when_nobody_remembers(home: Home, kernel: Path) -> None:
+    """The run that froze them could not leave that it did: /run was full."""
+    freeze = kernel / "cgroup.freeze"
+    freeze.write_text("0\n")
+    assert home.guard().returncode == 0
+    freeze.write_text("1\n")
+    done = home.guard()
+    assert (done.returncode, done.stderr) == (0, "WARN all workloads go on\n")
+    assert freeze.read_text().strip() == "0"
+
+
+def test_the_watch_ends_what_is_late_while_its_round_hangs(
+    home: Home, kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kernel / "cgroup.freeze").write_text("0\n")
+    (kernel / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    (kernel / "cgroup.kill").touch()
+    lease, boot_id = tmp_path / "lease.json", Path("/proc/sys/kernel/random/boot_id").read_text()
+    until_s = time.clock_gettime(time.CLOCK_BOOTTIME) + 4 - agent.GUARD_LATE_S
+    lease.write_bytes(agent.render_lease(boot_id.strip(), agent.Lease(until_s)))
+    hide_nft(tmp_path, monkeypatch, "")
+    wg = tmp_path / "bin/wg"
+    wg.write_text("#!/bin/sh\nexec sleep 100\n")
+    wg.chmod(0o755)
+    with watching(home, tmp_path / "watch", f"--lease-file={lease}"):
+        assert (kernel / "cgroup.kill").read_text() == ""
+        wait_for("their end", lambda: (kernel / "cgroup.kill").read_text() or None, 17)
 
 
 SEES = """

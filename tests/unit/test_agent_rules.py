@@ -7,7 +7,9 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -1204,3 +1206,24 @@ def test_hours_as_a_table() -> None:
         ["0.000001", COPY_ID],
         ["0.000002", COPY_ID],
     ]
+
+
+def test_a_systemd_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads what is sent, and soon there is no room for more; then there is no socket."""
+    path = tmp_path / "notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        sender = threading.Thread(target=send_often, daemon=True)
+        sender.start()
+        sender.join(10)
+        assert not sender.is_alive()
+        assert sock.recv(100) == b"WATCHDOG=1"
+    agent.sd_notify("WATCHDOG=1")
+
+
+def send_often() -> None:
+    for _ in range(2000):
+        agent.sd_notify("WATCHDOG=1")

@@ -1134,6 +1134,7 @@ def test_a_lease_is_of_one_boot() -> None:
     odd: tuple[Any, ...] = ([], 7, None, {ID: 7}, {ID: None})
     broken = [json.dumps({**json.loads(raw), "pasts": each}).encode() for each in odd]
     broken += [raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999]
+    broken += [raw.replace(b"1234.5", b"NaN"), raw.replace(b"[20001]", b"[1e999]")]
     for each in broken:
         assert agent.parse_lease(each, "boot", 1000) == agent.Lease()
     # No port of the machine's own is opened for what is in the file.
