@@ -1771,10 +1771,10 @@ def plan_images(
 
 
 def decide_pull_error(words: str) -> bool:
-    """Tell whether the registry itself said no, so that another try gets the same answer."""
+    """Tell whether another try gets the same answer: the registry said no, or it never fits."""
     # Not "unauthorized": what this host shows changes with its session.
     finals = ("manifest unknown", "not found", "denied", "no matching manifest", "unsupported")
-    return any(final in words.lower() for final in (*finals, "invalid reference"))
+    return any(final in words.lower() for final in (*finals, "invalid reference", "too large for"))
 
 
 def decide_back_off_s(streak: int) -> float:
@@ -3504,8 +3504,12 @@ class Engine:
         opened: Callable[[socket.socket], None],
         note: Callable[[str], None],
     ) -> None:
-        """Fetch an image by its digest; `opened` gets the socket, whose shutdown ends this."""
+        """Fetch an image by its digest; `opened` gets the socket, whose shutdown ends this.
+
+        It goes no further once its compressed layers are known not to fit on the engine's disk.
+        """
         name, _, digest = image.partition("@")
+        room = read_room(str(self.read_object("/info").get("DockerRootDir")))
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
         auth = {"X-Registry-Auth": render_registry_auth(name, password)}
@@ -3521,6 +3525,12 @@ class Engine:
                     raise EngineError(500, words)
                 if layers:
                     note(render_progress(layers))
+                needed = sum(total for _, total in layers.values())
+                if needed > room:
+                    what = (
+                        f"{needed / 1e9:.1f} GB compressed, and all of its disk is {room / 1e9:.1f}"
+                    )
+                    raise EngineError(413, f"the image is too large for this host: {what} GB")
 
     def knows_running(self, container_id: str) -> tuple[bool, str]:
         """Whether a container runs, which waits while it is about to start or end.
@@ -3642,6 +3652,15 @@ def read_used(path: str) -> float:
         return 0.0
     pairs = ((disk.f_bavail, disk.f_blocks), (disk.f_favail, disk.f_files))
     return max(1 - free / whole if whole else 0.0 for free, whole in pairs)
+
+
+def read_room(path: str) -> float:
+    """How many bytes a file system has, used or free; no limit for one that cannot be seen."""
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return math.inf
+    return disk.f_blocks * disk.f_frsize or math.inf
 
 
 def is_empty(cgroup: Path) -> bool:

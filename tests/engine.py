@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +277,20 @@ class Engine:
         return str(text)
 
     def push(
-        self, name: str, config: Mapping[str, object] | None = None, extra: bytes = b""
+        self,
+        name: str,
+        config: Mapping[str, object] | None = None,
+        extra: bytes = b"",
+        layers: Sequence[tuple[str, int]] = (),
     ) -> str:
-        """Put an image of busybox into the registry; gives back its reference by digest."""
+        """Put an image of busybox into the registry; gives back its reference by digest.
+
+        `layers` are there already, each with its size.
+        """
         layer = make_layer(extra)
         packed = gzip.compress(layer, 1, mtime=0)
-        rootfs = {"type": "layers", "diff_ids": [sha256(layer)]}
+        diffs = [sha256(layer), *(digest for digest, _ in layers)]
+        rootfs = {"type": "layers", "diff_ids": diffs}
         image = {"architecture": "amd64", "os": "linux", "config": config or {}, "rootfs": rootfs}
         raw = json.dumps(image).encode()
         parts = []
@@ -295,10 +303,24 @@ class Engine:
                 {"mediaType": f"{kind}.{suffix}", "size": len(blob), "digest": sha256(blob)}
             )
             self._upload(name, blob)
+        parts += [{**parts[1], "size": size, "digest": digest} for digest, size in layers]
         manifest = {"schemaVersion": 2, "mediaType": f"{kind}.distribution.manifest.v2+json"}
         text = json.dumps({**manifest, "config": parts[0], "layers": parts[1:]}).encode()
         self._put(f"/v2/{name}/manifests/latest", text, str(manifest["mediaType"]))
         return f"{REGISTRY}/{name}@{sha256(text)}"
+
+    def push_huge(self, name: str, size: int) -> str:
+        """An image with one layer more of so many zeros, which take no room at the registry."""
+        store = self.directory / "registry/docker/registry/v2"
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        data = store / f"blobs/sha256/{digest[:2]}/{digest}/data"
+        link = store / f"repositories/{name}/_layers/sha256/{digest}/link"
+        for path in (data, link):
+            path.parent.mkdir(parents=True)
+        link.write_text(f"sha256:{digest}")
+        with data.open("wb") as file:
+            file.truncate(size)
+        return self.push(name, layers=[(f"sha256:{digest}", size)])
 
     def _upload(self, name: str, blob: bytes) -> None:
         path = self._put(f"/v2/{name}/blobs/uploads/", b"", "", "POST")

@@ -22,7 +22,7 @@ import pytest
 import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, at, close_all, namespace_of, run
-from tests.harness import ROOT, ControlPlane, Postgres, wait_for
+from tests.harness import ROOT, ControlPlane, Postgres, change_scripts, wait_for
 from tests.integration.test_http_api import check_shape
 
 V = TypeVar("V")
@@ -486,6 +486,32 @@ def test_a_rate_card_that_would_change_what_was(books: Books, valid_from: int, s
     asyncio.run(work())
 
 
+def test_a_price_of_an_hour_can_be_set_until_it_is_closed(books: Books) -> None:
+    """Which is five minutes after it; and once for all customers, and once for each of them."""
+    add_fleet(books, WEB, cards=())
+
+    def add(at_us: int, card: oracle.RateCard) -> str:
+        async def work(db: cp_server.Database) -> str:
+            try:
+                await books.add_card(db, card)
+            except cp_server.Refusal as refusal:
+                return str(refusal)
+            return ""
+
+        books.set_time(at_us)
+        return in_database(books, work)
+
+    closes_us = T + HOUR + 300 * S
+    of_all = oracle.RateCard("x", None, T, 1, 1, 1, 1)
+    own = dataclasses.replace(of_all, customer="kuma")
+    assert "are closed" in add(closes_us, of_all)
+    assert "are closed" in add(closes_us, own)
+    assert add(closes_us - 1, of_all) == ""
+    assert add(closes_us - 1, own) == ""
+    assert "already" in add(closes_us - 1, of_all)
+    assert "already" in add(closes_us - 1, own)
+
+
 def test_bills_by_the_command_line(books: Books, tmp_path: Path) -> None:
     """Prices, a payment, an hour of a copy, and the files that come of it."""
     cp = tmp_path / "dsn"
@@ -671,6 +697,25 @@ def test_a_customer_reads_what_its_hosts_counted(books: Books, counted: ControlP
     assert len(get("kuma", "&limit=1")[0]["copies"]) == 1 < len(body["copies"])
 
 
+def test_pages_are_the_whole(books: Books, counted: ControlPlane) -> None:
+    key = counted.command("mint-key", str(books.customers["kuma"])).stdout.strip()
+
+    def get(path: str) -> Any:
+        status, body = counted.call("GET", f"/api/v1/{path}", token=key)
+        assert status == 200, body
+        return body
+
+    for path, name in (("usage?month=2026-03&", "windows"), ("invoices/2026-03?", "lines")):
+        whole, cursor = get(path)[name], 0
+        found: list[Any] = []
+        while cursor is not None:
+            body = get(f"{path}limit=1&cursor={cursor}")
+            assert len(body[name]) == 1
+            found, cursor = found + body[name], body["next_cursor"]
+        assert found == whole
+        assert len(found) == 2
+
+
 def read_usage(cp: ControlPlane, *words: str) -> Any:
     """What `usage` prints for March: JSON, or the rows of its table by the names of columns."""
     done = cp.command("usage", "--month=2026-03", *words)
@@ -746,11 +791,13 @@ def test_the_operator_sees_the_hours_of_a_copy(books: Books, counted: ControlPla
 
 
 def test_without_credit_a_customer_is_told_and_then_stopped(
-    books: Books, make_cp: Callable[..., ControlPlane]
+    books: Books, make_cp: Callable[..., ControlPlane], tmp_path: Path
 ) -> None:
     """By the control plane that serves: notice, no new copies, the stop, and a payment."""
+    assert cp_server.USAGE_S <= 60  # between two looks; here they are nearer
     add_fleet(books, WEB)
-    cp = make_cp("--registry=registry.invalid", start=False)
+    scripts = change_scripts(tmp_path / "scripts", "cp_server.py", USAGE_S="0.2")
+    cp = make_cp("--registry=registry.invalid", start=False, scripts=scripts)
     books.attach(cp)
     kuma = str(books.customers["kuma"])
     assert cp.command("credit-limit", kuma, "0").returncode == 0
@@ -763,8 +810,9 @@ def test_without_credit_a_customer_is_told_and_then_stopped(
 
         in_database(books, work)
 
-    use(T, T + HOUR * 3 // 2)  # at 21,143 micro-units an hour
     cp.start()
+    time.sleep(1)  # the first looks are over
+    use(T, T + HOUR * 3 // 2)  # at 21,143 micro-units an hour
     key = cp.command("mint-key", kuma).stdout.strip()
     order = {
         "name": "more",
@@ -797,11 +845,11 @@ def test_without_credit_a_customer_is_told_and_then_stopped(
         return f"{copy['state']}: {copy['reason']}"
 
     assert state() == "running: "
-    use(T + HOUR * 3 // 2, T + HOUR * 5 // 2)
+    stops_us = round(stops.timestamp()) * S
+    use(T + HOUR * 3 // 2, stops_us - 30 * S)
     time.sleep(2 * cp_server.PLACE_S)  # not a second before
     assert state() == "running: "
-    use(T + HOUR * 5 // 2, T + HOUR * 5 // 2 + 60 * S)
-
+    use(stops_us, stops_us + 60 * S)
     wait_for("the stop", lambda: "the balance is used up" in state(), 4 * cp_server.PLACE_S)
     assert cp.command("add-payment", kuma, "1", "--reference=two").returncode == 0
     assert call("GET", "account")[1]["out_of_credit_at"] is None  # not in a minute: now

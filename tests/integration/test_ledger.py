@@ -7,7 +7,11 @@ import dataclasses
 import datetime as dt
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,7 +20,7 @@ import pytest
 import cp_server
 from tests import billing_oracle as oracle
 from tests.billing import Books, close_all, namespace_of, run
-from tests.harness import Postgres, facts
+from tests.harness import ROOT, Postgres, facts
 from tests.integration.test_billing import CARD, HOUR, WEB, S, T, add_fleet, beats, in_database
 
 
@@ -165,6 +169,26 @@ def test_what_does_not_hold_is_found(books: Books, name: str, change: str) -> No
         assert books.query(check) != []
 
 
+def test_a_ledger_that_does_not_hold_is_told(fresh: Books, tmp_path: Path) -> None:
+    """`ledger verify` names the sentence that is false, and for what; and ends with 1."""
+    add_fleet(fresh, WEB)
+    run(fresh, beats("h1", T, T + HOUR, {"a"}))
+    dsn = tmp_path / "dsn"
+    cp_server.write_file(dsn, fresh.dsn.encode(), 0o600)
+    argv = [sys.executable, str(ROOT / "cp_server.py"), "ledger", "verify", f"--dsn-file={dsn}"]
+
+    def verify(*words: str) -> subprocess.CompletedProcess[str]:
+        whole = [*argv, "--env-file=/dev/null", *words]
+        return subprocess.run(whole, capture_output=True, text=True, timeout=60, check=False)
+
+    assert verify().returncode == 0
+    fresh.owner.execute(b"UPDATE usage_lines SET billed_us = billed_us + 1")
+    done = verify()
+    assert done.returncode == 1
+    assert "ERROR lines_are_their_windows: it must hold that" in done.stdout
+    assert done.stdout.endswith("the ledger does not hold\n")
+
+
 def test_entries_without_a_transaction_are_refused(books: Books) -> None:
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         attempt(books.dsn, (ENTRY, (900_002, 1, 5)), (ENTRY, (900_002, 2, -5)))
@@ -240,6 +264,12 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     april = dt.date(2026, 4, 1)
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, april))
     assert bill.whose == "Other gull"
+    # With it the two are what the oracle says of both, but for what is rounded down elsewhere.
+    assert [line.usage.billed_us for line in bill.lines] == [30 * S + 60 * S]
+    copies = list(books.copies.values())
+    invoices, _, _ = oracle.totals(oracle.bill(books.cards, copies, books.events))
+    due = invoices["gull", "2026-03"] + invoices["gull", "2026-04"]
+    assert abs(due - issued[1]["total_micros"] - bill.total_micros) <= 2
     wrong, _ = in_database(books, cp_server.verify_ledger)
     assert wrong == []
     # Neither another number nor another sum of March.
@@ -251,6 +281,28 @@ def test_an_invoice_is_issued_once_and_stays(fresh: Books) -> None:
     text = "UPDATE usage_lines SET cpu_micros = 0 WHERE month = '2026-03-01'"
     with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="stays as it is"):
         attempt(books.dsn, (text, ()))
+
+
+def test_invoices_have_no_gaps_whoever_issues_and_whatever_fails(fresh: Books) -> None:
+    """Two control planes at once, while one more begins it and is gone."""
+    names = [f"c{number}" for number in range(12)]
+    copies = [oracle.Copy(each, each, each, "h1", "mole", 10, 10**9) for each in names]
+    add_fleet(fresh, *copies)
+    run(fresh, beats("h1", T, T + HOUR, set(names)))
+    fresh.set_time(T + 4 * HOUR + 24 * HOUR + 1)
+    which = {"after_s": cp_server.INVOICE_AFTER_S, "without": []}
+    rolled_back = 0
+    with contextlib.closing(psycopg.connect(fresh.dsn)) as gone:
+        rolled_back = gone.execute(cp_server.SQL_INVOICE_ISSUE.encode(), which).rowcount
+        gone.rollback()
+    assert rolled_back == len(names)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(in_database, fresh, issue) for _ in range(2)]
+        issued = [row["invoice_no"] for one in both for row in one.result()]
+    issued += [row["invoice_no"] for row in in_database(fresh, issue)]
+    assert sorted(issued) == list(range(1, len(names) + 1))
+    found = fresh.query("SELECT invoice_no FROM invoices ORDER BY 1")
+    assert [row["invoice_no"] for row in found] == sorted(issued)
 
 
 def test_a_statement_is_final_once_all_of_its_month_is_booked(fresh: Books) -> None:
