@@ -19,6 +19,7 @@ import grpc.aio
 import pytest
 
 import cp_server
+from proto import openinfra_pb2 as pb
 from proto import openinfra_pb2_grpc
 from tests import billing_oracle as oracle
 from tests.billing import Books, close_all
@@ -51,6 +52,15 @@ class Report:
     more: int
 
 
+@dataclasses.dataclass
+class Answered:
+    """A heartbeat, and the intervals that its answers asked for."""
+
+    event: oracle.Heartbeat
+    seq: int
+    intervals: list[int]
+
+
 class Sender:
     """The hosts: what each still has to send, in an order of its own."""
 
@@ -64,7 +74,9 @@ class Sender:
         self.queues: dict[str, list[Report]] = {host: [] for host in hosts}
         self.boots = dict.fromkeys(hosts, 1)
         self.grown: collections.Counter[tuple[str, str, str]] = collections.Counter()
-        self.made = self.sent = self.lost = self.refused = 0
+        # What a host sent last with success: the same bytes may come once more, behind others.
+        self.before: dict[str, tuple[oracle.Heartbeat, int]] = {}
+        self.made = self.sent = self.lost = self.refused = self.twice = self.late = 0
         self.seq = 0
 
     def make(self, host: str) -> None:
@@ -83,8 +95,11 @@ class Sender:
         self.queues[host].append(Report(tuple(counters), running, self.chance.randrange(4)))
         self.made += 1
 
-    async def send(self, now_us: int) -> None:
-        """What some hosts send at this moment, over three connections at once."""
+    async def send(self, now_us: int, is_calm: bool) -> None:
+        """What some hosts send at this moment, over three connections at once.
+
+        `is_calm`: the database is not killed now, so that every call is answered.
+        """
         calls = []
         for host, queue in self.queues.items():
             if not queue or self.chance.random() >= 0.9:
@@ -99,38 +114,70 @@ class Sender:
             boot = f"{host}/{self.boots[host]}"
             event = oracle.Heartbeat(now_us, host, 0, report.running, report.counters, boot)
             calls.append(self._deliver(event, self.seq, report, self.chance.random() < 0.15 / 0.85))
+            before = self.before.get(host)
+            if is_calm and before and before[0].boot_id == boot and self.chance.random() < 0.2:
+                calls.append(
+                    self._deliver_late(dataclasses.replace(before[0], at_us=now_us), before[1])
+                )
         self.chance.shuffle(calls)
-        unknown = [each for each in await asyncio.gather(*calls) if each]
-        if unknown:  # the database was killed, and is there again
-            rows = self.books.query(
-                "SELECT hostname, seq, interval_ms FROM liveness JOIN hosts USING (host_no)"
-            )
-            stored = {(row["hostname"], row["seq"]): row["interval_ms"] for row in rows}
-            for event, seq in unknown:
-                if (event.host, seq) in stored:
-                    self._note(event, stored[event.host, seq])
+        answered = collections.defaultdict[str, list[Answered]](list)
+        unknown: list[Answered] = []
+        for one in await asyncio.gather(*calls):
+            (answered[one.event.host] if one.intervals else unknown).append(one)
+        rows = self.books.query(
+            "SELECT hostname, seq, interval_ms FROM liveness JOIN hosts USING (host_no)"
+        )
+        stored = {row["hostname"]: (row["seq"], row["interval_ms"]) for row in rows}
+        for host, group in answered.items():
+            intervals = {interval for one in group for interval in one.intervals}
+            # Each answer asks for another one: of those at one moment the last one counts.
+            is_sure = is_calm and len(intervals) == 1
+            interval_ms = min(intervals) if is_sure else stored[host][1]
+            assert interval_ms in intervals or not is_calm
+            for one in group:
+                self._note(one.event, interval_ms)
+        for one in unknown:  # the database was killed, and is there again
+            seq, interval_ms = stored[one.event.host]
+            if seq == one.seq:
+                self._note(one.event, interval_ms)
 
     async def _deliver(
         self, event: oracle.Heartbeat, seq: int, report: Report, is_answer_lost: bool
-    ) -> tuple[oracle.Heartbeat, int] | None:
-        """One try; gives it back when nobody said whether it is committed."""
+    ) -> Answered:
+        """One try; without an answer nobody knows whether it is committed."""
         again = dataclasses.replace(report, running=None)
-        interval_ms = await self._call(event, seq)
-        if interval_ms is None:
+        done = await self._call(event, seq)
+        if not done.intervals:
             self.refused += 1
             self.queues[event.host].append(again)
-            return event, seq
-        self._note(event, interval_ms)
+            return done
+        self.before[event.host] = (dataclasses.replace(event, running=None), seq)
         if is_answer_lost or report.more:
             again.more -= not is_answer_lost
             self.queues[event.host].append(again)
-        return None
+        return done
 
-    async def _call(self, event: oracle.Heartbeat, seq: int) -> int | None:
+    async def _deliver_late(self, event: oracle.Heartbeat, seq: int) -> Answered:
+        """Once more what was answered long ago, beside what its host sends now."""
+        self.late += 1
+        done = await self._call(event, seq)
+        assert done.intervals
+        return done
+
+    async def _call(self, event: oracle.Heartbeat, seq: int) -> Answered:
+        """Some calls are made twice, at once, over two connections."""
+        request = self.books.request(event, seq)
+        times = 1 + (self.chance.random() < 0.2)
+        self.twice += times - 1
+        calls = [self._ask(request, (seq + number) % CHANNELS) for number in range(times)]
+        intervals = [each for each in await asyncio.gather(*calls) if each]
+        return Answered(event, seq, intervals)
+
+    async def _ask(self, request: pb.HeartbeatRequest, channel: int) -> int | None:
         """The interval that the answer asks for; None: TRY_LATER."""
-        stub: Any = self.stubs[seq % CHANNELS]
+        stub: Any = self.stubs[channel]
         try:
-            reply = await stub.Heartbeat(self.books.request(event, seq), timeout=30)
+            reply = await stub.Heartbeat(request, timeout=30)
         except grpc.aio.AioRpcError as error:
             if error.code() != grpc.StatusCode.UNAVAILABLE:
                 raise
@@ -146,18 +193,19 @@ class Sender:
         event = oracle.Heartbeat(now_us, SPARE, 0, None, ())
         for _ in range(200):
             self.seq += 1
-            if await self._call(event, self.seq):
+            if (await self._call(event, self.seq)).intervals:
                 return
             await asyncio.sleep(0.05)
         raise AssertionError("no heartbeat is taken after a crash")
 
 
-async def race(db: cp_server.Database) -> None:
-    """One more that closes what is due, whatever becomes of it."""
+async def race(db: cp_server.Database) -> int:
+    """One more that closes what is due, whatever becomes of it; gives back how many windows."""
     try:
-        await close_all(db, 7)
+        return await close_all(db, 7)
     except cp_server.Error:
         await asyncio.sleep(0.05)
+        return 0
 
 
 async def play(books: Books, port: int, chance: random.Random) -> Sender:
@@ -165,7 +213,7 @@ async def play(books: Books, port: int, chance: random.Random) -> Sender:
     dbs = [books.database_of(2) for _ in range(2)]
     for db in dbs:
         await db.open()
-    time_us, steps = T, 0
+    time_us, steps, closed = T, 0, collections.Counter[int]()
     crashes = sorted(chance.randrange(50, 400) for _ in range(CRASHES))
     for host in sender.queues:
         sender.make(host)
@@ -177,15 +225,20 @@ async def play(books: Books, port: int, chance: random.Random) -> Sender:
         time_us += chance.choice([5, 30, 31, 60, 90]) * S + chance.randrange(1000)
         steps += 1
         books.set_time(time_us)
-        work = [sender.send(time_us), race(dbs[0]), race(dbs[1])]
-        if crashes and steps >= crashes[0]:
+        is_calm = not crashes or steps < crashes[0]
+        dbs.reverse()  # who asks first closes most
+        work = [race(dbs[0]), race(dbs[1]), sender.send(time_us, is_calm)]
+        if is_calm:
+            windows, more, _ = await asyncio.gather(*work)
+            closed += collections.Counter({steps % 2: windows, (steps + 1) % 2: more})
+        else:
             crashes.pop(0)
             await asyncio.gather(*work, killed(books, chance))
             await sender.wait_taken(time_us)
-        else:
-            await asyncio.gather(*work)
         assert sender.refused <= CRASHES * HOSTS, "refused though the database is there"
     assert crashes == []
+    print(f"closed by the racers: {dict(closed)}")
+    assert set(+closed) == {0, 1}
     for channel in sender.channels:
         await channel.close()
     for db in dbs:
@@ -249,19 +302,13 @@ def test_the_ledger_is_the_oracles_after_all_of_it(
     close(books)
     print(
         f"{sender.made} reports, sent {sender.sent} times, {sender.lost} never arrived,"
-        f" {sender.refused} were refused"
+        f" {sender.refused} were refused, {sender.twice} came twice at once, {sender.late} late"
     )
-    assert sender.made >= DELIVERIES
+    assert sender.twice > DELIVERIES / 10
+    assert sender.late > DELIVERIES / 10
     assert sender.sent > 2 * DELIVERIES
     # Whether a call is refused depends on where a crash falls; that they were felt does not.
     assert "database gave no answer" in cp.log
     expected = books.check()
     assert sum(each.cpu_micros for each in expected.windows) > 0
     assert sum(each.egress_micros for each in expected.windows) > 0
-    windows = books.query(
-        "SELECT count(*) AS windows, count(DISTINCT (assignment_no, hour_at, part)) AS keys,"
-        " (SELECT count(*) FROM ledger_transactions WHERE kind = 'usage') AS charged"
-        " FROM usage_windows"
-    )[0]
-    assert windows["windows"] == windows["keys"]
-    assert windows["charged"] <= windows["windows"]
