@@ -3509,7 +3509,9 @@ class Engine:
         It goes no further once its compressed layers are known not to fit on the engine's disk.
         """
         name, _, digest = image.partition("@")
-        room = read_room(str(self.read_object("/info").get("DockerRootDir")))
+        room = math.inf  # of a disk that cannot be seen
+        with contextlib.suppress(OSError):
+            room = shutil.disk_usage(str(self.read_object("/info").get("DockerRootDir"))).total
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
         auth = {"X-Registry-Auth": render_registry_auth(name, password)}
@@ -3652,15 +3654,6 @@ def read_used(path: str) -> float:
         return 0.0
     pairs = ((disk.f_bavail, disk.f_blocks), (disk.f_favail, disk.f_files))
     return max(1 - free / whole if whole else 0.0 for free, whole in pairs)
-
-
-def read_room(path: str) -> float:
-    """How many bytes a file system has, used or free; no limit for one that cannot be seen."""
-    try:
-        disk = os.statvfs(path)
-    except OSError:
-        return math.inf
-    return disk.f_blocks * disk.f_frsize or math.inf
 
 
 def is_empty(cgroup: Path) -> bool:

@@ -315,6 +315,9 @@ def test_an_assignment_runs_in_its_sandbox_until_it_leaves_the_list(world: World
         "hello\n",
     ):
         assert line in said, said
+    # Its root, if it had one, would be nobody here.
+    pid = world.container(made)["State"]["Pid"]
+    assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "100000", "65536"]
     name = "oi-" + made.assignment_id.replace("-", "")[:11]
     assert engine.networks() == [name]
     status = world.agent.status()["assignments"]

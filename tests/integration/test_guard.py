@@ -449,6 +449,8 @@ def workloads(home: Home, tmp_path: Path) -> Iterator[Workloads]:
             home.netns,
             f"route add default via {MACHINE_LAN}",
             "addr add fd00:99::2/64 dev lan nodad",
+            "addr add 2001:db8:99::2/64 dev lan nodad",
+            "addr add fe80::1/64 dev oi-first nodad",
         )
         ip(home.lan, *(f"addr add {each}/32 dev lo" for each in (INTERNET, *PRIVATE)))
         # The machine of the LAN knows a way to the workloads, so that only rules keep them apart.
@@ -456,6 +458,7 @@ def workloads(home: Home, tmp_path: Path) -> Iterator[Workloads]:
             home.lan,
             f"route add 198.18.0.0/15 via {HOME_LAN}",
             "addr add fd00:99::9/64 dev lan nodad",
+            "addr add 2001:db8:99::9/64 dev lan nodad",
         )
         ip(home.lan, "route add fd00:1::/64 via fd00:99::2")
         ip(home.hub, f"route add 198.18.0.0/15 via {HOME_WG} dev oi-hub onlink")
@@ -467,12 +470,14 @@ def test_a_workload_reaches_the_internet_and_nothing_of_the_home(workloads: Work
     home, first = workloads.home, workloads.first
     inside = (HOME_LAN, HOME_WG, BRIDGE, MACHINE_LAN, HUB_WG, OTHER_WORKLOAD, *PRIVATE)
     assert reach_all(first, inside) == [WORKLOAD] * len(inside)  # it can fail
-    for address in ("fd00:99::9", "fd00:1::1"):
+    # Of the LAN, by a local address and by the home's global one; of the machine itself.
+    inside_6 = ("fd00:99::9", "2001:db8:99::9", "fd00:1::1", "2001:db8:99::2", "fe80::1%eth0")
+    for address in inside_6:
         wait_for(f"a way to {address}", partial(ping, first, address))
     assert home.guard().stderr == "INFO firewall is in place\n"
     assert reach_all(first, inside) == [""] * len(inside)
     with ThreadPoolExecutor(8) as workers:
-        assert not any(workers.map(partial(ping, first), (*inside, "fd00:99::9", "fd00:1::1")))
+        assert not any(workers.map(partial(ping, first), (*inside, *inside_6)))
     assert reach(first, INTERNET) == HOME_LAN  # masqueraded
     assert ping(first, INTERNET)
     # And nobody reaches a workload: not the hub, not the LAN, not another one.
