@@ -8628,7 +8628,7 @@ class Route:
     summary: str
     handler: Callable[[ControlPlane, Request], Awaitable[Answer]]
     answer: str  # name in SCHEMAS
-    status: int = 200
+    statuses: tuple[int, ...] = (200,)
     query: tuple[Field, ...] = ()
     body: tuple[Field, ...] | None = None
 
@@ -8870,7 +8870,7 @@ ROUTES = (
         "Mint a single-use invite; the token is in this answer and nowhere else",
         http_mint_invite,
         "NewInvite",
-        201,
+        (201,),
         body=INVITE_FIELDS,
     ),
     Route(
@@ -8965,7 +8965,7 @@ ROUTES = (
         "Add a customer",
         http_add_customer,
         "Customer",
-        201,
+        (201,),
         body=CUSTOMER_FIELDS,
     ),
     Route(
@@ -9001,7 +9001,7 @@ ROUTES = (
         "Make a key of a customer; it is in this answer and nowhere else",
         http_mint_key,
         "NewCustomerKey",
-        201,
+        (201,),
         body=KEY_FIELDS,
     ),
     Route(
@@ -9036,7 +9036,7 @@ ROUTES = (
         "Make a workload, or change the one of this name (200); the same twice changes nothing",
         http_put_workload,
         "Workload",
-        201,
+        (201, 200),
         body=WORKLOAD_FIELDS,
     ),
     Route(
@@ -9396,7 +9396,7 @@ def render_openapi(routes: Sequence[Route], schemas: Mapping[str, Mapping[str, s
             ]
             + [{"name": f.name, "in": "query", "schema": render_field(f)} for f in route.query],
             "responses": {
-                str(route.status): _render_response("The answer", route.answer),
+                **{str(n): _render_response("The answer", route.answer) for n in route.statuses},
                 "default": _render_response("What is wrong and what to do", "Error"),
             },
         }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import schemathesis
 from hypothesis import strategies as st
 from hypothesis.internal import lambda_sources
@@ -32,8 +35,29 @@ def is_line(text: str) -> bool:
         return False
 
 
+WORKLOADS = "/api/v1/workloads"
 WALLETS = st.binary(min_size=32, max_size=32).filter(any).map(render_base58)
 LINES = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), min_size=1, max_size=60)
 schemathesis.openapi.format("solana-pubkey", WALLETS)
 schemathesis.openapi.format("solana-namespace", WALLETS.map("solana:{}".format))
 schemathesis.openapi.format("line", LINES.filter(is_line))
+
+
+@schemathesis.hook
+def before_call(
+    context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, object]
+) -> None:
+    """Of most orders an image that the customer may run: chance finds none.
+
+    What is wrong with the rest of it stays wrong.
+    """
+    body = case.body
+    if case.operation.path != WORKLOADS or not isinstance(body, dict):
+        return
+    image, namespace = body.get("image"), body.get("namespace", "fuzz")
+    if not isinstance(image, str) or not isinstance(namespace, str) or len(image) % 4 == 0:
+        return
+    with contextlib.suppress(cp_server.Refusal):
+        cp_server.check_image(image, "image")
+        cp_server.check_namespace(namespace, "namespace")
+        case.body = {**body, "namespace": "fuzz", "image": "fuzz/web@sha256:" + 64 * "0"}

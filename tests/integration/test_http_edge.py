@@ -183,7 +183,7 @@ def test_every_answer_has_the_types_of_the_document(
     with unchanged(api):
         request = head(api, "GET", fill(api, route.path), scope=route.scope)
         status, headers, answer = exchange(api, request)
-    assert status == route.status
+    assert status in route.statuses
     assert headers["content-type"] == "application/json; charset=utf-8"
     check_type(route.answer, answer)
 
@@ -206,7 +206,7 @@ def test_every_route_wants_the_right_token(api: ControlPlane, route: cp_server.R
         if route.scope in KEYS:  # no operator's token, however far it reaches
             assert api.call(route.method, path)[0] == 401
             if route.method == "GET":
-                assert api.call("GET", path, token=KEYS[route.scope])[0] == route.status
+                assert api.call("GET", path, token=KEYS[route.scope])[0] in route.statuses
             return
         for key in KEYS.values():
             assert api.call(route.method, path, token=key)[0] == 401
