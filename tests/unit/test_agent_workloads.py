@@ -1458,6 +1458,45 @@ def test_the_file_of_usage_and_back() -> None:
     assert agent.parse_counts(agent.render_counts(counts)) == counts
 
 
+def test_all_that_is_kept_of_usage_is_read_again(tmp_path: Path) -> None:
+    """As many as there may be, each as long as it may be."""
+    most, last = 2**63 - 1, (2**63 - 1,) * 3
+    counts = {}
+    for number in range(2 * agent.COUNTS_MAX):
+        one = Count(ID, BOOT, f"{number:064x}", most, most, most, most, last, 1e9 / 3, True)
+        counts[one.key] = one
+    path = tmp_path / agent.USAGE_NAME
+    path.write_bytes(agent.render_counts(counts))
+    assert agent.read_counts(tmp_path) == counts
+
+
+def test_usage_that_cannot_be_saved_is_kept_and_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a full disk; once it has room again, the next time is told too."""
+    counts = make_counts(("a", ID, True))
+    workloads = SimpleNamespace(counts=counts, threads=None, is_usage_warned=False)
+    home = tmp_path / "gone"
+    host: Any = SimpleNamespace(config=SimpleNamespace(data_dir=home), workloads=workloads)
+
+    async def save(times: int) -> str:
+        workloads.saving = asyncio.Lock()
+        for _ in range(times):
+            await agent.save_counts(host)
+        return capsys.readouterr().err
+
+    said = asyncio.run(save(3))
+    assert said.count("WARN usage cannot be saved") == 1
+    assert "make room on that disk" in said
+    assert workloads.counts == counts
+    home.mkdir()
+    assert asyncio.run(save(1)) == ""
+    assert agent.read_counts(home) == counts
+    (home / agent.USAGE_NAME).unlink()
+    home.rmdir()
+    assert asyncio.run(save(2)).count("WARN usage cannot be saved") == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [
