@@ -842,7 +842,9 @@ def test_a_customers_container_on_a_home_machine(scene: Scene) -> None:
     scene.check_unfenced()
     scene.check_fence()
     check_both_dockers(scene)
-    machine.sh("iptables -F; nft flush ruleset")
+    machine.sh("iptables -F")
+    scene.check_fence()
+    machine.sh("nft flush ruleset")
     assert wait_table(machine, "openinfra") <= 15
     scene.check_fence()
     machine.sh("systemctl restart docker")

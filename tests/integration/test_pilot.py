@@ -100,6 +100,12 @@ def check_earnings(root_dir: Path, log: str) -> None:
             assert sum(hour[name] for hour in hours["lines"]) == mine[name]
     text = subprocess.check_output([*argv, month], text=True)
     assert f"earned in {statement['month']}: {found['share_micros'] / 1e6:.6f} EUR" in text
+    told = subprocess.check_output([*shlex.split(status[1]), "status", status[2]], text=True)
+    shown = re.search(r"^earned +(\d+\.\d{6}) EUR in (\d{4}-\d\d)", told, re.MULTILINE)
+    assert shown, told
+    print(shown[0])
+    if shown[2] == statement["month"]:  # else it began a minute ago
+        assert float(shown[1]) >= found["share_micros"] / 1e6
     done = subprocess.run([*argv, "--month=x"], capture_output=True, text=True, check=False)
     assert (done.returncode, "no month" in done.stderr) == (2, True)
 
