@@ -3511,7 +3511,8 @@ class Engine:
         name, _, digest = image.partition("@")
         room = math.inf  # of a disk that cannot be seen
         with contextlib.suppress(OSError):
-            room = shutil.disk_usage(str(self.read_object("/info").get("DockerRootDir"))).total
+            root = str(self.read_object("/info").get("DockerRootDir"))
+            room = shutil.disk_usage(root).total or room
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
         auth = {"X-Registry-Auth": render_registry_auth(name, password)}
@@ -3529,10 +3530,8 @@ class Engine:
                     note(render_progress(layers))
                 needed = sum(total for _, total in layers.values())
                 if needed > room:
-                    what = (
-                        f"{needed / 1e9:.1f} GB compressed, and all of its disk is {room / 1e9:.1f}"
-                    )
-                    raise EngineError(413, f"the image is too large for this host: {what} GB")
+                    sizes = f"{needed / 1e9:.1f} GB compressed for a disk of {room / 1e9:.1f} GB"
+                    raise EngineError(413, f"the image is too large for this host: {sizes}")
 
     def knows_running(self, container_id: str) -> tuple[bool, str]:
         """Whether a container runs, which waits while it is about to start or end.
