@@ -385,6 +385,7 @@ USAGE_LATE_S = 7 * 86_400  # counters of a copy that ended are taken for so long
 COUNTERS_MAX = 64  # in one heartbeat
 COUNTERS_KEPT = 1_000  # containers of one copy
 COUNTERS_SLACK_US = 120_000_000
+COUNTERS_NONE_US = 600_000_000  # without any of a copy
 USAGE_BATCH = 1_000  # copies in one transaction,
 USAGE_PARTS = 5_000  # hours of them,
 USAGE_HOURS = 6  # and of each
@@ -3032,12 +3033,12 @@ def explain_windows(bill: Bill) -> str:
     return f"The hours of a line, {how}. The operator: cp_server.py usage {words}."
 
 
-def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
-    """What a host counted of a copy, capped by what is possible; and whether it was more.
+def decide_counters(copy: Counted) -> tuple[dict[str, int], str]:
+    """What a host counted of a copy, capped by what is possible; and why that is to be doubted.
 
     Possible is what is reserved, for as long as it was seen to run, the open hour included; a
     tenth and two minutes more are no reason to doubt a host, which looks once a minute. What was
-    sent is also capped each time that a host is heard.
+    sent is also capped each time that a host is heard. And what runs has some memory.
     """
     most = {
         "cpu_ns": copy.cpu_milli * copy.life_us,
@@ -3048,18 +3049,21 @@ def decide_counters(copy: Counted) -> tuple[dict[str, int], bool]:
     life_us = copy.life_us * 11 // 10 + COUNTERS_SLACK_US
     doubt = any(getattr(copy, n) * copy.life_us > most[n] * life_us for n in most if copy.life_us)
     doubt = doubt or (copy.egress_bytes is not None and copy.tx_bytes > copy.egress_bytes)
-    return {name: min(getattr(copy, name), cap) for name, cap in most.items()}, doubt
+    why = "its host counted more than its billed time allows" if doubt else ""
+    if copy.memory_byte_s == 0 and copy.life_us > COUNTERS_NONE_US:
+        why = why or "its host counted no memory in all of its billed time"
+    return {name: min(getattr(copy, name), cap) for name, cap in most.items()}, why
 
 
 def render_counted(copy: Counted) -> Row:
     """What a host counted of a copy, as the HTTP API shows it; `life_us`: while it ran so long."""
-    counted, doubt = decide_counters(copy)
+    counted, why = decide_counters(copy)
     return {
         "assignment_id": str(copy.assignment_id),
         "life_us": copy.life_us,
         **{f"counted_{name}": value for name, value in counted.items()},
-        "doubtful": doubt,
-        "note": "its host counted more than its billed time allows" if doubt else "",
+        "doubtful": bool(why),
+        "note": why,
     }
 
 

@@ -680,7 +680,12 @@ def test_a_customer_reads_what_its_hosts_counted(books: Books, counted: ControlP
             "counted_rx_bytes": 10,
             "counted_tx_bytes": 11 * 10**8,
         },
-        "c": honest | dict.fromkeys((name for name in copies["a"] if "counted" in name), 0),
+        "c": {
+            "life_us": HOUR,
+            "doubtful": True,
+            "note": "its host counted no memory in all of its billed time",
+            **dict.fromkeys((name for name in copies["a"] if "counted" in name), 0),
+        },
         "b": None,
     }
     windows, copies = get("gull")
@@ -887,10 +892,10 @@ def test_a_payment_and_a_limit_count_at_once(books: Books) -> None:
 
 
 def counting(first_us: int, last_us: int, tx_bytes: int) -> list[oracle.Event]:
-    """A heartbeat each 30 s, whose copy uses something of its processor and sent this much."""
+    """A heartbeat each 30 s, whose copy uses something of processor and memory and sent this much."""
     return [
         dataclasses.replace(
-            event, counters=(oracle.Counter("a", "b", "c", event.at_us - T, 0, 0, tx_bytes),)
+            event, counters=(oracle.Counter("a", "b", "c", event.at_us - T, 1, 0, tx_bytes),)
         )
         for event in beats("h1", first_us, last_us, {"a"})
         if isinstance(event, oracle.Heartbeat)
@@ -903,7 +908,7 @@ def read_doubts(books: Books) -> list[tuple[int, bool]]:
     bill = in_database(books, lambda db: cp_server.read_invoice(db, customer, march))
     copies = in_database(books, lambda db: cp_server.read_counted(db, [bill]))
     found = [cp_server.decide_counters(copy) for copy in copies.values()]
-    return [(counted["tx_bytes"], doubt) for counted, doubt in found]
+    return [(counted["tx_bytes"], bool(why)) for counted, why in found]
 
 
 def test_idle_hours_save_up_no_egress(books: Books) -> None:

@@ -326,12 +326,14 @@ def test_usage_as_a_table() -> None:
 # Of half a processor and two GB, in an hour; what is doubted is a tenth and two minutes more.
 MOST = {"cpu_ns": 18 * 10**11, "memory_byte_s": 72 * 10**11}
 MOST |= dict.fromkeys(("rx_bytes", "tx_bytes"), 45 * 10**10)
-COUNTED = cp_server.Counted(uuid.UUID(int=1), 500, 2 * 10**9, HOUR_US, 0, 0, 0, 0, None)
+COUNTED = cp_server.Counted(uuid.UUID(int=1), 500, 2 * 10**9, HOUR_US, 0, 1, 0, 0, None)
+TOO_MUCH = "its host counted more than its billed time allows"
 
 
 @pytest.mark.parametrize("name", MOST)
 def test_what_a_host_counted_is_capped_and_doubted(name: str) -> None:
     known, nothing = MOST[name] * 34 // 30, dict.fromkeys(MOST, 0)
+    little = {**nothing, "memory_byte_s": 1}
     for value, shown, is_doubted in (
         (MOST[name] - 1, MOST[name] - 1, False),
         (known, MOST[name], False),
@@ -339,9 +341,27 @@ def test_what_a_host_counted_is_capped_and_doubted(name: str) -> None:
     ):
         change: Any = {name: value}
         copy = dataclasses.replace(COUNTED, **change)
-        assert cp_server.decide_counters(copy) == ({**nothing, name: shown}, is_doubted)
+        why = TOO_MUCH if is_doubted else ""
+        assert cp_server.decide_counters(copy) == ({**little, name: shown}, why)
         begun = dataclasses.replace(copy, life_us=0)
-        assert cp_server.decide_counters(begun) == (nothing, False)
+        assert cp_server.decide_counters(begun) == (nothing, "")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "cpu_ns", "memory_byte_s", "why"),
+    [
+        (10, 0, 0, ""),  # its counters may be on their way
+        (11, 0, 0, "its host counted no memory in all of its billed time"),
+        (11, 1, 0, "its host counted no memory in all of its billed time"),
+        (11, 0, 1, ""),
+        (11, 10**15, 0, TOO_MUCH),
+    ],
+)
+def test_what_runs_has_some_memory(minutes: int, cpu_ns: int, memory_byte_s: int, why: str) -> None:
+    life_us = minutes * 60 * 10**6
+    copy = dataclasses.replace(COUNTED, life_us=life_us, cpu_ns=cpu_ns, memory_byte_s=memory_byte_s)
+    assert cp_server.decide_counters(copy)[1] == why
+    assert cp_server.render_counted(copy)["doubtful"] == bool(why)
 
 
 @pytest.mark.parametrize(
@@ -484,4 +504,4 @@ def test_what_was_sent_is_doubted_unless_all_of_it_was_possible(
     possible: int | None, is_doubted: bool
 ) -> None:
     copy = dataclasses.replace(COUNTED, tx_bytes=10, egress_bytes=possible)
-    assert cp_server.decide_counters(copy)[1] is is_doubted
+    assert cp_server.decide_counters(copy)[1] == (TOO_MUCH if is_doubted else "")
