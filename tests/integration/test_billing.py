@@ -892,7 +892,7 @@ def test_a_payment_and_a_limit_count_at_once(books: Books) -> None:
 
 
 def counting(first_us: int, last_us: int, tx_bytes: int) -> list[oracle.Event]:
-    """A heartbeat each 30 s, whose copy uses something of processor and memory and sent this much."""
+    """A heartbeat each 30 s, whose copy uses processor and memory, and sent this much."""
     return [
         dataclasses.replace(
             event, counters=(oracle.Counter("a", "b", "c", event.at_us - T, 1, 0, tx_bytes),)
