@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import signal
 import socket
@@ -850,6 +851,33 @@ def test_a_round_that_is_cut_goes_on_in_the_next(postgres: Postgres, tmp_path: P
             turns = done.turns
 
     asyncio.run(cp_server.with_database(cp.dsn_file, work))
+
+
+def test_two_that_place_at_once_give_no_copy_two_places(postgres: Postgres, tmp_path: Path) -> None:
+    """As when one control plane is still there while another begins."""
+    cp = ControlPlane(postgres, tmp_path / "cp")
+    fill(cp, 40, 30)
+    count = 4 * cp_server.PLACE_COPIES_MAX // 20
+    postgres.execute(cp.database, MANY_SQL.format(spec=json.dumps(SPEC), count=count))
+    placed: collections.Counter[int] = collections.Counter()
+
+    async def work(number: int) -> None:
+        async def rounds(db: cp_server.Database) -> None:
+            turns: Mapping[int, int] = {}
+            while sum(placed.values()) < 20 * count:
+                done = await cp_server.place(db, turns)
+                turns = done.turns or turns
+                placed[number] += done.placed
+
+        await cp_server.with_database(cp.dsn_file, rounds)
+
+    async def both() -> None:
+        await asyncio.wait_for(asyncio.gather(work(0), work(1)), 60)
+
+    asyncio.run(both())
+    sql = "SELECT count(*) AS n, count(DISTINCT (workload_no, replica)) AS copies FROM assignments"
+    assert cp.query(sql) == [{"n": 20 * count, "copies": 20 * count}]
+    assert len(+placed) == 2
 
 
 def test_cut_rounds_follow_at_once(make_cp: Callable[..., ControlPlane]) -> None:
