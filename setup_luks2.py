@@ -728,7 +728,10 @@ def read_container(node: str, ours: str) -> Container | None:
     found = Container(int(values["VERSION"]), values["UUID"], values.get("LABEL", ""))
     if found.version != 2 or found.uuid != ours:
         return found
-    dump = json.loads(read_command("cryptsetup", "luksDump", "--dump-json-metadata", node))
+    # Of one that is being formatted the header may be half written: then nothing opens it, ever.
+    argv, invalid = ("cryptsetup", "luksDump", "--dump-json-metadata", node), 1
+    output = read_command(*argv, nothing=invalid if found.label == FORMATTING else 0)
+    dump = json.loads(output or '{"keyslots": {}, "tokens": {}}')
     recovery = any(each["type"] == "systemd-recovery" for each in dump["tokens"].values())
     return replace(found, slots=tuple(sorted(dump["keyslots"])), has_recovery_key=recovery)
 

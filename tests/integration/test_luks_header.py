@@ -96,6 +96,27 @@ def test_a_foreign_header_is_not_even_repaired(disk: Path) -> None:
     assert ours == setup_luks2.Container(2, UUID, FORMATTING, ("0",))
 
 
+@pytest.mark.parametrize("label", [FORMATTING, READY])
+def test_a_header_that_was_half_written(disk: Path, label: str) -> None:
+    """As by a kill between the writes of luksFormat: the first copy without its checksum, and the
+    second not yet. It is blank when it was being formatted, and else nothing touches it."""
+    subprocess.run(["cryptsetup", "config", "--label", label, str(disk)], check=True)
+    with disk.open("r+b") as file:
+        file.seek(0x1C0)  # csum, of the binary header (LUKS2 On-Disk Format Specification, 2.1)
+        file.write(bytes(64))
+        file.seek(0x4000)
+        file.write(bytes(0x4000))
+    before = disk.read_bytes()
+    if label == READY:
+        with pytest.raises(Error, match="is not a valid LUKS device"):
+            read_container(str(disk), UUID)
+    else:
+        assert read_container(str(disk), UUID) == setup_luks2.Container(2, UUID, FORMATTING)
+    assert disk.read_bytes() == before
+    subprocess.run(format_argv(disk, fast=True), input=KEY, check=True)
+    assert opens(disk, KEY)
+
+
 def test_kill_9_while_it_formats(tmp_path: Path) -> None:
     """After each kill the header is one of three; with a key in it, it opens."""
     chance = random.Random(1)
