@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from typing import Any
 
 import schemathesis
@@ -55,7 +56,9 @@ def before_call(
     if case.operation.path != WORKLOADS or not isinstance(body, dict):
         return
     image, namespace = body.get("image"), body.get("namespace", "fuzz")
-    if not isinstance(image, str) or not isinstance(namespace, str) or len(image) % 4 == 0:
+    if not isinstance(image, str) or not isinstance(namespace, str):
+        return
+    if zlib.crc32(repr(body).encode()) % 4 == 0:  # not by the image: most of a run share one
         return
     with contextlib.suppress(cp_server.Refusal):
         cp_server.check_image(image, "image")
