@@ -36,6 +36,13 @@ def is_line(text: str) -> bool:
         return False
 
 
+LINED = {
+    field.name
+    for fields in vars(cp_server).values()
+    if isinstance(fields, tuple)
+    for field in fields
+    if isinstance(field, cp_server.Field) and field.form is cp_server.LINE
+}
 WORKLOADS = "/api/v1/workloads"
 WALLETS = st.binary(min_size=32, max_size=32).filter(any).map(render_base58)
 LINES = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), min_size=1, max_size=60)
@@ -45,10 +52,23 @@ schemathesis.openapi.format("line", LINES.filter(is_line))
 
 
 @schemathesis.hook
+def filter_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
+    """Drop what is meant to be no `line` and is one by chance.
+
+    Schemathesis takes whatever it drew for a breach of a format that it does not know.
+    """
+    mutations = getattr(case.meta and case.meta.phase.data, "mutations", ())
+    of_format = [each.parameter for each in mutations if "format" in each.keywords]
+    values = [part for part in (case.body, case.query) if isinstance(part, dict)]
+    drawn = (part.get(name) for part in values for name in LINED.intersection(of_format))
+    return not any(isinstance(value, str) and is_line(value) for value in drawn)
+
+
+@schemathesis.hook
 def before_call(
     context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, object]
 ) -> None:
-    """Of most orders an image that the customer may run: chance finds none.
+    """Give most orders an image that the customer may run: chance finds none.
 
     What is wrong with the rest of it stays wrong.
     """
