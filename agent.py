@@ -254,7 +254,7 @@ LABEL = "openinfra.assignment"
 # The host stops this much before the control plane may place a workload elsewhere.
 LEASE_MARGIN_S = 15.0
 LEASE_MAX_S = 3_600.0
-PAST_KEPT = 9  # of the first fields of Past
+PAST_KEPT = 10  # of the first fields of Past
 # From SIGTERM to SIGKILL.
 STOP_S = 10.0
 # Its time is when workloads were told to end last; what ended so soon after it ended by that.
@@ -265,6 +265,12 @@ GUARD_LATE_S = STOP_S + 3
 # A workload that ran this long is started again at once after its end.
 STEADY_S = 600.0
 BACK_OFF_MAX_S = 300.0
+# Held is not enough: processes that the kernel refuses cost it work, and so do lines that nobody
+# keeps the engine. A workload is ended that has so many too many, beyond so many each second.
+PIDS_MAX = 128
+FORKS_OVER_MAX, FORKS_PER_S = 1_000, 10.0
+LOG_FILE_BYTES = 5 << 20  # "5m"
+LOG_OVER_MAX_BYTES, LOG_BYTES_PER_S = 50_000_000, 250_000.0
 # What the engine could not do is tried again after these waits, then another host may.
 TRY_PAUSES_S = (1.0, 3.0, 8.0)
 NO_SPACE = "no space left"  # in the engine's words, when its disk is full
@@ -546,6 +552,7 @@ class Config:
     lease_file: Path
     secrets_dir: Path
     engine_socket: Path
+    cgroup: Path
     limits: Path
     wallet: str
     token: Token | None
@@ -747,6 +754,8 @@ class Past:
     is_stopped: bool = False
     # When the run began whose end is noted here, as the engine says it; 0: of none.
     run_at_s: float = 0.0
+    # Why this run is ended, or was: it took what nobody sells.
+    excess: str = ""
     # What is above (PAST_KEPT) is in the lease file: the next agent of this boot has it too.
     # What the engine could not do, how often, and when it is tried again.
     trouble: str = ""
@@ -755,6 +764,26 @@ class Past:
     was_full: bool = False
     # Why this host cannot run it.
     rejected: str = ""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a container took of the machine: forks that the kernel refused it since its start, and
+    its newest log: the inode and the bytes, 0 for none."""
+
+    refused: int = 0
+    log_inode: int = 0
+    log_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Strain:
+    """What it took when it was looked at last (CLOCK_BOOTTIME), and how much too much that is."""
+
+    at_s: float
+    taken: Taken
+    forks: float = 0.0
+    log_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -847,6 +876,8 @@ class Memory:
     pasts: dict[str, Past] = field(default_factory=dict)
     # When a container was told to stop.
     stops: dict[str, float] = field(default_factory=dict)
+    # Of containers that run.
+    strains: dict[str, Strain] = field(default_factory=dict)
     # Assignments of the lease: they run on while the list is not known.
     kept: frozenset[str] = frozenset()
     # Those that may run elsewhere by now.
@@ -1139,6 +1170,7 @@ def decide_config(args: argparse.Namespace, env: EnvFile) -> Config:
         lease_file=Path(value["lease_file"]),
         secrets_dir=Path(value["secrets_dir"]),
         engine_socket=Path(value["engine_socket"]),
+        cgroup=Path(value["cgroup"]),
         limits=Path(value["limits"]),
         wallet=parse_wallet(value["wallet"]),
         token=parse_token(value["token"]),
@@ -1581,7 +1613,7 @@ def render_container(wish: Wish, address: str, secrets_dir: Path) -> dict[str, A
             "IpcMode": "private",
             "CgroupnsMode": "private",
             "Init": True,
-            "PidsLimit": 128,
+            "PidsLimit": PIDS_MAX,
             "Memory": wish.memory_bytes,
             "MemorySwap": wish.memory_bytes,
             "NanoCpus": wish.cpu_milli * 1_000_000,
@@ -1789,11 +1821,13 @@ def decide_seen(past: Past, found: Container, was_told: bool, now_s: float) -> P
     """
     is_noted = past.ended_s is not None
     if found.is_running and (is_noted or past.started_s is None):
-        return replace(past, started_s=now_s, ended_s=None, restarts=past.restarts + is_noted)
+        past = replace(past, started_s=now_s, ended_s=None, excess="")
+        return replace(past, restarts=past.restarts + is_noted)
     is_news = is_noted and past.run_at_s not in (0.0, found.started_at_s)
     if not found.has_ended or (is_noted and not is_news):
         return past
-    is_steady = past.started_s is not None and not is_news and now_s - past.started_s >= STEADY_S
+    is_steady = past.started_s is not None and now_s - past.started_s >= STEADY_S
+    is_steady = is_steady and not is_news and not past.excess
     streak = 1 if is_steady else past.streak + 1
     return replace(
         past,
@@ -1804,6 +1838,29 @@ def decide_seen(past: Past, found: Container, was_told: bool, now_s: float) -> P
         is_stopped=was_told,
         run_at_s=found.started_at_s,
     )
+
+
+def add_taken(strain: Strain | None, taken: Taken, now_s: float) -> Strain:
+    """Add what was taken since the last look, of a log that began anew only what is sure."""
+    if strain is None:
+        return Strain(now_s, taken)
+    before, gone_s = strain.taken, now_s - strain.at_s
+    written = taken.log_bytes - before.log_bytes
+    if taken.log_inode != before.log_inode:
+        written = taken.log_bytes + max(0, LOG_FILE_BYTES - before.log_bytes)
+        written = written if before.log_inode and taken.log_inode else 0
+    forks = max(0.0, strain.forks - FORKS_PER_S * gone_s) + max(0, taken.refused - before.refused)
+    log_bytes = max(0.0, strain.log_bytes - LOG_BYTES_PER_S * gone_s) + max(0, written)
+    return Strain(now_s, taken, forks, log_bytes)
+
+
+def decide_excess(strain: Strain) -> str:
+    """Say why a container is ended for what it takes; an empty text when it may go on."""
+    if strain.forks > FORKS_OVER_MAX:
+        return f"it went on starting processes beyond its {PIDS_MAX}"
+    if strain.log_bytes > LOG_OVER_MAX_BYTES:
+        return f"it went on printing more than {LOG_BYTES_PER_S / 1000:g} kB a second"
+    return ""
 
 
 def was_shut_down(found: Container, told_at_s: float) -> bool:
@@ -1906,6 +1963,8 @@ def plan_containers(
         if each.is_running and not (is_wanted and has_right):
             is_late = each.assignment_id in memory.late or (not has_right and now_s >= late_s)
             steps += plan_stop(each, now_s, memory, is_late)
+        elif each.is_running and past.excess:
+            steps.append(Step(Verb.KILL, each.assignment_id, each.id))
         elif wishes is not None and not is_wanted and not each.is_running:
             network = networks.get(each.assignment_id, "") if is_named else ""
             steps.append(Step(Verb.REMOVE, each.assignment_id, each.id, network=network))
@@ -1999,10 +2058,12 @@ def decide_failure(past: Past, step: Step, error: EngineError, now_s: float) -> 
     return replace(past, trouble=parse_line(f"{what} yet: {words}"))
 
 
-def render_end(found: Container, memory_bytes: int) -> str:
+def render_end(found: Container, memory_bytes: int, excess: str = "") -> str:
     """Say how a container ended; the engine notes any process of it that was killed for memory."""
     if found.error:
         return f"cannot start: {found.error}"
+    if excess and found.exit_code == 137:
+        return f"killed: {excess}"
     if found.is_oom and found.exit_code == 137:
         limit = f" its {memory_bytes // 1_000_000} MB of" if memory_bytes else " its"
         return f"killed: it used more than{limit} memory"
@@ -2045,7 +2106,7 @@ def decide_report(
         return pb.ASSIGNMENT_STATE_WAITING, unready or "stopped: its right to run was over"
     if not found.has_ended:
         return pb.ASSIGNMENT_STATE_STARTING, unready or past.trouble
-    said = render_end(found, wish.memory_bytes if wish else 0)
+    said = render_end(found, wish.memory_bytes if wish else 0, past.excess)
     if wish is None or not is_final(wish, past, found):
         again = f", started again after {decide_back_off_s(past.streak):g} s"
         return pb.ASSIGNMENT_STATE_WAITING, said + again
@@ -3391,8 +3452,8 @@ class Engine:
     It is asked only for what carries our label, and told only to change what it listed so.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, cgroup: Path = WORKLOADS_CGROUP) -> None:
+        self.path, self.cgroup, self.root = path, cgroup, ""
         self.is_installed = str(path) == DEFAULTS["engine_socket"]
         self.api = decide_api("")
 
@@ -3581,6 +3642,22 @@ class Engine:
             if read_boot_s() >= until_s:
                 break
         return found, asked
+
+    def read_taken(self, container_ids: Sequence[str]) -> dict[str, Taken]:
+        """What they took; of what cannot be read 0."""
+        with contextlib.suppress(EngineError):
+            self.root = self.root or str(self.read_object("/info").get("DockerRootDir", ""))
+        found = {}
+        for name in container_ids:
+            groups = (self.cgroup / f"docker-{name}.scope", self.cgroup / name)
+            events = "".join(read_text(str(group / "pids.events")) for group in groups)
+            match = re.search(r"(?m)^max ([0-9]{1,18})$", events)
+            one = Taken(int(match[1]) if match else 0)
+            with contextlib.suppress(OSError):
+                log = os.stat(f"{self.root}/containers/{name}/local-logs/container.log")
+                one = replace(one, log_inode=log.st_ino, log_bytes=log.st_size)
+            found[name] = one
+        return found
 
     def create(self, wish: Wish, address: str, network: str, secrets_dir: Path) -> None:
         """Make a workload's container, and its network unless it is there."""
@@ -4079,7 +4156,13 @@ async def look(workloads: Workloads) -> None:
     if engine.is_installed and "frozen 1" in read_text(str(WORKLOADS_CGROUP / "cgroup.events")):
         found = workloads.containers
         workloads.containers = tuple(replace(one, is_frozen=one.is_running) for one in found)
+    running = [each.id for each in workloads.containers if each.is_running]
+    some = [name for name in running if HEX_32_RE.fullmatch(name)]
+    taken = await in_thread(workloads, engine.read_taken, some)
     now_s = read_boot_s()
+    memory.strains = {
+        name: add_taken(memory.strains.get(name), one, now_s) for name, one in taken.items()
+    }
     told_at_s = 0.0
     with contextlib.suppress(OSError):
         told_at_s = workloads.ended_file.stat().st_mtime
@@ -4087,9 +4170,11 @@ async def look(workloads: Workloads) -> None:
         past = memory.pasts.get(each.assignment_id, Past(each.wish_sha256))
         if past.wish_sha256 != each.wish_sha256 or each.assignment_id in workloads.busy:
             continue  # another one takes its place, or it is being started
+        if each.id in memory.strains and not past.excess:
+            past = replace(past, excess=decide_excess(memory.strains[each.id]))
         was_told = each.id in memory.stops or was_shut_down(each, told_at_s)
+        was_told = was_told and not past.excess
         memory.pasts[each.assignment_id] = decide_seen(past, each, was_told, now_s)
-    running = {each.id for each in workloads.containers if each.is_running}
     for name, told_s in [*memory.stops.items()]:
         if name not in running or now_s > told_s + 3 * STOP_S:
             del memory.stops[name]
@@ -4313,7 +4398,7 @@ def settle_step(workloads: Workloads, step: Step, error: EngineError | None) -> 
     if step.verb is Verb.START:
         was_ended = workloads.ends.pop(step.container_id, None) is not None
         workloads.begun_s[step.container_id] = now_s
-        past = replace(past, started_s=now_s, ended_s=None, is_stopped=False)
+        past = replace(past, started_s=now_s, ended_s=None, is_stopped=False, excess="")
         past = replace(past, restarts=past.restarts + was_ended)
     if error is not None:
         workloads.is_full |= NO_SPACE in str(error)
@@ -4483,7 +4568,7 @@ def change_pause_alone(config: Config, cmd: str) -> dict[str, Any]:
     if pause is not None:
         with contextlib.suppress(FileNotFoundError):
             config.lease_file.unlink()
-        trouble = ensure_ended(Engine(config.engine_socket), config.lease_file)
+        trouble = ensure_ended(Engine(config.engine_socket, config.cgroup), config.lease_file)
     return {"is_new": is_new, "has_ended": not trouble, "unready": trouble, "is_told": False}
 
 
@@ -4645,7 +4730,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         handshake_age_s=handshake_age_s,
         firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
         failed_units=() if is_here else read_failed_units(),
-        runc=Engine(config.engine_socket).read_runc(),
+        runc=Engine(config.engine_socket, config.cgroup).read_runc(),
         status=status,
         refused=read_refused(data_dir),
         pause=read_pause(data_dir),
@@ -5204,7 +5289,7 @@ def ensure_stop(stop: asyncio.Event, signum: int) -> None:
 def make_workloads(config: Config, limits: Limits) -> Workloads:
     """Make the memory of workloads, empty."""
     return Workloads(
-        engine=Engine(config.engine_socket),
+        engine=Engine(config.engine_socket, config.cgroup),
         secrets_dir=config.secrets_dir,
         ended_file=config.data_dir / ENDED_NAME,
         limits=limits,

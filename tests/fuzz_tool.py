@@ -185,6 +185,7 @@ def make_agent(data: bytes, registered: bool) -> agent.Agent:
         lease_file=DIRECTORY / "lease.json",
         secrets_dir=DIRECTORY / "secrets",
         engine_socket=Path("none"),
+        cgroup=DIRECTORY / "cgroup",
         limits=DIRECTORY / "limits.conf",
         wallet=WALLET,
         token=token,

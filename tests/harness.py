@@ -755,6 +755,7 @@ class Agent:
         self.secrets_dir = Path("/dev/shm", f"oi-secrets-{os.getpid()}-{secrets.token_hex(3)}")
         atexit.register(shutil.rmtree, self.secrets_dir, ignore_errors=True)
         self.engine_socket = Path("none")  # no engine, unless a test says
+        self.cgroup = directory / "cgroup"
         self.limits_file = directory / "limits.conf"
         if wg_key:
             self.key_file.write_text(wg_key + "\n")
@@ -772,7 +773,7 @@ class Agent:
         flags = [f"--env-file={self.env_file}", f"--socket={self.socket}"]
         flags += [f"--wg-pubkey-file={self.key_file}", f"--lease-file={self.lease_file}"]
         flags += [f"--engine-socket={self.engine_socket}", f"--limits={self.limits_file}"]
-        flags += [f"--secrets-dir={self.secrets_dir}"]
+        flags += [f"--secrets-dir={self.secrets_dir}", f"--cgroup={self.cgroup}"]
         argv = [self.python, "-W", "error", str(self.scripts / "agent.py"), command, *flags, *more]
         return self.netns.argv(argv) if self.netns else argv
 

@@ -1040,6 +1040,73 @@ def test_the_streak_of_crashes_ends_after_ten_minutes() -> None:
     assert [agent.decide_back_off_s(n) for n in (1, 2, 9, 10, 5000)] == [1, 2, 256, 300, 300]
 
 
+def test_what_was_ended_for_its_excess_is_a_crash_whatever_time_it_took() -> None:
+    past = Past(started_s=1000.0, streak=4, restarts=4, excess="it went on")
+    found = dataclasses.replace(ENDED, exit_code=137)
+    seen = agent.decide_seen(past, found, False, 9000.0)
+    assert (seen.streak, seen.is_stopped, seen.excess) == (5, False, "it went on")
+    wish = take()
+    never = dataclasses.replace(wish, restart=agent.Restart.NEVER)
+    found = dataclasses.replace(found, wish_sha256=wish.sha256)
+    failed, waits = pb.ASSIGNMENT_STATE_FAILED, pb.ASSIGNMENT_STATE_WAITING
+    said = (waits, "killed: it went on, started again after 16 s")
+    assert agent.decide_report(wish, found, seen, "", "") == said
+    assert agent.decide_report(never, found, seen, "", "") == (failed, "killed: it went on")
+    found = dataclasses.replace(found, exit_code=3)  # it was faster
+    assert agent.decide_report(never, found, seen, "", "") == (failed, "ended with exit code 3")
+    assert agent.decide_seen(seen, RUNNING, False, 9100.0).excess == ""
+    assert agent.parse_lease(
+        agent.render_lease("b", agent.Lease(10.0, pasts={ID: seen})), "b", 1.0
+    ).pasts == {ID: seen}
+
+
+def test_what_takes_too_much_is_ended_at_once_and_what_was_started_is_not() -> None:
+    assert plan([WISH], [RUNNING], Past()) == []
+    assert plan([WISH], [RUNNING], Past(excess="x")) == [("kill", RUNNING.id)]
+    assert plan(None, [RUNNING], Past(excess="x"), kept=[ID]) == [("kill", RUNNING.id)]
+
+
+FULL = agent.LOG_FILE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("looks", "said"),
+    [
+        # each a second after the other: forks refused, the log's inode and bytes
+        ([(0, 1, 0)] * 100, ""),
+        ([(n * 2_000, 0, 0) for n in range(2)], "starting processes beyond its 128"),
+        ([(n * 500, 0, 0) for n in range(4)], "starting processes beyond its 128"),
+        ([(5_000, 0, 0)] * 100, ""),  # known since before this agent
+        ([(n * 10, 0, 0) for n in range(1_000)], ""),
+        ([(n % 2 * 900, 0, 0) for n in range(2)], ""),
+        ([(900, 0, 0), (0, 0, 0), (900, 0, 0)], ""),  # another run
+        ([(0, n, FULL) for n in range(1, 13)], "printing more than 250 kB a second"),
+        ([(0, n, FULL) for n in range(1, 9)], ""),  # for so short a time
+        ([(0, 1, n * 240_000) for n in range(1_000)], ""),
+        ([(0, 1, n * 1_000_000) for n in range(100)], "printing more than 250 kB a second"),
+        ([(0, 0, 0), (0, 1, 4_000_000)] * 50, ""),  # a log that cannot be seen
+        ([(0, 1, 4_000_000), (0, 0, 0)] * 50, ""),
+        ([(0, n % 2, FULL) for n in range(100)], ""),
+    ],
+)
+def test_what_is_too_much(looks: list[tuple[int, int, int]], said: str) -> None:
+    strain, found = None, []
+    for now_s, taken in enumerate(looks):
+        strain = agent.add_taken(strain, agent.Taken(*taken), float(now_s))
+        found.append(agent.decide_excess(strain))
+    assert found[0] == ""
+    assert said in found[-1]
+    assert bool(found[-1]) == bool(said), found
+
+
+def test_a_look_that_comes_late_takes_nothing_for_more_than_it_is() -> None:
+    strain = agent.add_taken(None, agent.Taken(), 0.0)
+    strain = agent.add_taken(strain, agent.Taken(5_000, 1, FULL), 600.0)
+    assert (strain.forks, strain.log_bytes) == (5_000, 0)
+    strain = agent.add_taken(strain, agent.Taken(5_000, 2, 7), 1_200.0)
+    assert (strain.forks, strain.log_bytes) == (0, 7)
+
+
 def test_a_run_that_a_killed_agent_started_is_counted() -> None:
     """What was noted is of the run before; the engine tells runs apart by when they began."""
     noted = Past(started_s=990.0, ended_s=999.0, exit_code=1, restarts=3, streak=4, run_at_s=50.0)
@@ -1116,7 +1183,7 @@ def test_the_right_ends_before_the_lease(lease_s: int, before_s: float, expected
 
 
 def test_a_lease_is_of_one_boot() -> None:
-    past = Past("x", True, 1.5, None, 3, 7, 8, True, 12.5, "t", 2, 3.5)
+    past = Past("x", True, 1.5, None, 3, 7, 8, True, 12.5, "e", "t", 2, 3.5)
     lease = agent.Lease(1234.5, frozenset({OTHER, ID}), (20_001,), "203.0.113.7", {ID: past})
     raw = agent.render_lease("boot", lease)
     # What the engine could not do is tried again by another agent.
@@ -1127,10 +1194,11 @@ def test_a_lease_is_of_one_boot() -> None:
     assert agent.parse_lease(late, "boot", 1000) == agent.Lease(4600)
     older = json.dumps({"boot_id": "boot", "until_s": 7, "assignments": [ID]}).encode()
     assert agent.parse_lease(older, "boot", 1000) == agent.Lease(7.0, frozenset({ID}))
-    newer = raw.replace(b"12.5]", b"12.5, 1, 2, 3, 4, 5, 6, 7, 8]")
+    newer = raw.replace(b'"e"]', b'"e", 1, 2, 3, 4, 5, 6, 7, 8]')
+    assert newer != raw
     assert agent.parse_lease(newer, "boot", 1000) == read
-    before = {ID: dataclasses.replace(pasts[ID], run_at_s=0.0)}
-    assert agent.parse_lease(raw.replace(b", 12.5]", b"]"), "boot", 1000).pasts == before
+    before = {ID: dataclasses.replace(pasts[ID], run_at_s=0.0, excess="")}
+    assert agent.parse_lease(raw.replace(b', 12.5, "e"]', b"]"), "boot", 1000).pasts == before
     odd: tuple[Any, ...] = ([], 7, None, {ID: 7}, {ID: None})
     broken = [json.dumps({**json.loads(raw), "pasts": each}).encode() for each in odd]
     broken += [raw.replace(b"boot_id", b"x"), raw[:-3], b"", b"[]", b"7", b"[" * 9999]
@@ -1395,7 +1463,7 @@ def test_nothing_is_lost_while_the_control_plane_is_away_for_long(
     lost, and so many answers."""
     chance = random.Random(1)
     config: Any = SimpleNamespace(
-        engine_socket=Path("none"), secrets_dir=tmp_path, data_dir=tmp_path
+        engine_socket=Path("none"), cgroup=tmp_path, secrets_dir=tmp_path, data_dir=tmp_path
     )
     known: dict[tuple[str, str, str], int] = {}
 
