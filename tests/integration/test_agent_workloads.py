@@ -35,7 +35,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 import agent as agent_script
 from proto import openinfra_pb2 as pb
@@ -54,6 +54,7 @@ from tests.harness import (
     read_seed,
     wait_for,
 )
+from tests.integration.test_agent_faults import check_clock, set_clock
 
 BODY = "oi1_abcdefghij234567_" + "A" * 43
 TOKEN = f"{BODY}_{zlib.crc32(BODY.encode()):08x}"
@@ -1542,6 +1543,39 @@ def test_who_crashes_waits_longer_each_time_and_who_ends_stays_ended(world: Worl
     assert seen.reason.startswith("ended with exit code 3, started again after ")
     assert world.container(good)["State"]["ExitCode"] == 0
     assert "said" in world.engine.logs(f"oi-{bad.assignment_id}")
+
+
+def list_told(message: Message) -> Iterator[int | float | str]:
+    """Every number and text in a message, of the messages in it too."""
+    for field, value in message.ListFields():
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        parts = value.values() if is_map else value if field.is_repeated else [value]
+        for part in parts:
+            if isinstance(part, Message):
+                yield from list_told(part)
+            elif isinstance(part, (int, float, str)):
+                yield part
+
+
+def test_nothing_that_a_host_tells_is_of_its_clock(world: World) -> None:
+    """Ten years off, over a run with its usage: so no bill of any month can have it from there."""
+    world.agent.process.stop()
+    environment = set_clock(world.agent.directory / "offset", 3_650 * 86_400)
+    check_clock(PYTHON, environment, 3_650 * 86_400)
+    before = len(world.plane.beats)
+    world.agent.start(world.guard, **environment)
+    made = world.run(["sh", "-c", "echo said; while :; do :; done"])
+    world.plane.read_log(made.assignment_id)
+    world.plane.post()
+    wait_for("its usage", lambda: any(beat.usage for _, beat in world.plane.beats[before:]), 30)
+    told = [each for _, beat in world.plane.beats[before:] for each in list_told(beat)]
+    assert max(each for each in told if isinstance(each, int)) > 1e6  # numbers of usage are there
+    now_s = time.time() + 3_650 * 86_400
+    for each in told:
+        if isinstance(each, str):
+            assert time.strftime("%Y-%m-", time.gmtime(now_s)) not in each
+        else:
+            assert all(abs(each / unit - now_s) > 2 * 86_400 for unit in (1, 1e3, 1e6, 1e9)), each
 
 
 def test_who_takes_what_nobody_sells_is_ended_with_the_reason(world: World) -> None:
