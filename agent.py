@@ -59,7 +59,9 @@ Files (mode)
   /run/openinfra/secrets/*/*         0444  a workload sees its own, read-only, in /run/secrets
   /run/openinfra/engine.sock               the container engine; who can open it is root
   /sys/fs/cgroup/openinfra.slice/          `guard` ends and freezes workloads there, `pause` without
-                                           an agent ends them; `run` reads whether they are frozen
+                                           an agent ends them; `run` reads whether they are frozen,
+                                           and how many processes they were refused
+  <the engine's disk>/containers/          `run` sees how long each workload's newest log is
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
