@@ -906,6 +906,7 @@ class Workloads:
     # What a pull shows to the registry; the session itself goes to CONTROL_PLANE alone.
     registry_password: str = field(default="", repr=False)
     engine_version: str = ""
+    engine_root: str = ""
     engine_server: str = ""
     engine_error: str = "it was not asked yet"
     engine_asked_s: float = -ENGINE_VERSION_AGE_S
@@ -3455,7 +3456,7 @@ class Engine:
     """
 
     def __init__(self, path: Path, cgroup: Path = WORKLOADS_CGROUP) -> None:
-        self.path, self.cgroup, self.root = path, cgroup, ""
+        self.path, self.cgroup = path, cgroup
         self.is_installed = str(path) == DEFAULTS["engine_socket"]
         self.api = decide_api("")
 
@@ -3539,6 +3540,12 @@ class Engine:
         self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
 
+    def read_root(self) -> str:
+        """The directory that its images and containers are in; empty: not known."""
+        with contextlib.suppress(EngineError):
+            return str(self.read_object("/info", ENGINE_VERSION_TIMEOUT_S).get("DockerRootDir", ""))
+        return ""
+
     def read_server(self) -> str:
         """What answers, with its version; to tell the rest of it costs an engine three programs."""
         with self.open("GET", "/_ping", {}, None, ENGINE_VERSION_TIMEOUT_S) as (connection, _):
@@ -3574,8 +3581,7 @@ class Engine:
         name, _, digest = image.partition("@")
         room = math.inf  # of a disk that cannot be seen
         with contextlib.suppress(OSError):
-            root = str(self.read_object("/info").get("DockerRootDir"))
-            room = shutil.disk_usage(root).total or room
+            room = shutil.disk_usage(self.read_root()).total or room
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
         auth = {"X-Registry-Auth": render_registry_auth(name, password)}
@@ -3645,10 +3651,8 @@ class Engine:
                 break
         return found, asked
 
-    def read_taken(self, container_ids: Sequence[str]) -> dict[str, Taken]:
-        """What they took; of what cannot be read 0."""
-        with contextlib.suppress(EngineError):
-            self.root = self.root or str(self.read_object("/info").get("DockerRootDir", ""))
+    def read_taken(self, container_ids: Sequence[str], root: str) -> dict[str, Taken]:
+        """What they took, those of an engine with this data root; of what cannot be read 0."""
         found = {}
         for name in container_ids:
             groups = (self.cgroup / f"docker-{name}.scope", self.cgroup / name)
@@ -3656,7 +3660,7 @@ class Engine:
             match = re.search(r"(?m)^max ([0-9]{1,18})$", events)
             one = Taken(int(match[1]) if match else 0)
             with contextlib.suppress(OSError):
-                log = os.stat(f"{self.root}/containers/{name}/local-logs/container.log")
+                log = os.stat(f"{root}/containers/{name}/local-logs/container.log")
                 one = replace(one, log_inode=log.st_ino, log_bytes=log.st_size)
             found[name] = one
         return found
@@ -4137,7 +4141,9 @@ async def ask_version(workloads: Workloads) -> None:
         server = await in_thread(workloads, engine.read_server)
         if not workloads.engine_version or server != workloads.engine_server:
             workloads.engine_version = await in_thread(workloads, engine.read_version)
-            workloads.engine_server = server
+            workloads.engine_server, workloads.engine_root = server, ""
+        if not workloads.engine_root:
+            workloads.engine_root = await in_thread(workloads, engine.read_root)
         workloads.engine_error = ""
     except EngineError as error:
         workloads.engine_error = str(error)
@@ -4160,7 +4166,7 @@ async def look(workloads: Workloads) -> None:
         workloads.containers = tuple(replace(one, is_frozen=one.is_running) for one in found)
     running = [each.id for each in workloads.containers if each.is_running]
     some = [name for name in running if HEX_32_RE.fullmatch(name)]
-    taken = await in_thread(workloads, engine.read_taken, some)
+    taken = await in_thread(workloads, engine.read_taken, some, workloads.engine_root)
     now_s = read_boot_s()
     memory.strains = {
         name: add_taken(memory.strains.get(name), one, now_s) for name, one in taken.items()
