@@ -444,7 +444,7 @@ def scene(make_vm: MakeVm, network: Network, vps: Vps, home: Snapshot) -> Scene:
 # What a workload may try; the end that its state then names, and what is looked at meanwhile.
 BOMBS = {
     "fork": (
-        ["/bin/sh", "-c", "bomb() { while :; do bomb & done; }; bomb & exec /bin/sleep 999"],
+        ["/bin/busybox", "awk", 'BEGIN { while (1) system("exec /bin/sleep 999 &") }'],
         "it went on starting processes beyond its 128",
     ),
     "memory": (
