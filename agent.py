@@ -906,7 +906,7 @@ class Workloads:
     # What a pull shows to the registry; the session itself goes to CONTROL_PLANE alone.
     registry_password: str = field(default="", repr=False)
     engine_version: str = ""
-    engine_root: str = ""
+    engine_home: str = ""
     engine_server: str = ""
     engine_error: str = "it was not asked yet"
     engine_asked_s: float = -ENGINE_VERSION_AGE_S
@@ -3540,12 +3540,6 @@ class Engine:
         self.api = decide_api(str(answer.get("MinAPIVersion")))
         return parse_hostname(str(answer.get("Version")))[:NAMED_MAX]
 
-    def read_root(self) -> str:
-        """The directory that its images and containers are in; empty: not known."""
-        with contextlib.suppress(EngineError):
-            return str(self.read_object("/info", ENGINE_VERSION_TIMEOUT_S).get("DockerRootDir", ""))
-        return ""
-
     def read_server(self) -> str:
         """What answers, with its version; to tell the rest of it costs an engine three programs."""
         with self.open("GET", "/_ping", {}, None, ENGINE_VERSION_TIMEOUT_S) as (connection, _):
@@ -3581,7 +3575,8 @@ class Engine:
         name, _, digest = image.partition("@")
         room = math.inf  # of a disk that cannot be seen
         with contextlib.suppress(OSError):
-            room = shutil.disk_usage(self.read_root()).total or room
+            root = str(self.read_object("/info").get("DockerRootDir"))
+            room = shutil.disk_usage(root).total or room
         layers: dict[str, tuple[int, int]] = {}
         query = {"fromImage": name, "tag": digest}
         auth = {"X-Registry-Auth": render_registry_auth(name, password)}
@@ -3651,8 +3646,19 @@ class Engine:
                 break
         return found, asked
 
-    def read_taken(self, container_ids: Sequence[str], root: str) -> dict[str, Taken]:
-        """What they took, those of an engine with this data root; of what cannot be read 0."""
+    def read_home(self, container_id: str) -> str:
+        """The directory in which the engine has one for each container; empty: not known yet.
+
+        Of one that runs: to tell all of itself an engine starts programs.
+        """
+        with contextlib.suppress(EngineError):
+            seen = self.read_object(f"/containers/{container_id}/json", METER_TIMEOUT_S)
+            home, _, rest = str(seen.get("ResolvConfPath")).rpartition(f"/{container_id}/")
+            return home if rest == "resolv.conf" else ""
+        return ""
+
+    def read_taken(self, container_ids: Sequence[str], home: str) -> dict[str, Taken]:
+        """What they took, that have their directories there; of what cannot be read 0."""
         found = {}
         for name in container_ids:
             groups = (self.cgroup / f"docker-{name}.scope", self.cgroup / name)
@@ -3660,7 +3666,7 @@ class Engine:
             match = re.search(r"(?m)^max ([0-9]{1,18})$", events)
             one = Taken(int(match[1]) if match else 0)
             with contextlib.suppress(OSError):
-                log = os.stat(f"{root}/containers/{name}/local-logs/container.log")
+                log = os.stat(f"{home}/{name}/local-logs/container.log")
                 one = replace(one, log_inode=log.st_ino, log_bytes=log.st_size)
             found[name] = one
         return found
@@ -4141,9 +4147,7 @@ async def ask_version(workloads: Workloads) -> None:
         server = await in_thread(workloads, engine.read_server)
         if not workloads.engine_version or server != workloads.engine_server:
             workloads.engine_version = await in_thread(workloads, engine.read_version)
-            workloads.engine_server, workloads.engine_root = server, ""
-        if not workloads.engine_root:
-            workloads.engine_root = await in_thread(workloads, engine.read_root)
+            workloads.engine_server = server
         workloads.engine_error = ""
     except EngineError as error:
         workloads.engine_error = str(error)
@@ -4166,7 +4170,9 @@ async def look(workloads: Workloads) -> None:
         workloads.containers = tuple(replace(one, is_frozen=one.is_running) for one in found)
     running = [each.id for each in workloads.containers if each.is_running]
     some = [name for name in running if HEX_32_RE.fullmatch(name)]
-    taken = await in_thread(workloads, engine.read_taken, some, workloads.engine_root)
+    if some and not workloads.engine_home:
+        workloads.engine_home = await in_thread(workloads, engine.read_home, some[-1])
+    taken = await in_thread(workloads, engine.read_taken, some, workloads.engine_home)
     now_s = read_boot_s()
     memory.strains = {
         name: add_taken(memory.strains.get(name), one, now_s) for name, one in taken.items()
@@ -4576,7 +4582,7 @@ def change_pause_alone(config: Config, cmd: str) -> dict[str, Any]:
     if pause is not None:
         with contextlib.suppress(FileNotFoundError):
             config.lease_file.unlink()
-        trouble = ensure_ended(Engine(config.engine_socket, config.cgroup), config.lease_file)
+        trouble = ensure_ended(Engine(config.engine_socket), config.lease_file)
     return {"is_new": is_new, "has_ended": not trouble, "unready": trouble, "is_told": False}
 
 
@@ -4738,7 +4744,7 @@ def read_snapshot(args: argparse.Namespace) -> Snapshot:
         handshake_age_s=handshake_age_s,
         firewall="" if is_here else decide_firewall(read_guard(config.guard_file), read_boot_s()),
         failed_units=() if is_here else read_failed_units(),
-        runc=Engine(config.engine_socket, config.cgroup).read_runc(),
+        runc=Engine(config.engine_socket).read_runc(),
         status=status,
         refused=read_refused(data_dir),
         pause=read_pause(data_dir),

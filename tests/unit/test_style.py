@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lines of a file. Raised only by a change that says why.
 BUDGETS = {
-    "agent.py": 5_620,
+    "agent.py": 5_630,
     "cp_server.py": 12_520,
     "install_agent.py": 1970,
     "setup_luks2.py": 1205,
