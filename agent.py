@@ -917,6 +917,7 @@ class Workloads:
     # Since when this host can take no workload; None: it can.
     unready_s: float | None = None
     lease_error: str = ""
+    is_lease_warned: bool = False
 
     # This host's address in the tunnel, and its home's in the internet; empty while not known.
     address: str = ""
@@ -4053,11 +4054,12 @@ def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
         write_file(path, render_lease(agent.boot_id, lease), 0o600)
     except OSError as error:
         why = f"cannot write the lease file {path}: {error.strerror}"
-        if until_s and why != workloads.lease_error:
+        if until_s and not workloads.is_lease_warned:  # else it keeps nothing from running
+            workloads.is_lease_warned = True
             log("WARN", why, "no workload is started", error=error.strerror)
         workloads.lease_error = why
         return
-    workloads.lease_error, workloads.saved_lease = "", lease
+    workloads.lease_error, workloads.saved_lease, workloads.is_lease_warned = "", lease, False
     workloads.right_until_s = 0.0 if agent.pause else until_s
     workloads.memory.kept = kept
 

@@ -311,8 +311,10 @@ def stop_cp(host: Host, stop_s: float) -> None:
 
 CALLS = "openat,read,write,pwrite64,fsync,rename,ftruncate,unlink,fchmod,flock"
 # Of these a failure may pass without a word: the pid in the lock file, which is for a message;
-# removing what is no longer needed; reading the env file for somebody who asks for the status.
+# removing what is no longer needed; reading the env file for somebody who asks for the status; and
+# the lease file (in a host's directory, h<n>) while there is no right to run in it.
 QUIET = r"agent.lock|unlink\(\"[^\"]*/refused.json|agent.env\", O_RDONLY|read\(.*/agent.env"
+QUIET += r"|/lease\.json|/h[0-9]+\", O_RDONLY\|O_CLOEXEC\|O_DIRECTORY"
 
 
 @dataclass(frozen=True)

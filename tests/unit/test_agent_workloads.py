@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socketserver
 import stat
 import threading
@@ -1453,6 +1454,32 @@ async def tell(
     if is_answered:
         one.workloads.told |= {count.key: count.sums for count in sent}
     return len(sent)
+
+
+def test_a_lease_that_cannot_be_saved_is_told_once_a_right_depends_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run"
+    config: Any = SimpleNamespace(
+        engine_socket=Path("none"), cgroup=tmp_path, secrets_dir=tmp_path, data_dir=tmp_path
+    )
+    config.lease_file = place / "lease.json"
+    workloads = agent.make_workloads(config, OFFERED)
+    host: Any = SimpleNamespace(workloads=workloads, config=config, pause=None, boot_id="b")
+
+    def save(until_s: float) -> tuple[str, int]:
+        agent.ensure_lease(host, until_s, frozenset())
+        said = "".join(capsys.readouterr())
+        return workloads.lease_error[:12], said.count("WARN cannot write the lease file")
+
+    place.write_text("in the way")
+    assert [save(0.0), save(9.0), save(9.0)] == [(why := "cannot write", 0), (why, 1), (why, 0)]
+    place.unlink()
+    assert save(9.0) == ("", 0)
+    shutil.rmtree(place)
+    place.write_text("in the way again")
+    assert [save(10.0), save(11.0)] == [(why, 1), (why, 0)]
+    workloads.threads.shutdown()
 
 
 @pytest.mark.parametrize(("lost", "unanswered"), [(1.0, 0.0), (0.5, 0.5), (0.6, 0.3)])
