@@ -61,7 +61,7 @@ Files (mode)
   /sys/fs/cgroup/openinfra.slice/          `guard` ends and freezes workloads there, `pause` without
                                            an agent ends them; `run` reads whether they are frozen,
                                            and how many processes they were refused
-  <the engine's disk>/containers/          `run` sees how long each workload's newest log is
+  /var/cache/openinfra/*/*/containers/     `run` sees how long each workload's newest log is
   It reads /proc/meminfo, /proc/sys/kernel/random/boot_id and /sys/dev/block.
 Ports
   10.77.0.1:9092/tcp       it calls the control plane there (CONTROL_PLANE), through the tunnel
@@ -917,7 +917,7 @@ class Workloads:
     # Since when this host can take no workload; None: it can.
     unready_s: float | None = None
     lease_error: str = ""
-    is_lease_warned: bool = False
+    lease_told: str = ""
 
     # This host's address in the tunnel, and its home's in the internet; empty while not known.
     address: str = ""
@@ -4054,12 +4054,12 @@ def ensure_lease(agent: Agent, until_s: float, kept: frozenset[str]) -> None:
         write_file(path, render_lease(agent.boot_id, lease), 0o600)
     except OSError as error:
         why = f"cannot write the lease file {path}: {error.strerror}"
-        if until_s and not workloads.is_lease_warned:  # else it keeps nothing from running
-            workloads.is_lease_warned = True
+        if until_s and why != workloads.lease_told:  # else it keeps nothing from running
+            workloads.lease_told = why
             log("WARN", why, "no workload is started", error=error.strerror)
         workloads.lease_error = why
         return
-    workloads.lease_error, workloads.saved_lease, workloads.is_lease_warned = "", lease, False
+    workloads.lease_error, workloads.lease_told, workloads.saved_lease = "", "", lease
     workloads.right_until_s = 0.0 if agent.pause else until_s
     workloads.memory.kept = kept
 

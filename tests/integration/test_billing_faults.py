@@ -167,6 +167,7 @@ class Sender:
             done = await self._call(event, seq)
             if done.intervals:
                 return done
+            self.refused += 1
         raise AssertionError("no answer, though the database is there")
 
     async def _call(self, event: oracle.Heartbeat, seq: int) -> Answered:
